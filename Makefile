@@ -1,0 +1,31 @@
+# Both commands set everything up by themselves and may be repeated.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test fix shapes clean
+
+demo: .venv/ready
+	$(BIN)/dit-sparse demo
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+fix: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+shapes: .venv/ready  ## train the bundled model anew
+	$(BIN)/python -m dit_sparse.shapes.train --out runs/shapes --resume
+
+# Without an NVIDIA GPU the exact pin comes first: a range would fetch the newest CUDA build.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
+	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[dev]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,23 @@
+"""dit-sparse: sparse attention for diffusion transformers."""
+
+from pathlib import Path
+
+# A wheel carries kernels, pipelines, profiles and eval inside this package; a checkout keeps them beside it.
+_here = Path(__file__).parent
+if not (_here / "kernels").is_dir():
+    __path__.append(str(_here.parent))
+
+from .budget import Above, Mass, Top  # noqa: E402
+from .call import attention  # noqa: E402
+from .engine import Run, SparseAttnProcessor, enable, prepare  # noqa: E402
+from .grid import Grid, Site  # noqa: E402
+from .method import Method, Pattern, Scorer  # noqa: E402
+from .methods import METHODS  # noqa: E402
+from .plan import Plan  # noqa: E402
+from .schedule import Schedule  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "METHODS", "Above", "Grid", "Mass", "Method", "Pattern", "Plan", "Run", "Schedule", "Scorer", "Site",
+    "SparseAttnProcessor", "Top", "attention", "enable", "prepare",
+]  # fmt: skip

@@ -1,0 +1,72 @@
+"""How many blocks survive: scores ``[B, H, Qb, Kb]`` in, a boolean map of the same shape out.
+
+A score of +inf is always kept. Every row keeps at least one block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def check_density(density: float) -> float:
+    """The density itself, or ValueError: it is a fraction of the query-key pairs, above 0 and at most 1."""
+    if not 0 < density <= 1:
+        raise ValueError(
+            f"density is the fraction of query-key pairs that is computed, above 0 and at most 1, not {density}"
+        )
+    return density
+
+
+@dataclass(frozen=True)
+class Top:
+    """The same number of best blocks in every row: ``density`` of them, rounded, at least one."""
+
+    density: float
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def keep(self, scores: Tensor) -> Tensor:
+        blocks = max(1, round(self.density * scores.shape[-1]))
+        best = scores.topk(blocks, dim=-1).indices
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        return keep | scores.isposinf()
+
+
+@dataclass(frozen=True)
+class Mass:
+    """The fewest blocks whose softmax reaches ``share`` of each row; the block that crosses it is kept."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"a share of the mass lies above 0 and at most 1, not {self.share}")
+
+    def keep(self, scores: Tensor) -> Tensor:
+        forced = scores.isposinf()
+        mass, place = (
+            scores.masked_fill(forced, -torch.inf)
+            .softmax(-1)
+            .nan_to_num(0.0)
+            .sort(dim=-1, descending=True, stable=True)
+        )
+        before = mass.cumsum(-1) - mass
+        keep = torch.zeros_like(forced).scatter_(-1, place, before < self.share)
+        return keep | forced
+
+
+@dataclass(frozen=True)
+class Above:
+    """Every block whose score exceeds ``threshold``, and the best one of each row."""
+
+    threshold: float
+
+    def keep(self, scores: Tensor) -> Tensor:
+        return (scores > self.threshold) | (scores == scores.amax(-1, keepdim=True))
+
+
+Budget = Top | Mass | Above

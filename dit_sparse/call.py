@@ -1,0 +1,75 @@
+"""Sparse attention as one function: no pipeline, no diffusers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .grid import Grid, Site
+from .kernels.pick import pick
+from .method import Method
+from .methods import method as method_named
+from .plan import Plan
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Grid,
+    method: str | Method = "radial",
+    density: float | None = 0.25,
+    lengths: Tensor | None = None,
+    block: int = 64,
+    executor: str = "auto",
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Sparse self-attention.
+
+    Args:
+        q: queries after RoPE, ``[B, H, N, D]``.
+        k, v: keys and values, ``[B, Hkv, N, D]``; Hkv divides H.
+        grid: where the N tokens lie.
+        method: a name, or a Method, which then decides its density itself unless ``density`` is given with a name.
+        density: fraction of the pairs to compute, with a method's name.
+        lengths: real tokens of each batch item where the sequence ends in padding, ``[B]``.
+        block: tokens in a block.
+        executor: "auto" or a name, which runs or raises.
+        scale: of the scores; None: ``1 / sqrt(D)``.
+
+    Returns:
+        out ``[B, H, N, D]`` in q's dtype, and the natural log-sum-exp, float32 ``[B, H, N]`` (None from an executor
+        that has none).
+
+    Raises:
+        ValueError: shapes that do not fit each other or the grid, or an unknown method.
+        RuntimeError: the named executor cannot run here; the message says why.
+    """
+    _check(q, k, v, grid, lengths)
+    if isinstance(method, str):
+        method = method_named(method, density=density)
+    plan = method.plan(q, k, Site(grid, block), {})
+    if plan is None:
+        plan = Plan.full(grid.tokens, block, q.device)
+    plan = plan.padded(lengths)
+    out, lse = pick(executor, q, k, plan)[1].attend(q, k, v, plan, scale)
+    return method.correct(out, lse, Site(grid, block), {}), lse
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, grid: Grid, lengths: Tensor | None) -> None:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise ValueError(f"q, k and v are [batch, heads, tokens, head_dim], not {shapes}")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"k and v must match q, with a number of heads that divides q's: {shapes}")
+    if q.shape[2] != grid.tokens:
+        raise ValueError(f"the grid {grid} has {grid.tokens} tokens, but q has {q.shape[2]}")
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point() and q.device == k.device == v.device):
+        raise ValueError("q, k and v must share one floating-point dtype and one device")
+    if lengths is not None and (
+        lengths.shape != (q.shape[0],) or not ((lengths >= 1) & (lengths <= grid.tokens)).all()
+    ):
+        raise ValueError(f"lengths is one number of real tokens per batch item, 1 to {grid.tokens}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("there is no backward pass; call under torch.no_grad()")

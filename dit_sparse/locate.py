@@ -1,0 +1,127 @@
+"""Where the pipeline is: grid, step and branch of the running transformer call, found without touching the pipeline.
+
+One hook on the transformer's forward sees the latents and the timestep; diffusers' cache context names the branch and
+sometimes the step; the scheduler knows the step of a timestep. Nothing is counted by attention calls, so caches that
+skip blocks do no harm.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManager
+from torch import nn
+
+HOOK = "dit_sparse"
+
+
+class Whereabouts:
+    """The clock of one run, shared by the transformers of a pipeline (Wan 2.2 has two that take turns)."""
+
+    def __init__(self, timesteps: Callable[[], Any], steps: int | None, forget: Callable[[], None]) -> None:
+        """``timesteps()`` gives the scheduler's timesteps or None; ``forget()`` is called when a generation ends."""
+        self._timesteps, self._given_steps, self._forget = timesteps, steps, forget
+        self.step, self.steps, self.branch = 0, steps, ""
+        self.calls = 0
+        self._first: float | None = None
+        self._last: float | None = None
+        self._in_flight = False
+
+    def enter(self, timestep: torch.Tensor | float | None, context: Any) -> None:
+        """A transformer call begins. An earlier call that never left means that its generation failed."""
+        if self._in_flight:
+            self.reset()
+        self._in_flight = True
+        now = _scalar(timestep)
+        schedule = _schedule(self._timesteps())
+        step = self._step(now, schedule, context)
+        if step < self.step:
+            self.reset()
+        repeated = self._last is not None and step == self.step and now == self._last
+        self.calls = self.calls + 1 if repeated else 0
+        self._first = now if self._last is None else self._first
+        self.step, self._last = step, now
+        self.steps = self._given_steps or getattr(context, "num_inference_steps", None) or (len(schedule) or None)
+        self.branch = getattr(context, "name", None) or f"call {self.calls}"
+
+    def leave(self) -> None:
+        self._in_flight = False
+
+    def reset(self) -> None:
+        self.step, self.calls, self._last, self._in_flight = 0, 0, None, False
+        self._forget()
+
+    def _step(self, now: float | None, schedule: list[float], context: Any) -> int:
+        given = getattr(context, "step_index", None)
+        if given is not None:
+            return int(given)
+        if now in schedule:
+            return schedule.index(now)
+        if self._last is None:
+            return 0
+        if now is None or now == self._last:
+            return self.step
+        return 0 if now == self._first else self.step + 1
+
+
+class RootHook(ModelHook):
+    """Tells the run where it is, before every call of one transformer. The state manager is there for diffusers to
+    leave its cache context in."""
+
+    _is_stateful = True
+
+    def __init__(self, whereabouts: Whereabouts, entered: Callable[[dict], None]) -> None:
+        super().__init__()
+        self.whereabouts, self.entered = whereabouts, entered
+        self.contexts = StateManager(BaseState)
+
+    def pre_forward(self, module: nn.Module, *args, **kwargs):
+        arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        self.whereabouts.enter(arguments.get("timestep"), self.contexts._context)
+        self.entered(arguments)
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.whereabouts.leave()
+        return output
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self.contexts.reset()
+        self.whereabouts.reset()
+        return module
+
+
+def watch(transformer: nn.Module, hook: RootHook) -> Callable[[], None]:
+    """Put the hook on; returns the function that takes it off and leaves no trace.
+
+    Raises:
+        ValueError: another run is watching this transformer already.
+    """
+    fresh = not hasattr(transformer, "_diffusers_hook")
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    if registry.get_hook(HOOK) is not None:
+        raise ValueError("this transformer is sparse already: disable() the earlier run first")
+    own_forward = transformer.__dict__.get("forward")
+    registry.register_hook(hook, HOOK)
+
+    def undo() -> None:
+        registry.remove_hook(HOOK, recurse=False)
+        if not registry.hooks:
+            if own_forward is None:
+                transformer.__dict__.pop("forward", None)
+            if fresh:
+                transformer.__dict__.pop("_diffusers_hook", None)
+
+    return undo
+
+
+def _scalar(timestep: torch.Tensor | float | None) -> float | None:
+    """The step's noise level. The largest entry: conditioned first frames carry zeros (Wan 2.2 5B)."""
+    return float(timestep.max()) if isinstance(timestep, torch.Tensor) else timestep
+
+
+def _schedule(timesteps: Any) -> list[float]:
+    return [] if timesteps is None else [float(t) for t in timesteps]

@@ -1,0 +1,182 @@
+"""A method decides which blocks of attention are computed. One file of ``methods/`` holds one paper.
+
+Methods are frozen values: comparable, hashable, shareable between pipelines, and without state. What they want to
+remember from step to step goes into the ``memory`` they are handed, which belongs to the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .budget import Budget, Top, check_density
+from .grid import Blocks, Grid, Site
+from .plan import Plan, blocks_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What every method answers. Subclass :class:`Pattern` (geometry alone) or :class:`Scorer` (looks at q and k)
+    where one of them fits; they reduce a method to one function.
+
+    Attributes:
+        density: fraction of the query-key pairs to compute. None: the method's own settings decide.
+    """
+
+    static: ClassVar[bool] = False  # the plan depends on the grid alone: made once, shared by all layers and steps
+    density: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.density is not None:
+            check_density(self.density)
+
+    def order(self, grid: Grid, block: int) -> Tensor | None:
+        """The token order the blocks are cut from, ``[N]``; None: as given."""
+        return None
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
+        """The blocks to visit for ``q, k [B, H, N, D]`` (after RoPE); None: compute this call densely."""
+        raise NotImplementedError
+
+    def correct(self, out: Tensor, lse: Tensor | None, site: Site, memory: dict) -> Tensor:
+        """A last word on the sparse output ``[B, H, N, D]``; by default none."""
+        return out
+
+    def settings(self) -> dict:
+        """The method as plain values, for JSON: its fields, nothing else."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern(Method):
+    """A method that depends on the geometry alone. A subclass writes :meth:`keep`; one knob makes it denser.
+
+    With ``density`` the knob is found by bisection, and of the last ring of blocks that the knob would add as one, the
+    nearest are taken, evenly over the rows, until the density is met.
+    """
+
+    static: ClassVar[bool] = True
+    knob: ClassVar[str]  # the field that widens the pattern
+    reach: ClassVar[tuple[float, float]]  # the knob's range: from almost nothing to everything
+
+    def keep(self, grid: Grid, block: int) -> Tensor:
+        """The pattern itself: which key blocks each query block visits, bool ``[Qb, Qb]``."""
+        raise NotImplementedError
+
+    def sparser(self) -> Pattern | None:
+        """A sparser relative for densities below the knob's range, or None."""
+        return None
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        keep = self.block_map(site.grid, site.block)
+        order = self.order(site.grid, site.block)
+        return Plan.of(keep[None, None], site.grid.tokens, site.block, order).to(q.device)
+
+    def block_map(self, grid: Grid, block: int) -> Tensor:
+        """The pattern with what is always kept, at the density asked for, bool ``[Qb, Qb]``."""
+        always = always_kept(Blocks.of(grid, block, self.order(grid, block)))
+        if self.density is None:
+            return self.keep(grid, block) | always
+        weight = _pair_weight(grid, block)
+        measure = lambda keep: float(weight[keep].sum())
+        family, low = self, self.reach[0]
+        while measure(family._at(low, grid, block) | always) > self.density and (relative := family.sparser()):
+            family = relative
+        inner, outer = _bracket(lambda x: family._at(x, grid, block) | always, measure, self.density, self.reach)
+        return _fill(inner if inner is not None else always, outer, weight, self.density)
+
+    def _at(self, value: float, grid: Grid, block: int) -> Tensor:
+        return replace(self, density=None, **{self.knob: value}).keep(grid, block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer(Method):
+    """A method that ranks the key blocks of each query block by looking at q and k. A subclass writes :meth:`score`.
+
+    Attributes:
+        budget: how many of the ranked blocks survive. ``density=x`` is short for ``Top(x)``.
+    """
+
+    budget: Budget = field(default_factory=lambda: Top(0.25))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.density is not None:
+            object.__setattr__(self, "budget", Top(self.density))
+
+    def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
+        """Float32 scores ``[B, H, Qb, Qb]`` of ``q, k [B, H, N, D]``, which stand in the method's order."""
+        raise NotImplementedError
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        order = self.order(site.grid, site.block)
+        always = always_kept(Blocks.of(site.grid, site.block, order)).to(q.device)
+        if order is not None:
+            q, k = (x.index_select(2, order.to(x.device)) for x in (q, k))
+        scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
+        keep = self.budget.keep(scores.masked_fill(always, torch.inf))
+        return Plan.of(keep, site.grid.tokens, site.block, order if order is None else order.to(q.device))
+
+
+def always_kept(blocks: Blocks) -> Tensor:
+    """Text rows and columns and each block's own block, bool ``[Qb, Qb]``: what no method may drop."""
+    text = blocks.text
+    return text[:, None] | text | torch.eye(len(text), dtype=torch.bool)
+
+
+def pool(x: Tensor, block: int) -> Tensor:
+    """Mean of every block, ``[B, H, N, D] -> [B, H, Qb, D]``, float32; the ragged last block over what it holds."""
+    tokens = x.shape[2]
+    blocks = blocks_in(tokens, block)
+    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block - tokens))
+    sizes = (tokens - torch.arange(blocks, device=x.device) * block).clamp(max=block)
+    return padded.unflatten(2, (blocks, block)).sum(3) / sizes[:, None]
+
+
+def _pair_weight(grid: Grid, block: int) -> Tensor:
+    """Share of all token pairs that lies in each block pair, float64 ``[Qb, Qb]``, in sum 1."""
+    starts = torch.arange(blocks_in(grid.tokens, block)) * block
+    size = (grid.tokens - starts).clamp(max=block).double() / grid.tokens
+    return size[:, None] * size
+
+
+def _bracket(
+    keep: Callable[[float], Tensor],
+    measure: Callable[[Tensor], float],
+    density: float,
+    reach: tuple[float, float],
+) -> tuple[Tensor | None, Tensor]:
+    """The densest pattern within ``density`` (None: even the sparsest exceeds it) and the next one beyond."""
+    low, high = reach
+    inner, outer = keep(low), keep(high)
+    if measure(inner) > density:
+        return None, inner
+    if measure(outer) <= density:
+        return outer, torch.ones_like(outer)
+    while measure(outer) - density > 1e-3 and high / low > 1 + 1e-6:
+        middle = (low * high) ** 0.5
+        candidate = keep(middle)
+        if measure(candidate) <= density:
+            low, inner = middle, candidate
+        else:
+            high, outer = middle, candidate
+    return inner, outer
+
+
+def _fill(inner: Tensor, outer: Tensor, weight: Tensor, density: float) -> Tensor:
+    """``inner`` and as many pairs of ``outer`` as the density allows: nearest first, evenly over the rows."""
+    extra = outer & ~inner
+    place = torch.arange(len(inner))
+    distance = (place[:, None] - place).abs().masked_fill(~extra, len(inner))
+    turn = distance.argsort(dim=1, stable=True).argsort(dim=1)
+    candidates = extra.nonzero()
+    first = candidates[turn[extra].argsort(stable=True)]
+    rows, columns = first.unbind(1)
+    fits = weight[rows, columns].cumsum(0) <= density - float(weight[inner].sum()) + 1e-9
+    keep = inner.clone()
+    keep[rows[fits], columns[fits]] = True
+    return keep

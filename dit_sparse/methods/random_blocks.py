@@ -1,0 +1,38 @@
+"""Random blocks, the floor of every comparison: a method that does not beat it has found nothing.
+
+Source: the random part of M. Zaheer et al., "Big Bird: Transformers for Longer Sequences", arXiv:2007.14062, sec. 2.
+Differs from the authors: nothing but randomness is kept (no window, no global tokens besides the text), and every
+layer and head draws its own blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..budget import Top
+from ..grid import Blocks, Site
+from ..method import Method, always_kept
+from ..plan import Plan, blocks_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomBlocks(Method):
+    """The same number of random key blocks for every query block.
+
+    Attributes:
+        density: fraction of the pairs to compute.
+        seed: another seed, other blocks; the same seed, the same blocks in every step.
+    """
+
+    density: float = 0.25
+    seed: int = 0
+
+    def plan(self, q, k, site: Site, memory: dict) -> Plan:
+        grid, block = site.grid, site.block
+        blocks = blocks_in(grid.tokens, block)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)
+        scores = torch.rand(1, q.shape[1], blocks, blocks, generator=generator)
+        scores = scores.masked_fill(always_kept(Blocks.of(grid, block)), torch.inf)
+        return Plan.of(Top(self.density).keep(scores), grid.tokens, block).to(q.device)

@@ -1,0 +1,39 @@
+"""Which executor runs, and why not the others.
+
+An executor is a module with ``attend(q, k, v, plan, scale) -> (out, lse)``, ``why_not(q, k, plan) -> str | None`` and
+``LSE``. One that is named runs or raises; ``auto`` takes the first of its list that can.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from torch import Tensor
+
+from dit_sparse.plan import Plan
+
+EXECUTORS = ("reference", "gather", "cpu", "flex")
+AUTO = {"cpu": ("cpu", "gather"), "cuda": ("flex", "gather")}
+
+
+def executor(name: str) -> ModuleType:
+    """The executor of that name. Raises ValueError when there is none."""
+    if name not in EXECUTORS:
+        raise ValueError(f"there is no executor {name!r}; there are auto, {', '.join(EXECUTORS)}")
+    return importlib.import_module(f"dit_sparse.kernels.{name}")
+
+
+def pick(name: str, q: Tensor, k: Tensor, plan: Plan) -> tuple[str, ModuleType]:
+    """The executor for this call: ``name`` itself, or the first of the device's list for ``auto``.
+
+    Raises:
+        RuntimeError: the named executor cannot run this call; the message says why not.
+    """
+    if name == "auto":
+        candidates = AUTO.get(q.device.type, ("gather",))
+        return next((name, module) for name in candidates if not (module := executor(name)).why_not(q, k, plan))
+    module = executor(name)
+    if reason := module.why_not(q, k, plan):
+        raise RuntimeError(f"the executor {name!r} cannot run here: {reason}")
+    return name, module
