@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from types import MethodType
@@ -31,6 +31,9 @@ log = logging.getLogger("dit_sparse")
 DEFAULT_DENSITY = 0.25
 SMALL_SEQUENCE = 32_768  # tokens; below it blocks of 64 lose little speed and choose more finely than 128
 BREAK_EVEN = {"cpu": 512, "cuda": 4096}  # tokens; below it sparse does not pay
+
+
+Observer = Callable[[Site, Tensor, Tensor, Plan], None]
 
 
 class SparseAttnProcessor:
@@ -88,7 +91,7 @@ def enable(model: Any, method: str | Method = "radial", **settings: Any) -> Run:
     if not hasattr(model, "components"):
         return processor.attach(model)
     prepare(model).set_attn_processor(processor)
-    return model.__dict__["_sparse_run"]
+    return model.sparse_run
 
 
 def prepare(pipe: Any) -> Any:
@@ -96,6 +99,7 @@ def prepare(pipe: Any) -> Any:
     _transformers(pipe)
     if not hasattr(pipe, "set_attn_processor"):
         pipe.__dict__["set_attn_processor"] = MethodType(SetAttnProcessor.set_attn_processor, pipe)
+        pipe.__dict__["sparse_run"] = None
     return pipe
 
 
@@ -113,6 +117,7 @@ class Run:
         self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
         self._warned: set[str] = set()
         self._undo: list = []
+        self._observers: list[Observer] = []
         scheduler = getattr(model, "scheduler", None)
         self._clock = Whereabouts(lambda: getattr(scheduler, "timesteps", None), settings.steps, self._forget)
         self._grid: tuple[int, int, int] = (1, 1, 1)
@@ -146,6 +151,10 @@ class Run:
             attention_seconds=tally.attention.seconds,
             planning_seconds=tally.planning.seconds,
         )
+
+    def observe(self, observer: Observer) -> None:
+        """Call ``observer(site, q, k, plan)`` before every sparse call, outside its timing: for measurements."""
+        self._observers.append(observer)
 
     def __enter__(self) -> Run:
         return self
@@ -193,17 +202,19 @@ class Run:
             return dense(self._warn_once(lengths))
         with self._tally.attention.running(query.device):
             plan = self._plan(query, key, site)
-            if plan is not None:
-                self._tally.computed(grid, pairs, plan.share)
-                return self._sparse(plan.padded(lengths), query, key, value, scale, site)
-        return dense("the method")
+        if plan is None:
+            return dense("the method")
+        plan = plan.padded(lengths)
+        for observer in self._observers:
+            observer(site, query, key, plan)
+        self._tally.computed(grid, pairs, plan.share)
+        with self._tally.attention.running(query.device):
+            return self._sparse(plan, query, key, value, scale, site)
 
-    def _sparse(
-        self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, site: Site, pairs: int
-    ) -> Tensor:
+    def _sparse(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, site: Site) -> Tensor:
         name, executor = pick(self._settings.executor, q, k, plan)
+        self._tally.executors[name] += 1
         out, lse = executor.attend(q, k, v, plan, scale)
-        self._tally.sparse(name, site.grid, pairs, plan.density)
         return self._settings.method.correct(out, lse, site, self._memory[site.layer, site.branch, site.grid])
 
     def _plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | None:
@@ -252,7 +263,7 @@ class Run:
         return reason
 
     def _forget(self) -> None:
-        """A generation is over: what was learnt from its tokens goes; static plans depend on the grid alone and stay."""
+        """A generation is over: what was learnt from its tokens goes; static plans know only the grid, and stay."""
         self._memory.clear()
         self._lengths.clear()
         if not self._settings.method.static:

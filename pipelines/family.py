@@ -51,16 +51,18 @@ def channels_first(arguments: Mapping, patch: Shape) -> Shape:
 
 
 class SetAttnProcessor:
-    """Gives a pipeline ``set_attn_processor``, the habit of diffusers' models."""
+    """Gives a pipeline ``set_attn_processor``, the habit of diffusers' models. ``sparse_run`` is what runs now."""
+
+    sparse_run = None
 
     def set_attn_processor(self, processor) -> None:
         """``processor``: a ``dit_sparse.SparseAttnProcessor``; None: back to the model's own processors, bit for bit;
         any other diffusers processor is handed to the transformer."""
-        run = self.__dict__.pop("_sparse_run", None)
-        if run is not None:
-            run.disable()
+        if self.sparse_run is not None:
+            self.sparse_run.disable()
+            self.__dict__["sparse_run"] = None
         if hasattr(processor, "attach"):
-            self.__dict__["_sparse_run"] = processor.attach(self)
+            self.__dict__["sparse_run"] = processor.attach(self)
         elif processor is not None:
             self.transformer.set_attn_processor(processor)
 

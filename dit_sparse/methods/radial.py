@@ -16,7 +16,7 @@ Differs from the authors: they draw each s x s frame pair as a mask and demand s
 rule is evaluated in closed form for every pair of "block cut by frame" segments, so any s, any text before or after,
 and no N x N tensor; ``near``, the sink and the block size are parameters instead of model names; the cut-off of the
 thinning is the block size instead of 128. ``density`` solves for ``decay``; where even the narrowest windows exceed it,
-as they do when a frame is only a few blocks, the whole near frames are given up first, then the floor under the windows.
+as they do when a frame is only a few blocks, the whole near frames are given up first, then the windows' floor.
 """
 
 from __future__ import annotations

@@ -1,0 +1,62 @@
+"""Writing results: the folder is checked before long work, and no half-written file is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def writable_folder(path: Path | str) -> Path:
+    """The folder, made if need be. Raises ValueError where nothing can be written."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error.strerror}; choose another folder with --out") from None
+    return folder
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to; it takes the place of ``path`` at the end, or vanishes on an error."""
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def save_video(path: Path, frames: NDArray, fps: int) -> None:
+    """``frames [F, H, W, 3]`` uint8 as H.264, enlarged by whole pixels to at least 384 rows."""
+    scale = max(1, -(-384 // frames.shape[1]))
+    large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    even = large[:, : large.shape[1] // 2 * 2, : large.shape[2] // 2 * 2]
+    with aside(path) as draft:
+        imageio.imwrite(draft, even, fps=fps, codec="libx264", macro_block_size=2, quality=9)
+
+
+def save_picture(path: Path, image: Image.Image) -> None:
+    with aside(path) as draft:
+        image.save(draft)
+
+
+def save_json(path: Path, value: dict) -> None:
+    with aside(path) as draft:
+        draft.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def to_uint8(frames: NDArray) -> NDArray:
+    """Floats in 0..1 to bytes."""
+    return frames if frames.dtype == np.uint8 else (frames.clip(0, 1) * 255).round().astype(np.uint8)

@@ -1,0 +1,76 @@
+"""Loading a pipeline and making one clip with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .files import to_uint8
+
+BUNDLED = "shapes-wan"
+BUNDLED_CALL = {"num_inference_steps": 16, "guidance_scale": 3.0, "num_frames": 15, "height": 96, "width": 96}
+BUNDLED_FPS = 8
+BUNDLED_PROMPT = "a red circle moves right while a blue square moves up"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """``frames [F, H, W, 3]`` uint8, and the seconds from the call to the end of the last denoising step."""
+
+    frames: NDArray
+    seconds: float
+
+
+def load(model: str) -> Any:
+    """A diffusers pipeline: the bundled ``shapes-wan``, a local folder or a name on the hub; on a GPU if there is one.
+
+    Raises:
+        ValueError: it cannot be loaded; the message says why.
+    """
+    from diffusers import DiffusionPipeline
+
+    bundled = model == BUNDLED
+    source = str(files("dit_sparse") / "assets" / BUNDLED) if bundled else model
+    if not bundled and _looks_like_a_path(model) and not (Path(model) / "model_index.json").is_file():
+        raise ValueError(f"{model} is no diffusers pipeline: it has no model_index.json")
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda and not bundled else torch.float32
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"cannot load the model {model}: {reason[0]}") from error
+    return pipe.to("cuda" if cuda else "cpu")
+
+
+def generate(pipe: Any, prompt: str, seed: int, call: dict, progress: Progress | None = None) -> Clip:
+    """One clip from one seed; ``call`` holds further arguments of the pipeline, ``progress(done, steps)`` is told."""
+    finished: list[float] = []
+
+    def step_ended(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
+        if pipe.device.type == "cuda":
+            torch.cuda.synchronize()
+        finished.append(time.perf_counter())
+        if progress:
+            progress(step + 1, pipe.num_timesteps)
+        return values
+
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    begin = time.perf_counter()
+    frames = pipe(prompt, generator=generator, output_type="np", callback_on_step_end=step_ended, **call).frames[0]
+    return Clip(to_uint8(np.asarray(frames)), finished[-1] - begin)
+
+
+def _looks_like_a_path(model: str) -> bool:
+    return Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1

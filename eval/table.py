@@ -1,0 +1,142 @@
+"""The tables of the README, made from the methods and from result files, never by hand.
+
+``python -m dit_sparse.eval.table`` rewrites what stands in README.md between ``<!-- table: name -->`` and
+``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from dit_sparse.pipelines.family import FAMILIES
+
+from dit_sparse import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "eval" / "results"
+
+
+def method_rows() -> list[dict]:
+    """Name, summary, settings with defaults and arXiv number of every method."""
+    return [
+        {
+            "name": name,
+            "summary": _first_sentence(_paper(cls)),
+            "settings": {f.name: f.default for f in fields(cls) if f.name != "density"},
+            "arxiv": re.search(r"arXiv:(\d{4}\.\d{5})", _paper(cls))[1],
+        }
+        for name, cls in METHODS.items()
+    ]
+
+
+def method_table() -> str:
+    rows = method_rows()
+    return _markdown(
+        ("method", "keeps", "settings", "paper"),
+        (
+            (
+                f"[`{row['name']}`](dit_sparse/methods/{row['name']}.py)",
+                row["summary"],
+                ", ".join(f"`{key}={value}`" for key, value in row["settings"].items()) or "-",
+                f"[{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']})",
+            )
+            for row in rows
+        ),
+    )
+
+
+def model_table() -> str:
+    families = (importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in FAMILIES)
+    where = {None: "cross-attention, stays dense", "before": "before the video", "after": "after the video"}
+    return _markdown(
+        ("family", "pipelines", "text"),
+        (
+            (f"[`{f.name}`](pipelines/{f.name}.py)", ", ".join(f"`{name}`" for name in f.pipelines), where[f.text])
+            for f in families
+        ),
+    )
+
+
+def demo_table() -> str:
+    """One row for every ``eval/results/*/demo-*.json``."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/demo-*.json"))]
+    results.sort(key=lambda r: (r["device"], -r["psnr"]))
+    rows = (
+        (
+            r["method"],
+            f"{r['density_achieved']:.2f}",
+            f"{r['density_run']:.2f}",
+            f"{r['psnr']:.1f}",
+            f"{r['ssim']:.3f}",
+            f"{r['speedup']:.2f}x",
+            f"{r['attention_speedup']:.2f}x",
+        )
+        for r in results
+    )
+    columns = ("method", "density", "whole run", "PSNR, dB", "SSIM", "denoising", "attention")
+    return _markdown(columns, rows) + "\n\n" + _demo_conditions(results)
+
+
+def executor_table() -> str:
+    """Speed-up over torch's own attention in the same process, from ``eval/results/*/attention.json``."""
+    rows, notes = [], []
+    for path in sorted(RESULTS.glob("*/attention.json")):
+        result = json.loads(path.read_text())
+        for r in result["rows"]:
+            shape = f"{r['tokens']} x {r['head_dim']}"
+            rows.append((r["executor"], r["dtype"], shape, r["block"], r["density"], f"{r['speedup']:.2f}x"))
+        notes.append(
+            f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit']}, {result['note']}."
+        )
+    columns = ("executor", "dtype", "tokens x head_dim", "block", "density", "speed-up over SDPA")
+    return _markdown(columns, rows) + "\n\n" + " ".join(notes)
+
+
+TABLES = {"methods": method_table, "models": model_table, "demo": demo_table, "executors": executor_table}
+
+
+def rewritten(text: str) -> str:
+    """The README with every table made anew."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def _demo_conditions(results: Sequence[dict]) -> str:
+    if not results:
+        return ""
+    r = results[0]
+    same = ("device", "commit", "steps", "dense_steps", "grid", "seed", "prompt")
+    mixed = [key for key in same if len({str(other[key]) for other in results}) > 1]
+    told = (
+        f"`{r['model']}`, “{r['prompt']}”, seed {r['seed']}, {r['grid']} tokens, {r['steps']} steps of which the first "
+    )
+    told += f"{r['dense_steps']} dense, {r['executor']} executor, {r['device']}, torch {r['versions']['torch']}, commit {r['commit']}."
+    return told + (f" Rows differ in {', '.join(mixed)}: see their files." if mixed else "")
+
+
+def _paper(cls: type) -> str:
+    """The docstring of the method's file, where its source is cited."""
+    return importlib.import_module(cls.__module__).__doc__
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(rewritten(readme.read_text()))
