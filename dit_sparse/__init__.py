@@ -9,11 +9,12 @@ if not (_here / "kernels").is_dir():
 
 from .budget import Above, Mass, Top  # noqa: E402
 from .call import attention  # noqa: E402
-from .engine import Run, SparseAttnProcessor, enable, prepare  # noqa: E402
+from .engine import SparseAttnProcessor, enable, prepare  # noqa: E402
 from .grid import Grid, Site  # noqa: E402
 from .method import Method, Pattern, Scorer  # noqa: E402
 from .methods import METHODS  # noqa: E402
 from .plan import Plan  # noqa: E402
+from .run import Run  # noqa: E402
 from .schedule import Schedule  # noqa: E402
 
 __version__ = "0.1.0"

@@ -67,6 +67,7 @@ class Tally:
     sparse_pairs: int = 0
     computed_in_sparse: float | torch.Tensor = 0.0  # a tensor while it grows: reading it would wait for a GPU
     dense_pairs: int = 0
+    unseen_calls: int = 0
     attention: Stopwatch = field(default_factory=lambda: Stopwatch())
     planning: Stopwatch = field(default_factory=lambda: Stopwatch())
 
@@ -76,9 +77,11 @@ class Tally:
         self.sparse_pairs += pairs
         self.computed_in_sparse += pairs * share
 
-    def stayed_dense(self, reason: str, pairs: int) -> None:
+    def stayed_dense(self, reason: str, pairs: int | None) -> None:
+        """``pairs`` None: a call that was not seen; it counts as much as the others on average."""
         self.dense[reason] += 1
-        self.dense_pairs += pairs
+        self.unseen_calls += pairs is None
+        self.dense_pairs += pairs or 0
 
     @property
     def density_achieved(self) -> float | None:
@@ -86,8 +89,10 @@ class Tally:
 
     @property
     def density_run(self) -> float | None:
-        pairs = self.sparse_pairs + self.dense_pairs
-        return (float(self.computed_in_sparse) + self.dense_pairs) / pairs if pairs else None
+        seen_calls = self.sparse_calls + self.dense.total() - self.unseen_calls
+        unseen = self.unseen_calls * (self.sparse_pairs + self.dense_pairs) / max(seen_calls, 1)
+        pairs = self.sparse_pairs + self.dense_pairs + unseen
+        return (float(self.computed_in_sparse) + self.dense_pairs + unseen) / pairs if pairs else None
 
 
 class Stopwatch:

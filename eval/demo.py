@@ -90,7 +90,7 @@ class Demo:
             "executor": ", ".join(report.executors) or "dense",
             "grid": ", ".join(report.grids),
             "steps": self.steps,
-            "dense_steps": self.processor.schedule.first_sparse_step(self.steps),
+            "dense_steps": self.processor.settings.schedule.first_sparse_step(self.steps),
             **conditions(),
         }
 
@@ -129,4 +129,4 @@ def _warm_up(processor: SparseAttnProcessor) -> None:
     """One small call, so that compiling an executor is not counted as attention."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v = torch.randn(3, 1, 3, 4 * 24 * 24, 64, device=device).unbind(0)
-    attention(q, k, v, grid=Grid(4, 24, 24), method="random_blocks", executor=processor.executor)
+    attention(q, k, v, grid=Grid(4, 24, 24), method="random_blocks", executor=processor.settings.executor)

@@ -118,8 +118,9 @@ def _demo_conditions(results: Sequence[dict]) -> str:
     mixed = [key for key in same if len({str(other[key]) for other in results}) > 1]
     told = (
         f"`{r['model']}`, “{r['prompt']}”, seed {r['seed']}, {r['grid']} tokens, {r['steps']} steps of which the first "
+        f"{r['dense_steps']} dense, {r['executor']} executor, {r['device']}, torch {r['versions']['torch']}, "
+        f"commit {r['commit']}."
     )
-    told += f"{r['dense_steps']} dense, {r['executor']} executor, {r['device']}, torch {r['versions']['torch']}, commit {r['commit']}."
     return told + (f" Rows differ in {', '.join(mixed)}: see their files." if mixed else "")
 
 

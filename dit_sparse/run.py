@@ -1,0 +1,246 @@
+"""One pipeline made sparse: where its attention calls go, what they share, and the way back."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .grid import Grid, Site
+from .kernels.pick import pick
+from .method import Method
+from .methods import name_of
+from .pipelines.family import Family, Shape
+from .plan import Plan
+from .report import Report, Tally
+from .schedule import Schedule
+from .seam import Attend, divert
+
+log = logging.getLogger("dit_sparse")
+
+SMALL_SEQUENCE = 32_768  # tokens; below it blocks of 64 lose little speed and choose more finely than 128
+BREAK_EVEN = {"cpu": 512, "cuda": 4096}  # tokens; below it sparse does not pay
+
+Observer = Callable[[Site, Tensor, Tensor, Plan], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does; see ``SparseAttnProcessor`` for the meaning."""
+
+    method: Method
+    schedule: Schedule
+    executor: str
+    block: int | None
+    min_tokens: int | None
+    steps: int | None
+
+    def block_for(self, grid: Grid) -> int:
+        return self.block or (64 if grid.tokens < SMALL_SEQUENCE else 128)
+
+    def too_short(self, grid: Grid, device: torch.device) -> str | None:
+        least = BREAK_EVEN.get(device.type, 4096) if self.min_tokens is None else self.min_tokens
+        return f"fewer than {least} tokens, where sparse does not pay" if grid.tokens < least else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """One self-attention module: of which transformer, which layer of how many, and on which side its text stands."""
+
+    component: str
+    layer: int
+    layers: int
+    text: str | None
+    module: nn.Module
+
+
+class Run:
+    """One pipeline made sparse: its state, and the way back. State lives here, keyed by layer, branch and grid, and is
+    dropped when a generation ends, fails or starts anew."""
+
+    def __init__(
+        self, settings: Settings, scheduler: Any, transformers: Iterable[tuple[str, nn.Module, Family]]
+    ) -> None:
+        from .locate import Whereabouts  # here, for it imports diffusers, which takes seconds
+
+        self._settings = settings
+        self._tally = Tally()
+        self._memory: dict[tuple, dict] = defaultdict(dict)
+        self._plans: dict[tuple, Plan | None] = {}
+        self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
+        self._turns: Counter[nn.Module] = Counter()  # Mochi attends one batch item at a time: which one is this?
+        self._warned: set[str] = set()
+        self._undo: list = []
+        self._observers: list[Observer] = []
+        self._clock = Whereabouts(lambda: getattr(scheduler, "timesteps", None), settings.steps, self._forget)
+        self._grid: Shape = (1, 1, 1)
+        try:
+            for name, transformer, family in transformers:
+                self._watch(name, transformer, family)
+        except BaseException:
+            self.disable()
+            raise
+
+    def disable(self) -> None:
+        """Put everything back as it was; safe to call twice."""
+        while self._undo:
+            self._undo.pop()()
+        self._forget()
+        self._plans.clear()
+
+    def report(self) -> Report:
+        """What happened so far."""
+        tally, method = self._tally, self._settings.method
+        return Report(
+            method=name_of(method),
+            settings=method.settings(),
+            executors=dict(tally.executors),
+            grids=list(tally.grids),
+            sparse_calls=tally.sparse_calls,
+            dense_calls=dict(tally.dense),
+            density_asked=method.density,
+            density_achieved=tally.density_achieved,
+            density_run=tally.density_run,
+            attention_seconds=tally.attention.seconds,
+            planning_seconds=tally.planning.seconds,
+        )
+
+    def observe(self, observer: Observer) -> None:
+        """Call ``observer(site, q, k, plan)`` before every sparse call, outside its timing: for measurements."""
+        self._observers.append(observer)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.disable()
+
+    def _watch(self, name: str, transformer: nn.Module, family: Family) -> None:
+        from .locate import RootHook, watch
+
+        def entered(arguments: dict) -> None:
+            self._grid = family.grid(transformer.config, arguments)
+            self._lengths.clear()
+            self._turns.clear()
+
+        self._undo.append(watch(transformer, RootHook(self._clock, entered)))
+        sites = [(path, module) for path, module in transformer.named_modules() if re.fullmatch(family.sites, path)]
+        for layer, (_, module) in enumerate(sites):
+            place = Place(name, layer, len(sites), family.text, module)
+            self._undo.append(divert(module, partial(self._decide, place)))
+
+    def _decide(self, place: Place) -> Attend | None:
+        """Who computes the coming call: this run, or, in dense steps, the attention backend that the user chose."""
+        backend = getattr(place.module.processor, "_attention_backend", None)
+        if backend in (None, "native") or not self._settings.schedule.dense(self._site(place, Grid(*self._grid))):
+            return partial(self._attend, place)
+        self._tally.stayed_dense(f"the schedule, by the backend {backend}", None)
+        return None
+
+    def _site(self, place: Place, grid: Grid) -> Site:
+        clock, block = self._clock, self._settings.block_for(grid)
+        branch = f"{place.component} {clock.branch} {self._turns[place.module]}"
+        return Site(grid, block, place.layer, place.layers, clock.step, clock.steps, branch)
+
+    def _attend(
+        self, place: Place, sdpa: Attend, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """What a diverted attention call becomes: sparse where that is possible and pays, else the call it was."""
+        pairs = query.shape[2] * key.shape[2] * query.shape[0] * query.shape[1]
+
+        def dense(reason: str) -> Tensor:
+            self._tally.stayed_dense(reason, pairs)
+            with self._tally.attention.running(query.device):
+                return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+        grid = Grid(*self._grid).with_text(query.shape[2], place.text)
+        if reason := _obstacle(self._grid, grid, query, key, is_causal or dropout_p > 0, place.module.processor):
+            return dense(self._warn_once(reason))
+        site = self._site(place, grid)
+        self._turns[place.module] += 1
+        if self._settings.schedule.dense(site):
+            return dense("the schedule")
+        if reason := self._settings.too_short(grid, query.device):
+            return dense(reason)
+        lengths = self._key_lengths(attn_mask, query)
+        if isinstance(lengths, str):
+            return dense(self._warn_once(lengths))
+        with self._tally.attention.running(query.device):
+            plan = self._plan(query, key, site)
+        if plan is None:
+            return dense("the method")
+        plan = plan.padded(lengths)
+        for observer in self._observers:
+            observer(site, query, key, plan)
+        self._tally.computed(grid, pairs, plan.share)
+        with self._tally.attention.running(query.device):
+            return self._sparse(plan, query, key, value, scale, site)
+
+    def _sparse(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, site: Site) -> Tensor:
+        name, executor = pick(self._settings.executor, q, k, plan)
+        self._tally.executors[name] += 1
+        out, lse = executor.attend(q, k, v, plan, scale)
+        return self._settings.method.correct(out, lse, site, self._memory[site.layer, site.branch, site.grid])
+
+    def _plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | None:
+        method = self._settings.method
+        place = (site.grid, q.device) if method.static else (site.grid, q.device, site.layer, site.branch)
+        if place not in self._plans or (not method.static and self._settings.schedule.replan(site)):
+            with self._tally.planning.running(q.device):
+                self._plans[place] = method.plan(q, k, site, self._memory[site.layer, site.branch, site.grid])
+        return self._plans[place]
+
+    def _key_lengths(self, mask: Tensor | None, q: Tensor) -> Tensor | str | None:
+        """Real keys of each batch item from a padding mask, ``[B]``; None: no padding; a string: why the mask cannot be
+        read so. One look at each mask and transformer call, for on a GPU it waits for the device."""
+        if mask is None:
+            return None
+        if id(mask) not in self._lengths:
+            self._lengths[id(mask)] = (mask, _read_padding(mask, q.shape[0], q.shape[2]))
+        return self._lengths[id(mask)][1]
+
+    def _warn_once(self, reason: str) -> str:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            log.warning("attention stays dense: %s", reason)
+        return reason
+
+    def _forget(self) -> None:
+        """A generation is over: what was learnt from its tokens goes; static plans know only the grid, and stay."""
+        self._memory.clear()
+        self._lengths.clear()
+        if not self._settings.method.static:
+            self._plans.clear()
+
+
+def _obstacle(shape: Shape, grid: Grid | None, q: Tensor, k: Tensor, inexact: bool, processor: Any) -> str | None:
+    """Why this call cannot be sparse, in words; None where it can."""
+    if q.shape[2] != k.shape[2] or grid is None:
+        return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {'x'.join(map(str, shape))}"
+    if inexact:
+        return "causal attention and dropout are not supported"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return "gradients are asked for, and the executors have no backward pass"
+    if getattr(processor, "_parallel_config", None) is not None:
+        return "context parallelism is not supported"
+    return None
+
+
+def _read_padding(mask: Tensor, batch: int, tokens: int) -> Tensor | str:
+    if mask.dtype != torch.bool:
+        return "the attention mask is additive, not a boolean padding mask"
+    if mask.shape[-1] != tokens or mask.numel() not in (tokens, batch * tokens):
+        return f"the attention mask {list(mask.shape)} is no padding mask over {tokens} keys"
+    mask = mask.reshape(-1, tokens)
+    lengths = mask.sum(-1)
+    if not (mask == (torch.arange(tokens, device=mask.device) < lengths[:, None])).all():
+        return "the attention mask leaves out tokens in the middle of the sequence"
+    return lengths.expand(batch)
