@@ -50,12 +50,13 @@ def demo(
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.eval.demo import Demo
         from dit_sparse.eval.files import save_json, writable_folder
-        from dit_sparse.eval.generate import BUNDLED_CALL, BUNDLED_PROMPT
+        from dit_sparse.eval.generate import BUNDLED_PROMPT
 
         processor = SparseAttnProcessor(
             method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
         )
-        task = Demo(prompt or BUNDLED_PROMPT, processor, out, seed, steps or BUNDLED_CALL["num_inference_steps"])
+        call = {} if steps is None else {"num_inference_steps": steps}
+        task = Demo(prompt or BUNDLED_PROMPT, processor, out, seed, call)
         if json_file:
             writable_folder(json_file.parent)
         with progress_bars() as stage:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse import Grid, Plan, Site
+from dit_sparse import Grid, Site
 from dit_sparse.kernels.pick import EXECUTORS, executor
 from dit_sparse.methods import method
 
@@ -81,7 +81,9 @@ def main() -> None:
     found = []
     with torch.no_grad():
         for row in rows(GRID, options.density, options.rounds):
-            print(f"{row['executor']:8} {row['dtype']:9} D {row['head_dim']:3} block {row['block']:3} {row['speedup']:.2f}x")
+            print(
+                f"{row['executor']:8} {row['dtype']:9} D {row['head_dim']:3} block {row['block']:3} {row['speedup']:.2f}x"
+            )
             found.append(row)
     note = f"{HEADS} heads, random blocks, medians of {options.rounds} interleaved rounds"
     save_json(options.out, {"rows": found, "note": note} | conditions())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,25 @@ class Demo:
     Attributes:
         prompt, seed: of both videos.
         processor: method, density and schedule of the sparse one.
-        steps: denoising steps.
         out: folder for the videos, the pictures and ``result.json``.
+        call: arguments of the pipeline, to be added to ``BUNDLED_CALL``.
     """
 
     prompt: str
     processor: SparseAttnProcessor
     out: Path
     seed: int = 0
-    steps: int = BUNDLED_CALL["num_inference_steps"]
+    call: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "call", BUNDLED_CALL | self.call)
         if self.steps < 2:
             raise ValueError(f"the demo needs at least 2 steps, not {self.steps}")
         writable_folder(self.out)
+
+    @property
+    def steps(self) -> int:
+        return self.call["num_inference_steps"]
 
     def run(self, stage: Stage) -> dict:
         """The videos, pictures and ``result.json``; returns the result. ``stage(name)`` begins a progress bar."""
@@ -62,9 +67,8 @@ class Demo:
         run = pipe.sparse_run
         if seen is not None:
             run.observe(seen)
-        call = BUNDLED_CALL | {"num_inference_steps": self.steps}
         try:
-            clip = generate(pipe, self.prompt, self.seed, call, progress)
+            clip = generate(pipe, self.prompt, self.seed, self.call, progress)
             return clip, run.report()
         finally:
             pipe.set_attn_processor(None)

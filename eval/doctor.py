@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from dit_sparse.kernels.pick import EXECUTORS, executor
 
 from dit_sparse import Grid, Plan, attention
+from dit_sparse.kernels.pick import EXECUTORS, executor
 
 from .environment import conditions
 

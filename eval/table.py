@@ -13,9 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from dit_sparse.pipelines.family import FAMILIES
-
 from dit_sparse import METHODS
+from dit_sparse.pipelines.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
