@@ -81,9 +81,8 @@ def main() -> None:
     found = []
     with torch.no_grad():
         for row in rows(GRID, options.density, options.rounds):
-            print(
-                f"{row['executor']:8} {row['dtype']:9} D {row['head_dim']:3} block {row['block']:3} {row['speedup']:.2f}x"
-            )
+            shape = f"D {row['head_dim']:3} block {row['block']:3}"
+            print(f"{row['executor']:8} {row['dtype']:9} {shape} {row['speedup']:.2f}x", flush=True)
             found.append(row)
     note = f"{HEADS} heads, random blocks, medians of {options.rounds} interleaved rounds"
     save_json(options.out, {"rows": found, "note": note} | conditions())
