@@ -25,9 +25,8 @@ def compare(
 
     try:
         processor = SparseAttnProcessor(method, density=density, dense_steps=float(dense_steps))
-        result = Demo(
-            prompt[:500] or BUNDLED_PROMPT, processor, out, int(seed), {"num_inference_steps": int(steps)}
-        ).run(stage)
+        call = {"num_inference_steps": int(steps)}
+        result = Demo(prompt[:500] or BUNDLED_PROMPT, processor, out, int(seed), call).run(stage)
     except ValueError as error:
         raise gr.Error(str(error)) from None
     picture = lambda name: str(out / name) if (out / name).exists() else None
