@@ -29,6 +29,8 @@ class Whereabouts:
         self._first: float | None = None
         self._last: float | None = None
         self._in_flight = False
+        self._read_from: Any = None
+        self._read: list[float] = []
 
     def enter(self, timestep: torch.Tensor | float | None, context: Any) -> None:
         """A transformer call begins. An earlier call that never left means that its generation failed."""
@@ -36,7 +38,7 @@ class Whereabouts:
             self.reset()
         self._in_flight = True
         now = _scalar(timestep)
-        schedule = _schedule(self._timesteps())
+        schedule = self._schedule()
         step = self._step(now, schedule, context)
         if step < self.step:
             self.reset()
@@ -54,12 +56,20 @@ class Whereabouts:
         self.step, self.calls, self._last, self._in_flight = 0, 0, None, False
         self._forget()
 
+    def _schedule(self) -> list[float]:
+        """The scheduler's timesteps, read once a generation: reading waits for a GPU."""
+        timesteps = self._timesteps()
+        if timesteps is not self._read_from:
+            self._read_from = timesteps
+            self._read = [] if timesteps is None else [float(t) for t in torch.as_tensor(timesteps).tolist()]
+        return self._read
+
     def _step(self, now: float | None, schedule: list[float], context: Any) -> int:
         given = getattr(context, "step_index", None)
         if given is not None:
             return int(given)
-        if now in schedule:
-            return schedule.index(now)
+        if now is not None and (nearest := _nearest(now, schedule)) is not None:
+            return nearest
         if self._last is None:
             return 0
         if now is None or now == self._last:
@@ -123,5 +133,11 @@ def _scalar(timestep: torch.Tensor | float | None) -> float | None:
     return float(timestep.max()) if isinstance(timestep, torch.Tensor) else timestep
 
 
-def _schedule(timesteps: Any) -> list[float]:
-    return [] if timesteps is None else [float(t) for t in timesteps]
+def _nearest(now: float, schedule: list[float]) -> int | None:
+    """The step whose timestep is nearest: half precision rounds what the scheduler gave. None: nothing is near, as
+    where a pipeline rescales its timesteps."""
+    if not schedule:
+        return None
+    step = min(range(len(schedule)), key=lambda i: abs(schedule[i] - now))
+    near = abs(schedule[step] - now) <= 0.005 * max(abs(t) for t in schedule)
+    return step if near else None
