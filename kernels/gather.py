@@ -26,7 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     Computes in float32."""
     batch, heads, tokens, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    queries, keys, values = (_blocked(plan.arrange(x), plan) for x in (q, k, v))
+    q, k, v = (plan.arrange(x) for x in (q, k, v))
+    queries, keys, values = (_blocked(x, plan) for x in (q, k, v))
     valid = _valid(plan, batch)
     first_key_block = _first_key_block(batch, heads, k.shape[1], plan.blocks, q.device)
     index = (plan.index.expand(batch, heads, -1, -1) + first_key_block).flatten(0, 2)
