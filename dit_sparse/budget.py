@@ -55,7 +55,7 @@ class Mass:
             .sort(dim=-1, descending=True, stable=True)
         )
         before = mass.cumsum(-1) - mass
-        keep = torch.zeros_like(forced).scatter_(-1, place, before < self.share)
+        keep = torch.zeros_like(forced).scatter_(-1, place, (before < self.share) & (mass > 0))
         return keep | forced
 
 

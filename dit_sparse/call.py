@@ -46,23 +46,29 @@ def attention(
         ValueError: shapes that do not fit each other or the grid, or an unknown method.
         RuntimeError: the named executor cannot run here; the message says why.
     """
-    _check(q, k, v, grid, lengths)
+    _check(q, k, v, grid, lengths, block)
     if isinstance(method, str):
         method = method_named(method, density=density)
-    plan = method.plan(q, k, Site(grid, block), {})
-    if plan is None:
-        plan = Plan.full(grid.tokens, block, q.device)
+    if not isinstance(method, Method):
+        raise ValueError(f"a method is a name or a dit_sparse.Method, not {type(method).__name__}")
+    site, memory = Site(grid, block), {}
+    plan = method.plan(q, k, site, memory) or Plan.full(grid.tokens, block, q.device)
+    if lengths is not None and plan.order is not None and lengths.min() < grid.tokens - grid.after:
+        raise ValueError("padding must be text at the end of the sequence: this method reorders the video tokens")
     plan = plan.padded(lengths)
     out, lse = pick(executor, q, k, plan)[1].attend(q, k, v, plan, scale)
-    return method.correct(out, lse, Site(grid, block), {}), lse
+    return method.correct(out, lse, site, memory), lse
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, grid: Grid, lengths: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, grid: Grid, lengths: Tensor | None, block: int) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"q, k and v are [batch, heads, tokens, head_dim], not {shapes}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] % k.shape[1]:
+    heads_fit = k.shape[1] and q.shape[1] % k.shape[1] == 0
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or not heads_fit:
         raise ValueError(f"k and v must match q, with a number of heads that divides q's: {shapes}")
+    if block < 1:
+        raise ValueError(f"block is the number of tokens in a block, at least 1, not {block}")
     if q.shape[2] != grid.tokens:
         raise ValueError(f"the grid {grid} has {grid.tokens} tokens, but q has {q.shape[2]}")
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point() and q.device == k.device == v.device):

@@ -93,7 +93,9 @@ def _transformers(model: Any) -> Iterator[tuple[str, nn.Module, Family]]:
     """
     parts = model.components if hasattr(model, "components") else {"transformer": model}
     found = [
-        (name, part) for name, part in parts.items() if name.startswith("transformer") and isinstance(part, nn.Module)
+        (name, getattr(part, "_orig_mod", part))  # what torch.compile(part) wraps
+        for name, part in parts.items()
+        if name.startswith("transformer") and isinstance(part, nn.Module)
     ]
     if not found:
         raise ValueError(f"{type(model).__name__} has no transformer to make sparse")

@@ -27,7 +27,7 @@ class Grid:
     @classmethod
     def parse(cls, text: str) -> Grid:
         """``"21x45x80"`` or ``"21x45x80+226"`` (text after the video) or ``"226+21x45x80"`` (text before it)."""
-        match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)x(\d+)(?:\+(\d+))?", text.replace(" ", ""))
+        match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)x(\d+)(?:\+(\d+))?", re.sub(r"text|\s", "", text))
         if not match:
             raise ValueError(
                 f"cannot read the grid {text!r}: write frames x height x width, as in 21x45x80 or 21x45x80+226"

@@ -29,6 +29,7 @@ class Whereabouts:
         self._first: float | None = None
         self._last: float | None = None
         self._in_flight = False
+        self._begun: set[str] = set()  # branches seen in step 0: one that comes again begins a new generation
         self._read_from: Any = None
         self._read: list[float] = []
 
@@ -39,21 +40,24 @@ class Whereabouts:
         self._in_flight = True
         now = _scalar(timestep)
         schedule = self._schedule()
-        step = self._step(now, schedule, context)
-        if step < self.step:
+        step, name = self._step(now, schedule, context), getattr(context, "name", None)
+        if step < self.step or (step == 0 and name in self._begun):
             self.reset()
         repeated = self._last is not None and step == self.step and now == self._last
         self.calls = self.calls + 1 if repeated else 0
         self._first = now if self._last is None else self._first
         self.step, self._last = step, now
         self.steps = self._given_steps or getattr(context, "num_inference_steps", None) or (len(schedule) or None)
-        self.branch = getattr(context, "name", None) or f"call {self.calls}"
+        self.branch = name or f"call {self.calls}"
+        if name and step == 0:
+            self._begun.add(name)
 
     def leave(self) -> None:
         self._in_flight = False
 
     def reset(self) -> None:
         self.step, self.calls, self._last, self._in_flight = 0, 0, None, False
+        self._begun.clear()
         self._forget()
 
     def _schedule(self) -> list[float]:

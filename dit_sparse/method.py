@@ -7,7 +7,7 @@ remember from step to step goes into the ``memory`` they are handed, which belon
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -47,8 +47,9 @@ class Method:
         return out
 
     def settings(self) -> dict:
-        """The method as plain values, for JSON: its fields, nothing else."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """The method as plain values, for JSON: its fields, nothing else. A budget becomes ``{"Top": {...}}``."""
+        plain = lambda x: {type(x).__name__: asdict(x)} if is_dataclass(x) else x
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +99,15 @@ class Scorer(Method):
     """A method that ranks the key blocks of each query block by looking at q and k. A subclass writes :meth:`score`.
 
     Attributes:
-        budget: how many of the ranked blocks survive. ``density=x`` is short for ``Top(x)``.
+        budget: how many of the ranked blocks survive; None: ``Top(density)``, or a quarter of them.
     """
 
-    budget: Budget = field(default_factory=lambda: Top(0.25))
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.density is not None:
-            object.__setattr__(self, "budget", Top(self.density))
+        if self.density is not None and self.budget is not None:
+            raise ValueError("give a density or a budget, not both: a density is short for the budget Top(density)")
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         """Float32 scores ``[B, H, Qb, Qb]`` of ``q, k [B, H, N, D]``, which stand in the method's order."""
@@ -118,7 +119,8 @@ class Scorer(Method):
         if order is not None:
             q, k = (x.index_select(2, order.to(x.device)) for x in (q, k))
         scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
-        keep = self.budget.keep(scores.masked_fill(always, torch.inf))
+        budget = self.budget or Top(self.density or 0.25)
+        keep = budget.keep(scores.masked_fill(always, torch.inf))
         return Plan.of(keep, site.grid.tokens, site.block, order if order is None else order.to(q.device))
 
 

@@ -107,7 +107,7 @@ class Plan:
         return self if lengths is None else replace(self, lengths=lengths.to(self.index.device, torch.int32))
 
     def arrange(self, x: Tensor) -> Tensor:
-        """``x [B, H, N, ...]`` in the plan's order."""
+        """``x [B, H, N, ...]`` in the plan's order; fewer key heads than there are orders are repeated."""
         return x if self.order is None else _take(x, self.order)
 
     def restore(self, x: Tensor) -> Tensor:
@@ -118,6 +118,8 @@ class Plan:
 def _take(x: Tensor, order: Tensor) -> Tensor:
     if order.ndim == 1:
         return x.index_select(2, order)
+    if x.shape[1] < order.shape[1]:
+        x = x.repeat_interleave(order.shape[1] // x.shape[1], 1)
     order = order.expand(*x.shape[:2], -1)
     if x.ndim == 4:
         order = order[..., None].expand(-1, -1, -1, x.shape[-1])

@@ -141,7 +141,7 @@ class Run:
         backend = getattr(place.module.processor, "_attention_backend", None)
         if backend in (None, "native") or not self._settings.schedule.dense(self._site(place, Grid(*self._grid))):
             return partial(self._attend, place)
-        self._tally.stayed_dense(f"the schedule, by the backend {backend}", None)
+        self._tally.stayed_dense(f"the schedule, by the backend {getattr(backend, 'value', backend)}", None)
         return None
 
     def _site(self, place: Place, grid: Grid) -> Site:
@@ -170,7 +170,7 @@ class Run:
             return dense("the schedule")
         if reason := self._settings.too_short(grid, query.device):
             return dense(reason)
-        lengths = self._key_lengths(attn_mask, query)
+        lengths = self._key_lengths(attn_mask, query, grid)
         if isinstance(lengths, str):
             return dense(self._warn_once(lengths))
         with self._tally.attention.running(query.device):
@@ -198,13 +198,13 @@ class Run:
                 self._plans[place] = method.plan(q, k, site, self._memory[site.layer, site.branch, site.grid])
         return self._plans[place]
 
-    def _key_lengths(self, mask: Tensor | None, q: Tensor) -> Tensor | str | None:
+    def _key_lengths(self, mask: Tensor | None, q: Tensor, grid: Grid) -> Tensor | str | None:
         """Real keys of each batch item from a padding mask, ``[B]``; None: no padding; a string: why the mask cannot be
         read so. One look at each mask and transformer call, for on a GPU it waits for the device."""
         if mask is None:
             return None
         if id(mask) not in self._lengths:
-            self._lengths[id(mask)] = (mask, _read_padding(mask, q.shape[0], q.shape[2]))
+            self._lengths[id(mask)] = (mask, _read_padding(mask, q.shape[0], grid))
         return self._lengths[id(mask)][1]
 
     def _warn_once(self, reason: str) -> str:
@@ -234,7 +234,8 @@ def _obstacle(shape: Shape, grid: Grid | None, q: Tensor, k: Tensor, inexact: bo
     return None
 
 
-def _read_padding(mask: Tensor, batch: int, tokens: int) -> Tensor | str:
+def _read_padding(mask: Tensor, batch: int, grid: Grid) -> Tensor | str:
+    tokens = grid.tokens
     if mask.dtype != torch.bool:
         return "the attention mask is additive, not a boolean padding mask"
     if mask.shape[-1] != tokens or mask.numel() not in (tokens, batch * tokens):
@@ -243,4 +244,6 @@ def _read_padding(mask: Tensor, batch: int, tokens: int) -> Tensor | str:
     lengths = mask.sum(-1)
     if not (mask == (torch.arange(tokens, device=mask.device) < lengths[:, None])).all():
         return "the attention mask leaves out tokens in the middle of the sequence"
+    if (lengths < tokens - grid.after).any():
+        return "the attention mask leaves out video tokens"
     return lengths.expand(batch)

@@ -57,14 +57,16 @@ class SetAttnProcessor:
 
     def set_attn_processor(self, processor) -> None:
         """``processor``: a ``dit_sparse.SparseAttnProcessor``; None: back to the model's own processors, bit for bit;
-        any other diffusers processor is handed to the transformer."""
+        any other diffusers processor is handed to every transformer."""
         if self.sparse_run is not None:
             self.sparse_run.disable()
             self.__dict__["sparse_run"] = None
         if hasattr(processor, "attach"):
             self.__dict__["sparse_run"] = processor.attach(self)
         elif processor is not None:
-            self.transformer.set_attn_processor(processor)
+            for name, part in self.components.items():
+                if name.startswith("transformer") and part is not None:
+                    part.set_attn_processor(processor)
 
 
 def stock_pipeline(module: ModuleType | str, family: Family, name: str) -> type:

@@ -53,7 +53,7 @@ class Radial(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decay <= 0 or self.near < -1 or self.floor < 0:
+        if not (self.decay > 0 and self.near >= -1 and self.floor >= 0):
             raise ValueError(
                 f"decay is positive, near at least -1, floor at least 0, not {self.decay}, {self.near}, {self.floor}"
             )

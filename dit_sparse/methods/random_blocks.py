@@ -29,6 +29,11 @@ class RandomBlocks(Method):
     density: float = 0.25
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.density is None:
+            raise ValueError("random_blocks needs a density: it has no other setting that could decide it")
+
     def plan(self, q, k, site: Site, memory: dict) -> Plan:
         grid, block = site.grid, site.block
         blocks = blocks_in(grid.tokens, block)

@@ -3,8 +3,8 @@
 Source: sliding-window attention carried to three axes: P. Zhang et al., "Fast Video Generation with Sliding Tile
 Attention", arXiv:2502.04507, sec. 3; A. Hassani et al., "Generalized Neighborhood Attention", arXiv:2504.16922, sec. 2.
 Differs from the authors: the window is a fraction of each axis instead of a table of supported shapes, tokens are cut
-into blocks along a Hilbert curve instead of fixed tiles, so every grid works, and a block pair is kept when any of its
-token pairs lies within the window.
+into blocks along a Hilbert curve instead of fixed tiles, so every grid works, and a block pair is kept when the boxes
+around its two blocks come within the window of each other along every axis.
 """
 
 from __future__ import annotations
