@@ -142,7 +142,7 @@ def test_settings_travel_as_json(name):
 
 def test_settings_of_a_scorer_travel_as_json():
     settings = json.loads(json.dumps(Pooled(budget=Mass(0.9)).settings()))
-    assert settings == {"density": None, "budget": {"Mass": {"share": 0.9}}}
+    assert settings == {"density": None, "budget": {"Mass": {"share": 0.9}}, "curve": False}
 
 
 def test_a_scorer_takes_a_density_or_a_budget():
