@@ -354,5 +354,8 @@ def test_scorer_scores_in_the_order_its_blocks_are_cut_from():
 
 
 def test_density_is_short_for_top():
-    assert Pooled(density=0.3).budget == Top(0.3)
-    assert Pooled().budget == Top(0.25)
+    grid = Grid(4, 8, 8)
+    q, k, _ = qkv(grid.tokens)
+    kept = lambda **given: Pooled(**given).plan(q, k, Site(grid, 32), {}).keep()
+    assert kept(density=0.3).equal(kept(budget=Top(0.3)))
+    assert kept().equal(kept(budget=Top(0.25)))
