@@ -16,8 +16,8 @@ fix: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-shapes: .venv/ready  ## train the bundled model anew
-	$(BIN)/python -m dit_sparse.shapes.train --out runs/shapes --resume
+shapes: .venv/ready  ## train the bundled model on
+	$(BIN)/python -m dit_sparse.shapes.train --out runs/shapes --resume --start dit_sparse/assets/shapes-wan
 
 # Without an NVIDIA GPU the exact pin comes first: a range would fetch the newest CUDA build.
 .venv/ready: pyproject.toml constraints.txt
