@@ -60,7 +60,8 @@ class SparseAttnProcessor:
 
     def attach(self, model: Any) -> Run:
         """Make ``model``, a diffusers pipeline or transformer, sparse."""
-        return Run(self.settings, getattr(model, "scheduler", None), _transformers(model))
+        timesteps = lambda: getattr(getattr(model, "scheduler", None), "timesteps", None)  # it may be exchanged later
+        return Run(self.settings, timesteps, _transformers(model))
 
 
 def enable(model: Any, method: str | Method = "radial", **settings: Any) -> Run:

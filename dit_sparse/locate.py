@@ -29,7 +29,7 @@ class Whereabouts:
         self._first: float | None = None
         self._last: float | None = None
         self._in_flight = False
-        self._begun: set[str] = set()  # branches seen in step 0: one that comes again begins a new generation
+        self._begin = 0  # where in the scheduler's timesteps the generation began: video-to-video leaves some out
         self._read_from: Any = None
         self._read: list[float] = []
 
@@ -37,33 +37,32 @@ class Whereabouts:
         """A transformer call begins. An earlier call that never left means that its generation failed."""
         if self._in_flight:
             self.reset()
-        self._in_flight = True
-        now = _scalar(timestep)
-        schedule = self._schedule()
-        step, name = self._step(now, schedule, context), getattr(context, "name", None)
-        if step < self.step or (step == 0 and name in self._begun):
+        now, schedule = _scalar(timestep), self._schedule()
+        step = self._step(now, schedule, context)
+        if step < self.step:
             self.reset()
+            step = self._step(now, schedule, context)
         repeated = self._last is not None and step == self.step and now == self._last
         self.calls = self.calls + 1 if repeated else 0
         self._first = now if self._last is None else self._first
         self.step, self._last = step, now
-        self.steps = self._given_steps or getattr(context, "num_inference_steps", None) or (len(schedule) or None)
-        self.branch = name or f"call {self.calls}"
-        if name and step == 0:
-            self._begun.add(name)
+        ahead = len(schedule) - self._begin
+        self.steps = self._given_steps or getattr(context, "num_inference_steps", None) or ahead or None
+        self.branch = getattr(context, "name", None) or f"call {self.calls}"
+        self._in_flight = True
 
     def leave(self) -> None:
         self._in_flight = False
 
     def reset(self) -> None:
-        self.step, self.calls, self._last, self._in_flight = 0, 0, None, False
-        self._begun.clear()
+        self.step, self.calls, self._last, self._in_flight, self._begin = 0, 0, None, False, 0
         self._forget()
 
     def _schedule(self) -> list[float]:
-        """The scheduler's timesteps, read once a generation: reading waits for a GPU."""
+        """The scheduler's timesteps, read once a generation: reading waits for a GPU. New ones begin a generation."""
         timesteps = self._timesteps()
         if timesteps is not self._read_from:
+            self.reset()
             self._read_from = timesteps
             self._read = [] if timesteps is None else [float(t) for t in torch.as_tensor(timesteps).tolist()]
         return self._read
@@ -73,7 +72,8 @@ class Whereabouts:
         if given is not None:
             return int(given)
         if now is not None and (nearest := _nearest(now, schedule)) is not None:
-            return nearest
+            self._begin = nearest if self._last is None else self._begin
+            return nearest - self._begin
         if self._last is None:
             return 0
         if now is None or now == self._last:

@@ -66,7 +66,10 @@ class Run:
     dropped when a generation ends, fails or starts anew."""
 
     def __init__(
-        self, settings: Settings, scheduler: Any, transformers: Iterable[tuple[str, nn.Module, Family]]
+        self,
+        settings: Settings,
+        timesteps: Callable[[], Any],
+        transformers: Iterable[tuple[str, nn.Module, Family]],
     ) -> None:
         from .locate import Whereabouts  # here, for it imports diffusers, which takes seconds
 
@@ -79,7 +82,7 @@ class Run:
         self._warned: set[str] = set()
         self._undo: list = []
         self._observers: list[Observer] = []
-        self._clock = Whereabouts(lambda: getattr(scheduler, "timesteps", None), settings.steps, self._forget)
+        self._clock = Whereabouts(timesteps, settings.steps, self._forget)
         self._grid: Shape = (1, 1, 1)
         try:
             for name, transformer, family in transformers:
