@@ -1,0 +1,1 @@
+"""The bundled demo model `shapes-wan`: its scenes, its training, its judge."""

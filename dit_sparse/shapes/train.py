@@ -1,0 +1,297 @@
+"""Train shapes-wan: `python -m dit_sparse.shapes.train --minutes 85 --out DIR [--resume] [--device cuda]`.
+
+Rectified flow as `WanPipeline` expects it. Batches depend only on the step number, and the curriculum and the
+learning rate only on the fraction of the budget that is spent, so a resumed run continues where it left off.
+Creating DIR/STOP, or SIGTERM, ends the run early and cleanly.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import WanTransformer3DModel
+from transformers import UMT5EncoderModel
+
+from . import prompts
+from .autoencoder import fold
+from .build import (
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    encode_prompts,
+    latent_statistics,
+    save_pipeline,
+)
+from .optim import make_optimisers
+from .scenes import Size, clip
+
+CHECKPOINT = "checkpoint.pt"
+UNPROMPTED = 0.12  # share of clips with an empty prompt, for classifier-free guidance
+AVERAGING = 0.993  # decay of the averaged weights over a step
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum, up to the fraction `until`: clips per shard with shapes in tokens, text lengths."""
+
+    until: float
+    batches: tuple[tuple[int, tuple[int, int, int]], ...]
+    text_lengths: tuple[int, ...]
+
+
+# The second stage reaches the end of every axis, hence of every rotary frequency, at a quarter of the tokens.
+CURRICULUM = (
+    Stage(0.60, ((3, (6, 10, 10)), (2, (6, 12, 12)), (2, (8, 10, 10)), (1, (8, 12, 12))), (24, 24, 48, 128, 512)),
+    Stage(0.94, ((1, (16, 12, 12)), (1, (4, 24, 24)), (1, (8, 16, 16))), (24, 48, 128, 512)),
+    Stage(1.00, ((1, (16, 16, 16)), (1, (8, 24, 24))), (512, 512, 512, 128)),
+)
+TINY = (Stage(1.0, ((2, (2, 4, 4)),), (24,)),)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: by the clock, or by steps when the run has to be repeatable."""
+
+    minutes: float = 85.0
+    steps: int | None = None
+
+    def fraction(self, step, elapsed):
+        spent = step / self.steps if self.steps else elapsed / (60 * self.minutes)
+        return min(spent, 1.0)
+
+
+def learning_rate_factor(fraction):
+    """A short warm-up, a plateau, and a cosine down to a fiftieth."""
+    warmup = min(1.0, 0.05 + fraction / 0.012)
+    decline = max(0.0, (fraction - 0.35) / 0.65)
+    return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * decline)))
+
+
+def draw_times(count, generator):
+    """Noise levels in (0, 1). Half are high, many close to one, where nothing but the prompt decides what appears."""
+    kind = torch.rand(count, generator=generator)
+    middle = torch.sigmoid(torch.randn(count, generator=generator) + 0.1)
+    uniform = torch.rand(count, generator=generator)
+    outer = torch.where(kind < 0.5, 0.03 + 0.57 * uniform, 1 - 0.4 * uniform.square())
+    return torch.where(kind < 0.3, middle, outer)
+
+
+def spread_loss(error):
+    """Squared error of (clips, 48, frames, rows, columns), plus that of its means over tokens and over 3x3 tokens.
+
+    Weighting errors so does not move the optimum of a flow, but in the means the unpredictable grain cancels, while
+    shapes and colours, which a plain mean would drown, stand out: they are learnt several times sooner.
+    """
+    token = error.unflatten(1, (3, -1)).mean(2)
+    area = torch.nn.functional.avg_pool3d(token, (1, 3, 3))
+    means = (part.square().mean(dim=(1, 2, 3, 4)) for part in (error, token, area))
+    return sum(weight * mean for weight, mean in zip((1.0, 4.0, 7.0), means, strict=True))
+
+
+class Trainer:
+    """Weights, their running average, optimisers, and the place in the curriculum.
+
+    Each step works on `shards`, small batches in threads of their own that meet only at the end of the step: on a
+    machine that is shared with others, threads that meet after every operation would mostly wait for each other.
+    """
+
+    def __init__(self, budget, curriculum=CURRICULUM, device="cpu", seed=0, shards=2, crowd=1):
+        torch.manual_seed(seed)
+        self.budget, self.curriculum, self.device, self.seed = budget, curriculum, device, seed
+        self.shards, self.crowd = shards, crowd
+        self.tokenizer = build_tokenizer()
+        self.statistics = latent_statistics()
+        parts = {"transformer": build_transformer(), "text_encoder": build_text_encoder(self.tokenizer)}
+        self.student = torch.nn.ModuleDict(parts).to(device)
+        self.average = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.optimisers = make_optimisers(self.student["transformer"], self.student["text_encoder"])
+        self.step_count, self.elapsed = 0, 0.0
+
+    @property
+    def fraction(self):
+        return self.budget.fraction(self.step_count, self.elapsed)
+
+    def step(self):
+        """One optimisation step. Returns noise levels and losses of its clips, each of shape (clips,)."""
+        started = time.monotonic()
+        self._set_rates(learning_rate_factor(self.fraction))
+        with ThreadPoolExecutor(self.shards) as pool:
+            times, losses, gradients = zip(*pool.map(self._shard, range(self.shards)), strict=True)
+        for parameter, *parts in zip(self.student.parameters(), *gradients, strict=True):
+            parameter.grad = torch.stack(parts).mean(0)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self._update_average()
+        self.step_count += 1
+        self.elapsed += time.monotonic() - started
+        return torch.cat(times).cpu(), torch.cat(losses).cpu()
+
+    def _shard(self, index):
+        """Times and losses, each (clips,), and the gradients of one shard."""
+        batch = self._batch(index)
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device != "cpu"):
+            losses = self._losses(*batch)
+        return batch[2], losses.detach(), torch.autograd.grad(losses.mean(), list(self.student.parameters()))
+
+    def _batch(self, shard):
+        """Latents (clips, 48, frames, rows, columns), noise alike, times (clips,), prompts, text length."""
+        stage = next(s for s in self.curriculum if self.fraction <= s.until)
+        number = (self.seed * 1_000_003 + self.step_count) * self.shards + shard
+        rng, generator = random.Random(number), torch.Generator().manual_seed(number)
+        count, tokens = rng.choice(stage.batches)
+        count, size = count * self.crowd, Size.of_tokens(*tokens)
+        latents, texts = [], []
+        for index in range(count):
+            clip_seed = number * 4096 + index
+            scene, video = clip(clip_seed, size, accept=lambda scene: not prompts.held_out(scene))
+            latents.append(fold(video))
+            texts.append("" if rng.random() < UNPROMPTED else prompts.sentence(scene, clip_seed))
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in self.statistics)
+        latents = (torch.stack(latents) - mean) / std
+        noise = torch.randn(latents.shape, generator=generator)
+        tensors = (latents, noise, draw_times(count, generator))
+        return *(tensor.to(self.device) for tensor in tensors), texts, rng.choice(stage.text_lengths)
+
+    def _losses(self, latents, noise, times, texts, text_length):
+        embeddings = encode_prompts(self.tokenizer, self.student["text_encoder"], texts, text_length)
+        noisy = torch.lerp(latents, noise, times.view(-1, 1, 1, 1, 1))
+        (velocity,) = self.student["transformer"](
+            hidden_states=noisy, timestep=1000 * times, encoder_hidden_states=embeddings, return_dict=False
+        )
+        return spread_loss(velocity.float() - (noise - latents))
+
+    def _set_rates(self, factor):
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["base_lr"] * factor
+
+    @torch.no_grad()
+    def _update_average(self):
+        # Early on the average is short, so that it forgets where the weights began.
+        decay = min(AVERAGING, self.step_count / (self.step_count + 10))
+        averages, weights = list(self.average.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def save(self, path, light=False):
+        """Write a checkpoint whole or not at all. A light one has half precision and no optimiser state."""
+        state = {"step": self.step_count, "elapsed": self.elapsed}
+        for name in ("student", "average"):
+            weights = getattr(self, name).state_dict()
+            state[name] = {key: value.half() for key, value in weights.items()} if light else weights
+        if not light:
+            state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
+        aside = path.with_suffix(".part")
+        torch.save(state, aside)
+        os.replace(aside, path)
+
+    def load(self, path):
+        state = torch.load(path, map_location=self.device)
+        self.step_count, self.elapsed = state["step"], state["elapsed"]
+        self.student.load_state_dict(state["student"])
+        self.average.load_state_dict(state["average"])
+        for optimiser, saved in zip(self.optimisers, state.get("optimisers", ()), strict=False):
+            optimiser.load_state_dict(saved)
+
+    def begin_with(self, folder):
+        """Take the weights of an exported folder; the clock and the optimisers begin anew."""
+        parts = {"transformer": WanTransformer3DModel, "text_encoder": UMT5EncoderModel}
+        for name, model in parts.items():
+            weights = model.from_pretrained(folder / name).state_dict()
+            self.student[name].load_state_dict(weights)
+            self.average[name].load_state_dict(weights)
+
+    def export(self, folder):
+        """Write the averaged weights as a folder for `WanPipeline.from_pretrained`, with a note on the training."""
+        parts = self.average["text_encoder"], self.average["transformer"]
+        save_pipeline(folder, self.tokenizer, *parts, self.statistics)
+        note = {
+            "steps": self.step_count,
+            "minutes": round(self.elapsed / 60),
+            "device": "a GPU" if self.device == "cuda" else f"{self.shards} CPU cores",
+            "largest_tokens": max((shape for _, shape in self.curriculum[-1].batches), key=math.prod),
+        }
+        (folder / "reports").mkdir(exist_ok=True)
+        (folder / "reports" / "training.json").write_text(json.dumps(note) + "\n")
+
+
+class Meter:
+    """Running losses at low, middle and high noise, printed now and then."""
+
+    def __init__(self, every=20.0):
+        self.every, self.printed, self.losses = every, time.monotonic(), [None, None, None]
+
+    def update(self, times, losses):
+        for third, loss in zip((times * 3).long().clamp(max=2).tolist(), losses.tolist(), strict=True):
+            old = self.losses[third]
+            self.losses[third] = loss if old is None else 0.97 * old + 0.03 * loss
+
+    def report(self, trainer, force=False):
+        if not force and time.monotonic() - self.printed < self.every:
+            return
+        self.printed = time.monotonic()
+        low, middle, high = (math.nan if loss is None else loss for loss in self.losses)
+        pace, left = (
+            trainer.elapsed / max(1, trainer.step_count),
+            (1 - trainer.fraction) * trainer.budget.minutes,
+        )
+        print(
+            f"step {trainer.step_count:5d}  {trainer.fraction:6.1%}  low {low:.4f}  mid {middle:.4f}  "
+            f"high {high:.4f}  {pace:.2f} s/step  {left:.0f} min left",
+            flush=True,
+        )
+
+
+def run(trainer, out, light=False, every=180.0):
+    """Train until the budget is spent or somebody asks to stop; then save and export."""
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    meter, saved = Meter(), time.monotonic()
+    while trainer.fraction < 1 and not stopping and not (out / "STOP").exists():
+        meter.update(*trainer.step())
+        meter.report(trainer)
+        if time.monotonic() - saved > every:
+            trainer.save(out / CHECKPOINT, light)
+            saved = time.monotonic()
+    meter.report(trainer, force=True)
+    trainer.save(out / CHECKPOINT, light)
+    trainer.export(out / "shapes-wan")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=85.0)
+    parser.add_argument("--steps", type=int, help="a budget in steps instead of minutes")
+    parser.add_argument("--out", type=Path, default=Path("shapes-out"))
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    parser.add_argument("--start", type=Path, help="begin with the weights of an exported folder")
+    parser.add_argument("--light", action="store_true", help="checkpoints under 16 MB, without optimiser state")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads, each with its own part of a batch")
+    parser.add_argument("--export", nargs=2, type=Path, metavar=("CHECKPOINT", "FOLDER"), help="only export")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shards, crowd = (options.threads, 1) if options.device == "cpu" else (1, 16)
+    trainer = Trainer(Budget(options.minutes, options.steps), device=options.device, shards=shards, crowd=crowd)
+    if options.export:
+        trainer.load(options.export[0])
+        return trainer.export(options.export[1])
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.resume and (options.out / CHECKPOINT).exists():
+        trainer.load(options.out / CHECKPOINT)
+    elif options.start:
+        trainer.begin_with(options.start)
+    return run(trainer, options.out, options.light)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The bundled demo model: its clips, its judge, its parts, its training."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from transformers import AutoTokenizer
+
+from dit_sparse.shapes import prompts
+from dit_sparse.shapes.autoencoder import CHANNELS, build_autoencoder, fold
+from dit_sparse.shapes.build import build_tokenizer, encode_prompts
+from dit_sparse.shapes.concentration import attention_weights, best_blocks_share, other_frames_share
+from dit_sparse.shapes.judge import held_out_tasks, judge, shares
+from dit_sparse.shapes.optim import orthogonalised
+from dit_sparse.shapes.scenes import Size, clip
+from dit_sparse.shapes.train import TINY, Budget, Trainer
+
+LIMIT = 16e6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes-wan")
+    trainer = Trainer(Budget(steps=1), TINY)
+    trainer.step()
+    trainer.export(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tokens", [(8, 16, 16), (16, 12, 12), (4, 24, 24)])
+def test_judge_sees_what_the_scene_says(tokens):
+    size = Size.of_tokens(*tokens)
+    verdicts = []
+    for seed in range(40):
+        scene, video = clip(seed, size)
+        verdicts += [judge(video, sprite) for sprite in scene.sprites]
+    assert shares(verdicts)["everything"] >= 0.98
+
+
+def test_judge_rejects_the_wrong_sprite():
+    size = Size.of_tokens(8, 16, 16)
+    videos = [clip(seed, size) for seed in range(12)]
+    for (scene, _), (other, video) in pairwise(videos):
+        named, shown = scene.sprites[0], {(s.colour, s.shape, s.direction) for s in other.sprites}
+        verdict = judge(video, named)
+        right = verdict.colour and verdict.shape and verdict.direction
+        assert right == ((named.colour, named.shape, named.direction) in shown)
+
+
+def test_clips_are_deterministic_and_sprites_stay_inside():
+    size = Size(11, 44, 60)
+    for seed in range(20):
+        scene, video = clip(seed, size)
+        again, same = clip(seed, size)
+        assert scene == again and torch.equal(video, same)
+        assert video.shape == (3, 11, 44, 60) and video.abs().max() <= 1
+        for sprite in scene.sprites:
+            x, y = sprite.path(size.frames).unbind(1)
+            assert x.min() >= 0 and y.min() >= 0 and x.max() < size.width and y.max() < size.height
+
+
+def test_held_out_pairs_do_not_depend_on_the_wording():
+    tasks = held_out_tasks()
+    assert len(tasks) == 60 and tasks == held_out_tasks()
+    pairs = [task.sprites for task in tasks if len(task.sprites) == 2]
+    assert len(pairs) == 36
+    seen = [clip(seed, Size(2, 32, 32), accept=lambda s: not prompts.held_out(s))[0].sprites for seed in range(100)]
+    names = [{(s.colour, s.shape, s.direction) for s in pair} for pair in pairs]
+    assert not any({(s.colour, s.shape, s.direction) for s in sprites} in names for sprites in seen)
+
+
+def test_autoencoder_is_the_identity():
+    _, video = clip(3, Size(9, 32, 40))
+    autoencoder = build_autoencoder([0.0] * CHANNELS, [1.0] * CHANNELS)
+    latents = autoencoder.encode(video[None]).latent_dist
+    assert (latents.mode()[0] - fold(video)).abs().max() < 2e-3
+    assert (latents.sample() - latents.mode()).abs().max() < 1e-5
+    assert (autoencoder.decode(latents.mode()).sample[0] - video).abs().max() < 2e-3
+
+
+def test_tokenizer_takes_any_text_and_knows_every_prompt(tmp_path):
+    build_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("").input_ids == [1]
+    for text in ("Ein röter Kreis, 7 mal!", "日本 <b>", "a redcircle moves"):
+        assert tokenizer(text).input_ids[-1] == 1
+    for seed in range(60):
+        scene, _ = clip(seed, Size(2, 32, 32))
+        text = prompts.sentence(scene, seed)
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.replace(",", " ,").split()) + 1 <= 24 and not {0, 2} & set(ids)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(exported):
+    pipeline = WanPipeline.from_pretrained(exported)
+    texts = ["a red circle moves right", "a blue square is moving to the left on a still background"]
+    expected, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=48)
+    torch.testing.assert_close(encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, 48), expected)
+
+
+def test_resuming_continues_exactly(tmp_path):
+    straight, first, second = (Trainer(Budget(steps=4), TINY) for _ in range(3))
+    for _ in range(4):
+        straight.step()
+    for _ in range(2):
+        first.step()
+    first.save(tmp_path / "checkpoint.pt")
+    second.load(tmp_path / "checkpoint.pt")
+    for _ in range(2):
+        second.step()
+    for name in ("student", "average"):
+        expected, resumed = getattr(straight, name).state_dict(), getattr(second, name).state_dict()
+        assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+    assert second.fraction == 1
+
+
+def test_a_light_checkpoint_is_small_and_loads(tmp_path):
+    trainer = Trainer(Budget(steps=2), TINY)
+    trainer.step()
+    trainer.save(tmp_path / "light.pt", light=True)
+    assert (tmp_path / "light.pt").stat().st_size < LIMIT
+    trainer.load(tmp_path / "light.pt")
+    trainer.step()
+
+
+def test_export_runs_in_the_stock_pipeline(exported):
+    assert sum(file.stat().st_size for file in exported.rglob("*") if file.is_file()) < LIMIT
+    pipeline = WanPipeline.from_pretrained(exported)
+    pipeline.set_progress_bar_config(disable=True)
+    parts = (pipeline.transformer, pipeline.text_encoder, pipeline.vae)
+    assert all(part.dtype == torch.float32 for part in parts)
+    frames = pipeline("a red circle", height=32, width=32, num_frames=3, num_inference_steps=2).frames
+    assert frames.shape == (1, 4, 32, 32, 3)
+
+
+def test_muon_makes_steps_orthogonal():
+    matrices = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalised(matrices))
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_concentration_of_flat_and_of_sharp_attention():
+    flat = torch.full((1, 2, 512, 512), 1 / 512)
+    torch.testing.assert_close(best_blocks_share(flat), torch.full((2,), 0.25))
+    torch.testing.assert_close(other_frames_share(flat, 4), torch.full((2,), 0.75))
+    key = torch.nn.functional.one_hot(torch.arange(512) // 64, 8).float().expand(1, 2, -1, -1)
+    sharp = attention_weights(100 * key, key)
+    assert best_blocks_share(sharp).min() > 0.99
+    assert other_frames_share(sharp, 4).max() < 0.01
