@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -38,6 +40,7 @@ def load(model: str) -> Any:
         ValueError: it cannot be loaded; the message says why.
     """
     from diffusers import DiffusionPipeline
+    from diffusers.pipelines.wan import pipeline_wan
 
     bundled = model == BUNDLED
     source = str(files("dit_sparse") / "assets" / BUNDLED) if bundled else model
@@ -45,8 +48,11 @@ def load(model: str) -> Any:
         raise ValueError(f"{model} is no diffusers pipeline: it has no model_index.json")
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda and not bundled else torch.float32
+    if bundled:  # its autoencoder keeps every frame, and the pipeline's advice on their number is about others
+        pipeline_wan.logger.addFilter(_no_advice_on_frames)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        with _no_loading_bars():
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"cannot load the model {model}: {reason[0]}") from error
@@ -70,6 +76,25 @@ def generate(pipe: Any, prompt: str, seed: int, call: dict, progress: Progress |
     begin = time.perf_counter()
     frames = pipe(prompt, generator=generator, output_type="np", callback_on_step_end=step_ended, **call).frames[0]
     return Clip(to_uint8(np.asarray(frames)), finished[-1] - begin)
+
+
+def _no_advice_on_frames(record: logging.LogRecord) -> bool:
+    return "num_frames - 1" not in record.getMessage()
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Downloads keep their bars; reading files from the disk needs none."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in (of_diffusers, of_transformers):
+            library.enable_progress_bar()
 
 
 def _looks_like_a_path(model: str) -> bool:
