@@ -52,7 +52,7 @@ RULES = {  # the first pattern that fits a module is its row
     "engine search": May(f"{FLOOR_3} report run"),
     "package": May("*"),  # dit_sparse/__init__.py
     "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
-    "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers skimage lpips"),
+    "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips"),
     "cli": May(USER, others="typer rich", lazily="eval.* gradio"),
     "app": May("public eval.*", others="gradio"),
 }
