@@ -11,10 +11,11 @@ from dit_sparse.shapes import prompts
 from dit_sparse.shapes.autoencoder import CHANNELS, build_autoencoder, fold
 from dit_sparse.shapes.build import build_tokenizer, encode_prompts
 from dit_sparse.shapes.concentration import attention_weights, best_blocks_share, other_frames_share
+from dit_sparse.shapes.curriculum import TINY, Budget
 from dit_sparse.shapes.judge import held_out_tasks, judge, shares
 from dit_sparse.shapes.optim import orthogonalised
 from dit_sparse.shapes.scenes import Size, clip
-from dit_sparse.shapes.train import TINY, Budget, Trainer
+from dit_sparse.shapes.train import Trainer
 
 LIMIT = 16e6
 

@@ -59,7 +59,7 @@ TRAINING = """
 ## Training
 
 {steps} steps in {minutes} minutes on {device}, rectified flow, Muon and AdamW, averaged weights, clips drawn on the
-fly. Reproduce it with `python -m dit_sparse.shapes.train`.
+fly. {earlier}Repeat it with `python -m dit_sparse.shapes.train`.
 """
 
 CONCENTRATION = """
@@ -86,9 +86,10 @@ ACCURACY = """
 FOOTER = """
 ## What it is not
 
-It draws nothing but these shapes, and does not know other words. Its quality says nothing about large models, nor
-does the speed-up of a method at some thousand tokens say anything about hundreds of thousands. What carries over is
-whether a method keeps the attention that matters: compare methods with each other on it, then go to a large model.
+It draws nothing but these shapes, as well or as badly as the table above says, and knows no other words. Its quality
+says nothing about large models, nor does the speed-up of a method at some thousand tokens say anything about hundreds
+of thousands. What carries over is whether a method keeps the attention that matters: compare methods with each other
+on it, then go to a large model.
 """
 
 
@@ -107,7 +108,7 @@ def write_card(folder):
     )
     sections = (
         header,
-        TRAINING.format(**training),
+        _training(training),
         _concentration(reports["concentration"]),
         _accuracy(accuracy),
     )
@@ -131,6 +132,11 @@ def _parts_table(folder):
             count, kinds = sum(math.prod(s.get_shape()) for s in slices), {s.get_dtype() for s in slices}
         rows.append((part, f"{count:,}", "/".join(sorted(kinds)), f"{weights.stat().st_size / 1e6:.1f} MB"))
     return _table(("part", "parameters", "stored as", "size"), rows)
+
+
+def _training(report):
+    earlier = f"{report['earlier']}. " if "earlier" in report else ""
+    return TRAINING.format(**{**report, "earlier": earlier})
 
 
 def _concentration(report):

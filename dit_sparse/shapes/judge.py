@@ -18,7 +18,7 @@ from diffusers import WanPipeline
 from . import prompts
 from .scenes import COLOURS, DIRECTIONS, SHAPES, Size, Sprite, outside, random_scene
 
-SMALLEST = 0.008  # share of the frame that a sprite covers at least
+SMALLEST = 32  # pixels that a sprite covers at least, two tokens
 VIVID = 0.30  # chroma, in units of pixels from -1 to 1, above which a pixel belongs to a sprite
 SLOWEST = 0.4  # pixels per frame above which something moves
 
@@ -59,7 +59,7 @@ def judge(video, sprite):
     """Verdict on one sprite in a video of (3, frames, height, width) in [-1, 1]."""
     masks = colour_masks(video, sprite.colour)
     areas = masks.sum(dim=(1, 2))
-    seen = areas > SMALLEST * masks[0].numel()
+    seen = areas > SMALLEST
     if seen.float().mean() < 0.6:
         return Verdict(False, False, False)
     # Frames in which the sprite is partly hidden would blur both its outline and its path.

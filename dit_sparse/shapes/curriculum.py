@@ -1,0 +1,65 @@
+"""What is trained when: clip sizes, noise levels, learning rate and loss, all by the fraction of the budget spent."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum, up to the fraction `until`: clips per shard with shapes in tokens, text lengths."""
+
+    until: float
+    batches: tuple[tuple[int, tuple[int, int, int]], ...]
+    text_lengths: tuple[int, ...]
+
+
+# The second stage reaches the end of every axis, hence of every rotary frequency, at a quarter of the tokens.
+CURRICULUM = (
+    Stage(0.60, ((3, (6, 10, 10)), (2, (6, 12, 12)), (2, (8, 10, 10)), (1, (8, 12, 12))), (24, 24, 48, 128, 512)),
+    Stage(0.94, ((1, (16, 12, 12)), (1, (4, 24, 24)), (1, (8, 16, 16))), (24, 48, 128, 512)),
+    Stage(1.00, ((1, (16, 16, 16)), (1, (8, 24, 24))), (512, 512, 512, 128)),
+)
+TINY = (Stage(1.0, ((2, (2, 4, 4)),), (24,)),)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: by the clock, or by steps when the run has to be repeatable."""
+
+    minutes: float = 85.0
+    steps: int | None = None
+
+    def fraction(self, step, elapsed):
+        spent = step / self.steps if self.steps else elapsed / (60 * self.minutes)
+        return min(spent, 1.0)
+
+
+def learning_rate_factor(fraction):
+    """A short warm-up, a plateau, and a cosine down to a fiftieth."""
+    warmup = min(1.0, 0.05 + fraction / 0.012)
+    decline = max(0.0, (fraction - 0.35) / 0.65)
+    return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * decline)))
+
+
+def draw_times(count, generator):
+    """Noise levels in (0, 1). Half are high, many close to one, where nothing but the prompt decides what appears."""
+    kind = torch.rand(count, generator=generator)
+    middle = torch.sigmoid(torch.randn(count, generator=generator) + 0.1)
+    uniform = torch.rand(count, generator=generator)
+    outer = torch.where(kind < 0.5, 0.03 + 0.57 * uniform, 1 - 0.4 * uniform.square())
+    return torch.where(kind < 0.3, middle, outer)
+
+
+def spread_loss(error):
+    """Squared error of (clips, 48, frames, rows, columns), plus that of its means over tokens and over 3x3 tokens.
+
+    Weighting errors so does not move the optimum of a flow, but in the means the unpredictable grain cancels, while
+    shapes and colours, which a plain mean would drown, stand out: they are learnt several times sooner.
+    """
+    token = error.unflatten(1, (3, -1)).mean(2)
+    area = F.avg_pool3d(token, (1, 3, 3))
+    means = (part.square().mean(dim=(1, 2, 3, 4)) for part in (error, token, area))
+    return sum(weight * mean for weight, mean in zip((1.0, 4.0, 7.0), means, strict=True))
