@@ -7,14 +7,14 @@ import torch
 from diffusers import WanPipeline
 from transformers import AutoTokenizer
 
-from dit_sparse.shapes import prompts
+from dit_sparse.shapes import prompts, reading
 from dit_sparse.shapes.autoencoder import CHANNELS, build_autoencoder, fold
-from dit_sparse.shapes.build import build_tokenizer, encode_prompts
+from dit_sparse.shapes.build import build_text_encoder, build_tokenizer, encode_prompts
 from dit_sparse.shapes.concentration import attention_weights, best_blocks_share, other_frames_share
 from dit_sparse.shapes.curriculum import TINY, Budget
 from dit_sparse.shapes.judge import held_out_tasks, judge, shares
 from dit_sparse.shapes.optim import orthogonalised
-from dit_sparse.shapes.scenes import Size, clip
+from dit_sparse.shapes.scenes import Scene, Size, clip
 from dit_sparse.shapes.train import Trainer
 
 LIMIT = 16e6
@@ -106,6 +106,30 @@ def test_prompts_are_encoded_as_the_pipeline_does(exported):
     texts = ["a red circle moves right", "a blue square is moving to the left on a still background"]
     expected, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=48)
     torch.testing.assert_close(encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, 48), expected)
+
+
+def test_reading_asks_every_colour_word_for_its_own_object():
+    tokenizer = build_tokenizer()
+    scene, _ = clip(8, Size(2, 64, 64), accept=lambda scene: len(scene.sprites) == 2 and scene.drift == "up")
+    first, second = scene.sprites
+    sentences = [prompts.plain(scene.sprites), f"{prompts.plain([second])} over a background drifting up"]
+    inputs, answers = reading.questions(tokenizer, [scene, Scene((second,), "up", 4)], sentences)
+    for row, sprites in enumerate([(first, second), (second,)]):
+        asked = (answers["shape"][row] != reading.UNASKED).nonzero().flatten().tolist()
+        assert len(asked) == len(sprites)
+        for place, sprite in zip(asked, sprites, strict=True):
+            assert tokenizer.convert_ids_to_tokens(inputs.input_ids[row, place].item()) == f"▁{sprite.colour}"
+            for name in ("colour", "shape", "direction"):
+                assert reading.ANSWERS[name][answers[name][row, place]] == getattr(sprite, name)
+    drifts = answers["drift"][inputs.input_ids == tokenizer.eos_token_id].tolist()
+    assert [reading.DRIFTS[drift] for drift in drifts] == ["unsaid", "up"]
+
+
+def test_lessons_teach_something():
+    tokenizer = build_tokenizer()
+    text_encoder = build_text_encoder(tokenizer)
+    untaught = reading.teach(text_encoder, tokenizer, lessons=1, count=16)
+    assert reading.teach(text_encoder, tokenizer, lessons=40, count=16) < 0.75 * untaught
 
 
 def test_resuming_continues_exactly(tmp_path):

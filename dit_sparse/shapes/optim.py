@@ -46,11 +46,11 @@ def orthogonalised(batch, iterations=5):
     return x.mT if tall else x
 
 
-def make_optimisers(transformer, text_encoder, matrix_rate=0.012, rate=1.5e-3):
-    """Optimisers for the joint training; remember their rates as `base_lr`, which the schedule multiplies."""
+def make_optimisers(transformer, matrix_rate=0.01, rate=1.2e-3):
+    """Optimisers for all weights; they remember their rates as `base_lr`, which the schedule multiplies."""
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
-    rest = [p for p in [*transformer.parameters(), *text_encoder.parameters()] if id(p) not in chosen]
+    rest = [p for p in transformer.parameters() if id(p) not in chosen]
     adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.97), weight_decay=0.0)
     optimisers = (Muon(matrices, matrix_rate), adamw)
     for optimiser in optimisers:

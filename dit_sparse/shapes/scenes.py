@@ -89,7 +89,7 @@ def random_scene(size, rng):
 
 def _random_sprite(colour, size, rng, crowded):
     direction = rng.choice(list(DIRECTIONS))
-    radius = min(size.height, size.width) * rng.uniform(0.14, 0.175 if crowded else 0.20)
+    radius = min(rng.uniform(8, 10.5 if crowded else 12), 0.22 * min(size.height, size.width))
     horizontal = DIRECTIONS[direction][0] != 0
     room = (size.width if horizontal else size.height) - 2 * radius
     speeds = [speed for speed in (4, 4, 4, 4, 2) if speed * (size.frames - 1) <= room] or [1]

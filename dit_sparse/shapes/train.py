@@ -32,15 +32,16 @@ from .build import (
 )
 from .curriculum import CURRICULUM, Budget, draw_times, learning_rate_factor, spread_loss
 from .optim import make_optimisers
+from .reading import teach
 from .scenes import Size, clip
 
 CHECKPOINT = "checkpoint.pt"
 UNPROMPTED = 0.12  # share of clips with an empty prompt, for classifier-free guidance
-AVERAGING = 0.993  # decay of the averaged weights over a step
+AVERAGING = 0.995  # decay of the averaged weights over a step
 
 
 class Trainer:
-    """Weights, their running average, optimisers, and the place in the curriculum.
+    """The text encoder, the transformer, its running average, its optimisers, and the place in the curriculum.
 
     Each step works on `shards`, small batches in threads of their own that meet only at the end of the step: on a
     machine that is shared with others, threads that meet after every operation would mostly wait for each other.
@@ -52,10 +53,10 @@ class Trainer:
         self.shards, self.crowd = shards, crowd
         self.tokenizer = build_tokenizer()
         self.statistics = latent_statistics()
-        parts = {"transformer": build_transformer(), "text_encoder": build_text_encoder(self.tokenizer)}
-        self.student = torch.nn.ModuleDict(parts).to(device)
+        self.text_encoder = build_text_encoder(self.tokenizer).to(device)
+        self.student = build_transformer().to(device)
         self.average = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.optimisers = make_optimisers(self.student["transformer"], self.student["text_encoder"])
+        self.optimisers = make_optimisers(self.student)
         self.step_count, self.elapsed = 0, 0.0
 
     @property
@@ -105,9 +106,10 @@ class Trainer:
         return *(tensor.to(self.device) for tensor in tensors), texts, rng.choice(stage.text_lengths)
 
     def _losses(self, latents, noise, times, texts, text_length):
-        embeddings = encode_prompts(self.tokenizer, self.student["text_encoder"], texts, text_length)
+        with torch.no_grad():
+            embeddings = encode_prompts(self.tokenizer, self.text_encoder, texts, text_length)
         noisy = torch.lerp(latents, noise, times.view(-1, 1, 1, 1, 1))
-        (velocity,) = self.student["transformer"](
+        (velocity,) = self.student(
             hidden_states=noisy, timestep=1000 * times, encoder_hidden_states=embeddings, return_dict=False
         )
         return spread_loss(velocity.float() - (noise - latents))
@@ -127,7 +129,7 @@ class Trainer:
     def save(self, path, light=False):
         """Write a checkpoint whole or not at all. A light one has half precision and no optimiser state."""
         state = {"step": self.step_count, "elapsed": self.elapsed}
-        for name in ("student", "average"):
+        for name in ("text_encoder", "student", "average"):
             weights = getattr(self, name).state_dict()
             state[name] = {key: value.half() for key, value in weights.items()} if light else weights
         if not light:
@@ -139,23 +141,21 @@ class Trainer:
     def load(self, path):
         state = torch.load(path, map_location=self.device)
         self.step_count, self.elapsed = state["step"], state["elapsed"]
-        self.student.load_state_dict(state["student"])
-        self.average.load_state_dict(state["average"])
+        for name in ("text_encoder", "student", "average"):
+            getattr(self, name).load_state_dict(state[name])
         for optimiser, saved in zip(self.optimisers, state.get("optimisers", ()), strict=False):
             optimiser.load_state_dict(saved)
 
     def begin_with(self, folder):
         """Take the weights of an exported folder; the clock and the optimisers begin anew."""
-        parts = {"transformer": WanTransformer3DModel, "text_encoder": UMT5EncoderModel}
-        for name, model in parts.items():
-            weights = model.from_pretrained(folder / name).state_dict()
-            self.student[name].load_state_dict(weights)
-            self.average[name].load_state_dict(weights)
+        self.text_encoder.load_state_dict(UMT5EncoderModel.from_pretrained(folder / "text_encoder").state_dict())
+        weights = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
+        self.student.load_state_dict(weights)
+        self.average.load_state_dict(weights)
 
     def export(self, folder):
         """Write the averaged weights as a folder for `WanPipeline.from_pretrained`, with a note on the training."""
-        parts = self.average["text_encoder"], self.average["transformer"]
-        save_pipeline(folder, self.tokenizer, *parts, self.statistics)
+        save_pipeline(folder, self.tokenizer, self.text_encoder, self.average, self.statistics)
         note = {
             "steps": self.step_count,
             "minutes": round(self.elapsed / 60),
@@ -232,6 +232,8 @@ def main():
         trainer.load(options.out / CHECKPOINT)
     elif options.start:
         trainer.begin_with(options.start)
+    else:
+        print(f"reading lessons: loss {teach(trainer.text_encoder, trainer.tokenizer):.4f}", flush=True)
     return run(trainer, options.out, options.light)
 
 
