@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dit_sparse.plan import Plan
 
-EXECUTORS = ("reference", "gather", "cpu", "flex")
+EXECUTORS = ("reference", "gather", "cpu", "flex", "block_sparse")
+# block_sparse joins the automatic choice once it has been measured on a GPU.
 AUTO = {"cpu": ("cpu", "gather"), "cuda": ("flex", "gather")}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_sparse import Grid, Plan, attention, order
-from dit_sparse.kernels import flex, gather, reference
+from dit_sparse.kernels import block_sparse, flex, gather, reference
 from dit_sparse.kernels.pick import AUTO, EXECUTORS, executor, pick
 from support import assert_near, exact, executor_or_skip, poisoned, qkv, random_plan, relative_rms, token_mask
 
-EAGER = ["reference", "gather"] + ["cpu"] * (importlib.util.find_spec("dit_sparse.kernels.cpu") is not None)
+EAGER = ["reference", "gather", "cpu"] + ["block_sparse"] * block_sparse.interpreted()
 every_executor = pytest.mark.parametrize("name", EAGER)
 
 

@@ -42,7 +42,8 @@ RULES = {  # the first pattern that fits a module is its row
     "methods": May("method methods.*"),
     "methods.*": May(f"{FLOOR_1} method"),
     "kernels.pick": May(FLOOR_1, lazily="kernels.*"),
-    "kernels.*": May(FLOOR_1, lazily="triton xformers flash_attn"),
+    "kernels.*_triton": May(others="triton"),
+    "kernels.*": May(f"{FLOOR_1} kernels.architectures", lazily="kernels.*_triton triton xformers flash_attn"),
     "pipelines.family": May(lazily="diffusers"),
     "pipelines.*": May("grid pipelines.family"),
     "presets": May(FLOOR_2),
@@ -52,6 +53,7 @@ RULES = {  # the first pattern that fits a module is its row
     "engine search": May(f"{FLOOR_3} report run"),
     "package": May("*"),  # dit_sparse/__init__.py
     "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
+    "eval.compiled": May("public kernels.block_sparse kernels.architectures", lazily="triton kernels.*_triton"),
     "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips"),
     "cli": May(USER, others="typer rich", lazily="eval.* gradio"),
     "app": May("public eval.*", others="gradio"),

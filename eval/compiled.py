@@ -1,0 +1,130 @@
+"""Compile the Triton kernels for GPUs that need not be there: `python -m dit_sparse.eval.compiled [--json]`.
+
+Prints what the compiler made of every row of `kernels/architectures.py`: registers and spilled bytes of a thread,
+shared memory of a program, and the instructions that do the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from dit_sparse import Plan
+from dit_sparse.kernels import block_sparse
+from dit_sparse.kernels.architectures import ARCHITECTURES
+
+DIMS = (64, 80, 96, 128, 256)
+BLOCKS = (64, 128)
+TOKENS = 1000  # the last block is ragged
+INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor")
+
+
+def rows(capability: int) -> Iterator[dict]:
+    """What became of `block_sparse` in bfloat16 for one architecture, a row for every block and head_dim, and one for
+    a plan with an order and with padding.
+
+    Triton remembers the first architecture that it compiles for: ask for one in each process.
+    """
+    pretend_gpu(capability)
+    from dit_sparse.kernels.block_sparse_triton import forward
+
+    for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (128, 128, "order, lengths")):
+        q = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16)
+        plan = Plan.full(TOKENS, block)
+        if features:
+            plan = replace(plan, order=torch.arange(TOKENS), lengths=torch.tensor([TOKENS], dtype=torch.int32))
+        arguments, *_ = block_sparse.launch(q, q, q, plan, None, ARCHITECTURES[capability])
+        compiled = forward.warmup(grid=(len(arguments["schedule"]),), **arguments)
+        yield {
+            "kernel": "block_sparse",
+            "architecture": capability,
+            "block": block,
+            "head_dim": dim,
+            "features": features,
+            **resources(compiled.asm["ptx"]),
+            "shared_memory": compiled.metadata.shared,
+        }
+
+
+def pretend_gpu(capability: int) -> None:
+    """Let Triton compile, though never run, for a GPU of that compute capability."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Pretended:
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device=None):
+            return 0
+
+    driver.set_active(Pretended())
+
+
+def resources(ptx: str) -> dict:
+    """Registers and spilled bytes of a thread, by NVIDIA's assembler, and the instructions of note."""
+    import triton
+
+    target = re.search(r"\.target (sm_\w+)", ptx)[1]
+    assembler = "ptxas-blackwell" if int(re.search(r"\d+", target)[0]) >= 100 else "ptxas"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [tools / assembler, "-v", f"-arch={target}", source, "-o", Path(folder, "kernel.cubin")]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
+        "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
+        "instructions": [name for name in INSTRUCTIONS if name in ptx],
+    }
+
+
+def rows_apart(capability: int) -> list[dict]:
+    """`rows` in a process of its own, with an empty cache and with Triton's interpreter off."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", "dit_sparse.eval.compiled", "--json", "--architecture", str(capability)]
+        environment["TRITON_CACHE_DIR"] = cache
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"compiling for sm{capability} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="only this one, in this process")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    if options.architecture:
+        found = list(rows(options.architecture))
+    else:
+        found = [row for capability in ARCHITECTURES for row in rows_apart(capability)]
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    print("kernel          sm  block  head_dim  registers  spilled  shared memory  instructions")
+    for row in found:
+        print(
+            f"{row['kernel']:12} {row['architecture']:5} {row['block']:6} {row['head_dim']:9} {row['registers']:10} "
+            f"{row['spilled']:8} {row['shared_memory']:14}  {', '.join(row['instructions'])}  {row['features']}"
+        )
+
+
+if __name__ == "__main__":
+    main()

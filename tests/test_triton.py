@@ -1,0 +1,144 @@
+"""The Triton kernels: in the interpreter where there is no GPU, else on it; and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_sparse import Plan
+from dit_sparse.eval.compiled import rows_apart
+from dit_sparse.kernels import block_sparse
+from dit_sparse.kernels.architectures import ARCHITECTURES, architecture
+from support import assert_near, exact, poisoned, qkv, random_plan, token_mask
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT = torch.float16 if DEVICE == "cuda" else torch.float32
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
+SPILLED = 128  # bytes a thread may spill; a kernel of head_dim 256 holds 256 sums in 255 registers
+
+
+def shuffled(*lead: int, tokens: int, fixed: int = 0) -> torch.Tensor:
+    """A random order whose last ``fixed`` places, where padding may lie, stay."""
+    free = torch.rand(*lead, tokens - fixed, generator=torch.Generator().manual_seed(3)).argsort(-1)
+    return torch.cat([free, torch.arange(tokens - fixed, tokens).expand(*lead, fixed)], -1)
+
+
+# shape of q, k, v; shape of the plan; blocks of 128 go through tensor descriptors in the interpreter and on Hopper
+CASES = {
+    "ragged": (dict(tokens=300), dict()),
+    "whole blocks": (dict(tokens=256), dict()),
+    "fewer tokens than a block": (dict(tokens=37), dict()),
+    "one token in the last block": (dict(tokens=257, heads=1), dict(density=1.0)),
+    "items and heads apart": (dict(tokens=300, batch=2), dict(batch=2, heads=2)),
+    "lengths": (dict(tokens=300, batch=3, heads=1), dict(lengths=[300, 129, 1])),
+    "order": (dict(tokens=300), dict(order=shuffled(tokens=300))),
+    "order for each head, grouped heads": (
+        dict(tokens=300, heads=4, key_heads=2),
+        dict(heads=4, order=shuffled(1, 4, tokens=300)),
+    ),
+    "order and lengths": (
+        dict(tokens=300, batch=2, heads=1),
+        dict(order=shuffled(tokens=300, fixed=180), lengths=[120, 300]),
+    ),
+    "head_dim 80": (dict(tokens=150, dim=80), dict()),
+    "head_dim 96": (dict(tokens=150, dim=96), dict()),
+    "head_dim 128": (dict(tokens=150, dim=128), dict()),
+    "head_dim 256": (dict(tokens=150, heads=1, dim=256), dict()),
+}
+
+
+def case(name: str, block: int, dtype: torch.dtype = EXACT) -> tuple[list[torch.Tensor], Plan]:
+    tensors, plan = CASES[name]
+    q, k, v = (x.to(DEVICE) for x in qkv(**{"dim": 64} | tensors, dtype=dtype))
+    return [q, k, v], random_plan(tensors["tokens"], block, **plan).to(DEVICE)
+
+
+def check(q, k, v, plan, scale=None) -> None:
+    assert block_sparse.why_not(q, k, plan) is None
+    with poisoned():
+        out, lse = block_sparse.attend(q, k, v, plan, scale)
+    mask = token_mask(plan.to("cpu"), *q.shape[:2])
+    expected, log_sum_exp = exact(q.cpu(), k.cpu(), v.cpu(), mask, scale)
+    assert_near(out.cpu(), expected, TOLERANCE[q.dtype])
+    assert_near(lse.cpu(), log_sum_exp, TOLERANCE[q.dtype])
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("shape", CASES)
+def test_block_sparse_agrees_with_float64(shape, block):
+    (q, k, v), plan = case(shape, block)
+    check(q, k, v, plan)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_block_sparse_in_half_precision(block):
+    (q, k, v), plan = case("ragged", block, torch.float16)
+    check(q, k, v, plan, scale=0.2)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_block_sparse_never_reads_padding_into_the_result(block):
+    (q, k, v), plan = case("lengths", block)
+    clean, _ = block_sparse.attend(q, k, v, plan)
+    for item, length in enumerate(plan.lengths.tolist()):
+        k[item, :, length:] = v[item, :, length:] = torch.nan
+    assert torch.equal(block_sparse.attend(q, k, v, plan)[0], clean)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_block_sparse_reads_and_keeps_any_memory_layout(block):
+    (q, k, v), plan = case("ragged", block)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    check(q, k, v, plan)
+    assert block_sparse.attend(q, k, v, plan)[0].stride() == q.stride(), "as diffusers lays it out"
+    check(*(torch.stack([x, x + 1], -1)[..., 0] for x in (q, k, v)), plan)
+    shared = k[:, :1].expand(-1, 2, -1, -1)
+    check(q, shared, v, plan)
+
+
+def test_long_rows_start_first_among_heads_that_share_the_cache():
+    plan = random_plan(1000, 64, heads=6)
+    count = plan.count.expand(2, 6, -1).reshape(12, -1)
+    for company in (1, 4, 100):
+        rows = block_sparse.schedule(plan, 2, 6, company)
+        assert rows.dtype == torch.int32 and torch.equal(rows.sort().values, torch.arange(count.numel()).int())
+        for group in rows.long().split(company * plan.blocks):
+            assert (group // plan.blocks).unique().numel() == min(company, 12)
+            lengths = count.flatten()[group]
+            assert torch.equal(lengths, lengths.sort(descending=True).values)
+
+
+def test_block_sparse_says_what_it_lacks(monkeypatch):
+    (q, k, _), plan = case("ragged", 64)
+    why_not = block_sparse.why_not
+    assert "it computes in" in why_not(q.double(), k.double(), plan)
+    assert "head_dim must be one of 16, 32, 64, 80, 96, 128, 256, not 40" in why_not(q[..., :40], k[..., :40], plan)
+    assert "a block must have 16, 32, 64, 128 tokens, not 48" in why_not(q, k, replace(plan, block=48))
+    assert "no backward pass" in why_not(q.clone().requires_grad_(), k, plan)
+    monkeypatch.setattr(block_sparse, "_architecture", lambda _: architecture(75))
+    assert "compute capability 8.0 or newer" in why_not(q, k, plan)
+    monkeypatch.setattr(block_sparse, "interpreted", lambda: False)
+    assert "it runs on a GPU and the tensors are on cpu" in why_not(q.cpu(), k.cpu(), plan)
+
+
+def test_every_capability_from_ampere_on_has_an_architecture():
+    assert architecture(75) is None
+    assert architecture(87) is ARCHITECTURES[86] and architecture(103) is ARCHITECTURES[100]
+    for found in ARCHITECTURES.values():
+        for block in block_sparse.BLOCKS:
+            for dim in block_sparse.WIDTHS:
+                assert block % found.tiling(block, dim).keys == 0
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_compiles_for_every_architecture_and_fits(capability):
+    pytest.importorskip("triton")
+    matrix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
+    found = rows_apart(capability)
+    assert {(row["block"], row["head_dim"]) for row in found} >= {(64, 64), (64, 256), (128, 80), (128, 128)}
+    for row in found:
+        assert row["spilled"] <= SPILLED and row["shared_memory"] <= ARCHITECTURES[capability].shared_memory, row
+        assert matrix in row["instructions"], row
+        assert ("cp.async.bulk.tensor" in row["instructions"]) == (capability in (90, 100)), row
