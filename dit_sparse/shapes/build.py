@@ -61,6 +61,8 @@ def build_transformer():
             block.attn1.to_k.load_state_dict(block.attn1.to_q.state_dict())
             block.attn1.norm_q.weight.fill_(1.4)
             block.attn1.norm_k.weight.fill_(1.4)
+            # The prompt starts silent. While what it says is noise, attention would learn to look at the padding.
+            block.attn2.to_out[0].weight.zero_()
     return transformer
 
 
@@ -72,15 +74,15 @@ def latent_statistics(clips=48):
 
 
 def encode_prompts(tokenizer, text_encoder, texts, length):
-    """Embeddings (batch, length, TEXT_DIM) as `WanPipeline` makes them: zeros after the end of each prompt.
+    """Embeddings (batch, at least length, TEXT_DIM) as `WanPipeline` makes them: zeros after the end of each prompt.
 
     Encoding only the longest prompt is exact, because the attention mask hides the padding.
     """
-    inputs = tokenizer(texts, padding="longest", truncation=True, max_length=length, return_tensors="pt")
+    inputs = tokenizer(texts, padding="longest", return_tensors="pt")
     inputs = inputs.to(text_encoder.device)
     embeddings = text_encoder(inputs.input_ids, inputs.attention_mask).last_hidden_state
     embeddings = embeddings * inputs.attention_mask[..., None]
-    return torch.nn.functional.pad(embeddings, (0, 0, 0, length - embeddings.shape[1]))
+    return torch.nn.functional.pad(embeddings, (0, 0, 0, max(0, length - embeddings.shape[1])))
 
 
 def save_pipeline(folder, tokenizer, text_encoder, transformer, statistics):

@@ -45,8 +45,8 @@ multiples of 4; one token is 4x4 pixels of one frame. The model was trained up t
 {parts}
 
 The autoencoder was computed, not trained: it folds 4x4 pixels into 48 channels and back, without loss. Only its
-decoder is of use here; the encoder of diffusers takes 4k + 1 frames. Transformer and text encoder were trained
-together. The prompts it knows look like these:
+decoder is of use here; the encoder of diffusers takes 4k + 1 frames. The text encoder was first taught which shape and
+direction belong to which colour word, then the transformer learnt to draw. The prompts it knows look like these:
 
 - a red circle moves right
 - a green triangle slides upwards and a yellow square is moving to the left

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 CELL = 4  # pixels along each side of one token
+ROOM_FOR_TWO = 40  # pixels along the shorter side
 GRAIN = 2  # pixels along each side of the coarser grains of texture
 
 # Colours lie in [-1, 1] like the pixels; they differ in hue, which survives noise and texture.
@@ -74,7 +75,7 @@ class Scene:
 
 def random_scene(size, rng):
     """A scene of one or two differently coloured sprites whose whole paths stay inside the frame."""
-    count = rng.choice((1, 2))
+    count = rng.choice((1, 2)) if min(size.height, size.width) >= ROOM_FOR_TWO else 1
     colours = rng.sample(list(COLOURS), count)
     candidates = []
     for _ in range(8):
@@ -89,7 +90,7 @@ def random_scene(size, rng):
 
 def _random_sprite(colour, size, rng, crowded):
     direction = rng.choice(list(DIRECTIONS))
-    radius = min(rng.uniform(8, 10.5 if crowded else 12), 0.22 * min(size.height, size.width))
+    radius = min(rng.uniform(8, 10.5 if crowded else 12), 0.28 * min(size.height, size.width))
     horizontal = DIRECTIONS[direction][0] != 0
     room = (size.width if horizontal else size.height) - 2 * radius
     speeds = [speed for speed in (4, 4, 4, 4, 2) if speed * (size.frames - 1) <= room] or [1]
