@@ -1,5 +1,7 @@
 """The bundled demo model: its clips, its judge, its parts, its training."""
 
+import random
+from importlib.resources import files
 from itertools import pairwise
 
 import pytest
@@ -14,7 +16,7 @@ from dit_sparse.shapes.concentration import attention_weights, best_blocks_share
 from dit_sparse.shapes.curriculum import TINY, Budget
 from dit_sparse.shapes.judge import held_out_tasks, judge, shares
 from dit_sparse.shapes.optim import orthogonalised
-from dit_sparse.shapes.scenes import Scene, Size, clip
+from dit_sparse.shapes.scenes import Scene, Size, clip, random_scene
 from dit_sparse.shapes.train import Trainer
 
 LIMIT = 16e6
@@ -181,3 +183,47 @@ def test_concentration_of_flat_and_of_sharp_attention():
     sharp = attention_weights(100 * key, key)
     assert best_blocks_share(sharp).min() > 0.99
     assert other_frames_share(sharp, 4).max() < 0.01
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return WanPipeline.from_pretrained(files("dit_sparse") / "assets" / "shapes-wan")
+
+
+def test_bundled_encoder_reads_pairs_that_it_never_saw(bundled):
+    """A straight line through the embeddings of training sentences tells the objects of held-out ones."""
+    rng, scenes = random.Random(0), []
+    while len(scenes) < 100:
+        scene = random_scene(Size(8, 64, 64), rng)
+        if prompts.held_out(scene):
+            scenes.append(scene)
+    seen = reading.lesson(bundled.tokenizer, 10**6, 300)
+    unseen = reading.questions(bundled.tokenizer, scenes, [prompts.describe(scene, rng) for scene in scenes])
+    with torch.no_grad():
+        states = [bundled.text_encoder(i.input_ids, i.attention_mask).last_hidden_state for i, _ in (seen, unseen)]
+    for name in reading.ANSWERS:
+        (x, y), (x_unseen, y_unseen) = (
+            (state[answers[name] >= 0], answers[name][answers[name] >= 0])
+            for state, (_, answers) in zip(states, (seen, unseen), strict=True)
+        )
+        line = torch.linalg.lstsq(x, torch.nn.functional.one_hot(y).float()).solution
+        assert ((x_unseen @ line).argmax(1) == y_unseen).float().mean() > 0.97, name
+
+
+def test_bundled_model_hears_the_prompt_through_all_padding(bundled):
+    """Where noise hides everything, the right prompt predicts a clip better than none, and a wrong one worse."""
+    size, count = Size.of_tokens(4, 10, 10), 16
+    scenes, videos = zip(*(clip(10**9 + seed, size) for seed in range(count)), strict=True)
+    config = bundled.vae.config
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    latents = (torch.stack([fold(video) for video in videos]) - mean) / std
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    noisy, times = torch.lerp(latents, noise, 0.98), torch.full((count,), 980.0)
+    right = [prompts.plain(scene.sprites) for scene in scenes]
+    error = {}
+    for name, texts in {"right": right, "none": [""] * count, "wrong": right[1:] + right[:1]}.items():
+        embeddings = encode_prompts(bundled.tokenizer, bundled.text_encoder, texts, 512)
+        with torch.no_grad():
+            velocity = bundled.transformer(noisy, times, embeddings).sample
+        error[name] = (velocity - (noise - latents)).square().mean().item()
+    assert error["right"] < error["none"] < error["wrong"], error

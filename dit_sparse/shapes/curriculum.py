@@ -23,9 +23,10 @@ class Stage:
 # to full clips.
 CURRICULUM = (
     Stage(0.30, ((7, (4, 8, 8)), (5, (4, 10, 8)), (5, (5, 8, 9))), (1, 1, 1, 32)),
-    Stage(0.60, ((3, (4, 12, 12)), (2, (6, 12, 12)), (3, (6, 10, 10)), (5, (4, 10, 10))), (1, 1, 32, 64)),
-    Stage(0.92, ((1, (16, 12, 12)), (1, (4, 24, 24)), (1, (8, 16, 16)), (2, (6, 12, 12))), (1, 48, 128, 512)),
-    Stage(1.00, ((1, (16, 16, 16)), (1, (8, 24, 24)), (1, (8, 16, 16))), (512,)),
+    Stage(0.40, ((3, (4, 12, 12)), (2, (5, 14, 14)), (1, (6, 16, 16)), (2, (6, 12, 12))), (1, 1, 32, 64)),
+    Stage(0.93, ((3, (6, 6, 16)), (3, (6, 16, 6)), (2, (5, 14, 14)), (3, (7, 5, 18)), (1, (8, 16, 16))), (1, 1, 64, 512)),
+    Stage(0.97, ((1, (8, 16, 16)), (1, (8, 16, 16)), (1, (16, 14, 14)), (1, (4, 24, 24))), (48, 128, 512)),
+    Stage(1.00, ((1, (16, 16, 16)), (1, (8, 24, 24)), (1, (16, 20, 20))), (512,)),
 )
 TINY = (Stage(1.0, ((2, (2, 4, 4)),), (24,)),)
 
@@ -53,12 +54,13 @@ def draw_times(count, generator):
     """Noise levels in (0, 1). Six in ten are high and crowd towards one.
 
     A thing of a hundred tokens shows through noise that hides every single token: at .93 its place and colour can be
-    read off. Only beyond that does the prompt decide, so only there is it learnt to be heard.
+    read off. Only beyond that does the prompt decide, so only there is it learnt to be heard. At about .97 a moving
+    thing shows in all frames together but in no single one: there directions are learnt.
     """
     kind = torch.rand(count, generator=generator)
     middle = torch.sigmoid(torch.randn(count, generator=generator) + 0.1)
     uniform = torch.rand(count, generator=generator)
-    outer = torch.where(kind < 0.4, 0.03 + 0.57 * uniform, 1 - 0.4 * uniform**2.5)
+    outer = torch.where(kind < 0.4, 0.03 + 0.57 * uniform, 1 - 0.006 * 40**uniform)
     return torch.where(kind < 0.15, middle, outer)
 
 

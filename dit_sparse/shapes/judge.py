@@ -143,7 +143,7 @@ def generate(pipeline, text, size, seed, steps, guidance):
     return frames.transpose(0, 1).float().cpu() * 2 - 1
 
 
-def judge_pipeline(pipeline, size, count=60, steps=16, guidance=3.0):
+def judge_pipeline(pipeline, size, count=60, steps=16, guidance=4.0):
     """Generate the held-out prompts and judge them; a report ready for JSON."""
     started, singles, pairs = time.monotonic(), [], []
     for task in held_out_tasks(count):
@@ -167,7 +167,7 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--tokens", type=int, nargs=3, default=(8, 16, 16), metavar=("FRAMES", "ROWS", "COLUMNS"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="also write the JSON here")

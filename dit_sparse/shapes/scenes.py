@@ -89,11 +89,12 @@ def random_scene(size, rng):
 
 
 def _random_sprite(colour, size, rng, crowded):
-    direction = rng.choice(list(DIRECTIONS))
     radius = min(rng.uniform(8, 10.5 if crowded else 12), 0.28 * min(size.height, size.width))
-    horizontal = DIRECTIONS[direction][0] != 0
-    room = (size.width if horizontal else size.height) - 2 * radius
-    speeds = [speed for speed in (4, 4, 4, 4, 2) if speed * (size.frames - 1) <= room] or [1]
+    rooms = {name: (size.width if x else size.height) - 2 * radius for name, (x, _) in DIRECTIONS.items()}
+    roomy = [name for name, room in rooms.items() if room >= CELL * (size.frames - 1)]
+    direction = rng.choice(roomy or list(DIRECTIONS))
+    room = rooms[direction]
+    speeds = [speed for speed in (8, 8, 4, 4, 4, 2) if speed * (size.frames - 1) <= room] or [1]
     speed = rng.choice(speeds)
     travel = [axis * speed * (size.frames - 1) for axis in DIRECTIONS[direction]]
     start = tuple(
