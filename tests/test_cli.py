@@ -41,7 +41,7 @@ def test_show_draws_in_the_terminal_and_to_a_file(method, tmp_path):
 
 def test_doctor_tells_every_executor_s_verdict():
     found = json.loads(call("doctor", "--json", "--quick").output)
-    assert set(found["executors"]) == {"reference", "gather", "cpu", "flex"}
+    assert set(found["executors"]) == {"reference", "gather", "cpu", "flex", "block_sparse"}
     assert found["executors"]["gather"] == "ok"
     assert found["versions"]["torch"]
 
