@@ -107,15 +107,18 @@ class Plan:
         return self if lengths is None else replace(self, lengths=lengths.to(self.index.device, torch.int32))
 
     def arrange(self, x: Tensor) -> Tensor:
-        """``x [B, H, N, ...]`` in the plan's order; fewer key heads than there are orders are repeated."""
-        return x if self.order is None else _take(x, self.order)
+        """``x [B, H, N, ...]`` in the plan's order."""
+        return arranged(x, self.order)
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`arrange`."""
-        return x if self.order is None else _take(x, self.order.argsort(-1))
+        return x if self.order is None else arranged(x, self.order.argsort(-1))
 
 
-def _take(x: Tensor, order: Tensor) -> Tensor:
+def arranged(x: Tensor, order: Tensor | None) -> Tensor:
+    """``x [B, H, N, ...]`` in an order ``[N]`` or ``[B|1, H|1, N]``; fewer heads than there are orders are repeated."""
+    if order is None:
+        return x
     if order.ndim == 1:
         return x.index_select(2, order)
     if x.shape[1] < order.shape[1]:

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from dit_sparse import Plan
-from dit_sparse.kernels import block_sparse
-from dit_sparse.kernels.architectures import ARCHITECTURES
+from dit_sparse.kernels import block_mass, block_sparse
+from dit_sparse.kernels.architectures import ARCHITECTURES, Architecture
 
 DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (64, 128)
@@ -31,23 +31,15 @@ INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.ten
 
 
 def rows(capability: int) -> Iterator[dict]:
-    """What became of `block_sparse` in bfloat16 for one architecture, a row for every block and head_dim, and one for
-    a plan with an order and with padding.
+    """What became of every kernel in bfloat16 for one architecture, a row for every launch that differs.
 
     Triton remembers the first architecture that it compiles for: ask for one in each process.
     """
     pretend_gpu(capability)
-    from dit_sparse.kernels.block_sparse_triton import forward
-
-    for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (128, 128, "order, lengths")):
-        q = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16)
-        plan = Plan.full(TOKENS, block)
-        if features:
-            plan = replace(plan, order=torch.arange(TOKENS), lengths=torch.tensor([TOKENS], dtype=torch.int32))
-        arguments, *_ = block_sparse.launch(q, q, q, plan, None, ARCHITECTURES[capability])
-        compiled = forward.warmup(grid=(len(arguments["schedule"]),), **arguments)
+    for name, block, dim, features, program, arguments in launches(ARCHITECTURES[capability]):
+        compiled = program.warmup(grid=(1,), **arguments)
         yield {
-            "kernel": "block_sparse",
+            "kernel": name,
             "architecture": capability,
             "block": block,
             "head_dim": dim,
@@ -55,6 +47,32 @@ def rows(capability: int) -> Iterator[dict]:
             **resources(compiled.asm["ptx"]),
             "shared_memory": compiled.metadata.shared,
         }
+
+
+def launches(machine: Architecture) -> Iterator[tuple]:
+    """Kernel, block, head_dim, what else is special, the program and its arguments."""
+    from dit_sparse.kernels.block_mass_triton import mass
+    from dit_sparse.kernels.block_sparse_triton import forward
+
+    for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (128, 128, "order, lengths")):
+        q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
+        if features:
+            plan = replace(plan, order=torch.arange(TOKENS), lengths=torch.tensor([TOKENS], dtype=torch.int32))
+        arguments, *_ = block_sparse.launch(q, q, q, plan, None, machine)
+        yield "block_sparse", block, dim, features, forward, arguments
+
+    for block, dim, queries, kept in (
+        *product(BLOCKS, DIMS, (None,), (False,)),
+        (128, 128, 16, False),
+        (128, 128, None, True),
+    ):
+        q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
+        lse = torch.empty(1, 2, TOKENS)
+        arguments, _ = block_mass.launch(
+            q, q, lse, block, queries or block, None, None, None, plan if kept else None, machine
+        )
+        features = f"{queries} queries a block" if queries else "kept blocks" if kept else ""
+        yield "block_mass", block, dim, features, mass, arguments
 
 
 def pretend_gpu(capability: int) -> None:

@@ -25,7 +25,7 @@ def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
         return "the package triton is not installed"
     if q.device.type != "cuda" and not interpreted():
         return f"it runs on a GPU and the tensors are on {q.device}"
-    if _architecture(q.device) is None:
+    if machine(q.device) is None:
         return f"it needs a GPU of compute capability {min(ARCHITECTURES) / 10} or newer"
     # Triton's interpreter multiplies bfloat16 wrongly.
     dtypes = (torch.float32, torch.float16) if interpreted() else (torch.bfloat16, torch.float16)
@@ -51,7 +51,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     """
     from .block_sparse_triton import forward
 
-    arguments, out, lse = launch(q, k, v, plan, scale, _architecture(q.device))
+    arguments, out, lse = launch(q, k, v, plan, scale, machine(q.device))
     with torch.cuda.device_of(q):
         forward[(len(arguments["schedule"]),)](**arguments)
     return out, lse
@@ -70,7 +70,7 @@ def launch(
     order = None if plan.order is None else plan.order.expand(batch, heads, -1)
     cells = {"k": (k, width), "v": (v, width), "k_rest": (k, width_rest), "v_rest": (v, width_rest)}
     arguments = dict(
-        {name: _cells(x, tiling.keys, columns) if tiling.tma else x for name, (x, columns) in cells.items()},
+        {name: descriptor(x, tiling.keys, columns) if tiling.tma else x for name, (x, columns) in cells.items()},
         q=q,
         out=out,
         lse=lse,
@@ -109,7 +109,7 @@ def schedule(plan: Plan, batch: int, heads: int, heads_in_cache: int) -> Tensor:
     return (company[:, None] * (plan.index.shape[-1] + 1) - count).flatten().argsort(stable=True).int()
 
 
-def _cells(x: Tensor, rows: int, columns: int):
+def descriptor(x: Tensor, rows: int, columns: int):
     """A descriptor of ``x [B, H, N, D]`` in cells of ``[1, 1, rows, columns]``, which the hardware fetches at once."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -124,7 +124,7 @@ def interpreted() -> bool:
 
 
 @cache
-def _architecture(device: torch.device) -> Architecture | None:
+def machine(device: torch.device) -> Architecture | None:
     if interpreted():
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tiles_triton import begin, tile
+
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -66,7 +68,7 @@ def forward(
         token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
     columns = tl.arange(0, WIDTH)
     columns_rest = WIDTH + tl.arange(0, max(WIDTH_REST, 1))
-    query_rows = q + _start(item, head, q_strides) + token.to(tl.int64)[:, None] * q_strides[2]
+    query_rows = q + begin(item, head, q_strides) + token.to(tl.int64)[:, None] * q_strides[2]
     queries = tl.load(query_rows + columns[None, :], mask=real[:, None], other=0.0)
     queries_rest = queries
     if WIDTH_REST:
@@ -86,8 +88,8 @@ def forward(
     sums = tl.zeros([BLOCK, WIDTH], tl.float32)
     sums_rest = tl.zeros([BLOCK, max(WIDTH_REST, 1)], tl.float32)
     TILES: tl.constexpr = BLOCK // KEYS
-    for tile in range(0, whole * TILES):
-        start = tl.load(kept + tile // TILES) * BLOCK + tile % TILES * KEYS
+    for step in range(0, whole * TILES):
+        start = tl.load(kept + step // TILES) * BLOCK + step % TILES * KEYS
         top, total, sums, sums_rest = _visit(
             queries, queries_rest, k, v, k_rest, v_rest, k_strides, v_strides, item, key_head, start, end, scale,
             top, total, sums, sums_rest, KEYS, WIDTH, WIDTH_REST, TMA, False,
@@ -101,7 +103,7 @@ def forward(
             )  # fmt: skip
 
     share = tl.where(total > 0, 1 / total, 0.0)[:, None]
-    out_rows = out + _start(item, head, out_strides) + token.to(tl.int64)[:, None] * out_strides[2]
+    out_rows = out + begin(item, head, out_strides) + token.to(tl.int64)[:, None] * out_strides[2]
     tl.store(out_rows + columns[None, :], (sums * share).to(out.dtype.element_ty), mask=real[:, None])
     if WIDTH_REST:
         tl.store(out_rows + columns_rest[None, :], (sums_rest * share).to(out.dtype.element_ty), mask=real[:, None])
@@ -135,10 +137,10 @@ def _visit(
     CUT: tl.constexpr,
 ):
     """Take one tile of keys into the running softmax; CUT: hide those from ``end`` on. Everything is base 2."""
-    keys = _tile(k, k_strides, item, head, start, end, 0, KEYS, WIDTH, TMA, CUT)
+    keys = tile(k, k_strides, item, head, start, end, 0, KEYS, WIDTH, TMA, CUT)
     scores = tl.dot(queries, keys.T, input_precision="ieee")
     if WIDTH_REST:
-        keys_rest = _tile(k_rest, k_strides, item, head, start, end, WIDTH, KEYS, WIDTH_REST, TMA, CUT)
+        keys_rest = tile(k_rest, k_strides, item, head, start, end, WIDTH, KEYS, WIDTH_REST, TMA, CUT)
         scores = tl.dot(queries_rest, keys_rest.T, scores, input_precision="ieee")
     if CUT:
         scores = tl.where((start + tl.arange(0, KEYS) < end)[None, :], scores, float("-inf"))
@@ -146,43 +148,10 @@ def _visit(
     weights = tl.exp2(scores * scale - higher[:, None])
     shrink = tl.exp2(top - higher)
     total = total * shrink + tl.sum(weights, 1)
-    values = _tile(v, v_strides, item, head, start, end, 0, KEYS, WIDTH, TMA, CUT)
+    values = tile(v, v_strides, item, head, start, end, 0, KEYS, WIDTH, TMA, CUT)
     weights = weights.to(values.dtype)
     sums = tl.dot(weights, values, sums * shrink[:, None], input_precision="ieee")
     if WIDTH_REST:
-        values_rest = _tile(v_rest, v_strides, item, head, start, end, WIDTH, KEYS, WIDTH_REST, TMA, CUT)
+        values_rest = tile(v_rest, v_strides, item, head, start, end, WIDTH, KEYS, WIDTH_REST, TMA, CUT)
         sums_rest = tl.dot(weights, values_rest, sums_rest * shrink[:, None], input_precision="ieee")
     return higher, total, sums, sums_rest
-
-
-@triton.jit
-def _tile(
-    x,
-    strides,
-    item,
-    head,
-    start,
-    end,
-    FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TMA: tl.constexpr,
-    CUT: tl.constexpr,
-):
-    """``x[item, head, start : start + ROWS, FIRST : FIRST + COLUMNS]``, zero from ``end`` on where CUT is set."""
-    if TMA:
-        tile = tl.reshape(x.load([item, head, start, FIRST]), [ROWS, COLUMNS])
-        if CUT:  # padding may hold anything, even NaN, which a weight of zero would not hide
-            tile = tl.where((start + tl.arange(0, ROWS) < end)[:, None], tile, tl.zeros_like(tile))
-    else:
-        rows = start + tl.arange(0, ROWS)
-        places = x + _start(item, head, strides) + rows.to(tl.int64)[:, None] * strides[2]
-        places += FIRST + tl.arange(0, COLUMNS)[None, :]
-        tile = tl.load(places, mask=(rows < end)[:, None], other=0.0) if CUT else tl.load(places)
-    return tile
-
-
-@triton.jit
-def _start(item, head, strides):
-    """Where an item's head begins; 64 bits, for tensors of more than 2**31 elements."""
-    return item.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]

@@ -42,7 +42,8 @@ RULES = {  # the first pattern that fits a module is its row
     "methods": May("method methods.*"),
     "methods.*": May(f"{FLOOR_1} method"),
     "kernels.pick": May(FLOOR_1, lazily="kernels.*"),
-    "kernels.*_triton": May(others="triton"),
+    "kernels.*_triton": May("kernels.tiles_triton", others="triton"),
+    "kernels.block_mass": May(f"{FLOOR_1} kernels.block_sparse", lazily="kernels.block_mass_triton"),
     "kernels.*": May(f"{FLOOR_1} kernels.architectures", lazily="kernels.*_triton triton xformers flash_attn"),
     "pipelines.family": May(lazily="diffusers"),
     "pipelines.*": May("grid pipelines.family"),
@@ -53,7 +54,9 @@ RULES = {  # the first pattern that fits a module is its row
     "engine search": May(f"{FLOOR_3} report run"),
     "package": May("*"),  # dit_sparse/__init__.py
     "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
-    "eval.compiled": May("public kernels.block_sparse kernels.architectures", lazily="triton kernels.*_triton"),
+    "eval.compiled": May(
+        "public kernels.block_sparse kernels.block_mass kernels.architectures", lazily="triton kernels.*_triton"
+    ),
     "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips"),
     "cli": May(USER, others="typer rich", lazily="eval.* gradio"),
     "app": May("public eval.*", others="gradio"),

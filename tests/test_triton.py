@@ -9,7 +9,7 @@ import torch
 
 from dit_sparse import Plan
 from dit_sparse.eval.compiled import rows_apart
-from dit_sparse.kernels import block_sparse
+from dit_sparse.kernels import block_mass, block_sparse
 from dit_sparse.kernels.architectures import ARCHITECTURES, architecture
 from support import assert_near, exact, poisoned, qkv, random_plan, token_mask
 
@@ -117,7 +117,7 @@ def test_block_sparse_says_what_it_lacks(monkeypatch):
     assert "head_dim must be one of 16, 32, 64, 80, 96, 128, 256, not 40" in why_not(q[..., :40], k[..., :40], plan)
     assert "a block must have 16, 32, 64, 128 tokens, not 48" in why_not(q, k, replace(plan, block=48))
     assert "no backward pass" in why_not(q.clone().requires_grad_(), k, plan)
-    monkeypatch.setattr(block_sparse, "_architecture", lambda _: architecture(75))
+    monkeypatch.setattr(block_sparse, "machine", lambda _: architecture(75))
     assert "compute capability 8.0 or newer" in why_not(q, k, plan)
     monkeypatch.setattr(block_sparse, "interpreted", lambda: False)
     assert "it runs on a GPU and the tensors are on cpu" in why_not(q.cpu(), k.cpu(), plan)
@@ -137,8 +137,63 @@ def test_compiles_for_every_architecture_and_fits(capability):
     pytest.importorskip("triton")
     matrix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
     found = rows_apart(capability)
+    assert {row["kernel"] for row in found} == {"block_sparse", "block_mass"}
     assert {(row["block"], row["head_dim"]) for row in found} >= {(64, 64), (64, 256), (128, 80), (128, 128)}
     for row in found:
         assert row["spilled"] <= SPILLED and row["shared_memory"] <= ARCHITECTURES[capability].shared_memory, row
-        assert matrix in row["instructions"], row
+        few_rows = "16 queries" in row["features"]  # too few for the larger units
+        assert ("mma.sync" if few_rows else matrix) in row["instructions"], row
         assert ("cp.async.bulk.tensor" in row["instructions"]) == (capability in (90, 100)), row
+
+
+MASS_CASES = [name for name in CASES if name not in ("head_dim 128", "head_dim 96")]
+
+
+def paid(q, k, plan, rows, scale=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """LSE ``[B, H, N]`` and what the queries of each block pay to each key block, from the whole softmax in float64."""
+    batch, heads, tokens, dim = q.shape
+    k = k.double().repeat_interleave(heads // k.shape[1], 1)
+    end = torch.full((batch,), tokens) if plan.lengths is None else plan.lengths
+    place = torch.arange(tokens).expand(batch, heads, -1) if plan.order is None else plan.order.argsort(-1)
+    place = place.expand(batch, heads, -1)
+    scores = q.double() @ k.mT * (dim**-0.5 if scale is None else scale)
+    scores = scores.masked_fill((place >= end[:, None, None])[:, :, None], -torch.inf)
+    looks = (place % (plan.block // rows) == 0) & (place < end[:, None, None])
+    group = torch.nn.functional.one_hot(place // plan.block, plan.blocks).double()
+    looked = group * looks[..., None]
+    mass = looked.mT @ scores.softmax(-1) @ group / looked.sum(-2).clamp(min=1)[..., None]
+    return scores.logsumexp(-1).float(), mass
+
+
+@pytest.mark.parametrize("block, rows", [(64, 64), (64, 16), (128, 32), (64, 4)])
+@pytest.mark.parametrize("shape", MASS_CASES)
+def test_block_mass_agrees_with_float64(shape, block, rows):
+    (q, k, _), plan = case(shape, block)
+    lse, expected = paid(q.cpu(), k.cpu(), plan.to("cpu"), rows)
+    layout = dict(order=plan.order, lengths=plan.lengths)
+    with poisoned():
+        mass = block_mass.block_mass(q, k, lse.to(DEVICE), block, rows=rows, **layout)
+        retained = block_mass.retained_mass(q, k, lse.to(DEVICE), plan, rows=rows)
+    assert_near(mass.cpu(), expected, TOLERANCE[q.dtype])
+    assert_near(retained.cpu(), (expected * plan.to("cpu").keep()).sum(-1), TOLERANCE[q.dtype])
+
+
+def test_block_mass_in_plain_pytorch_is_the_same(monkeypatch):
+    for shape in MASS_CASES:
+        (q, k, _), plan = case(shape, 64)
+        lse, expected = paid(q.cpu(), k.cpu(), plan.to("cpu"), 32, scale=0.1)
+        monkeypatch.setattr(block_mass, "_by_triton", lambda *_: False)
+        layout = dict(order=plan.order, lengths=plan.lengths, rows=32, scale=0.1)
+        assert_near(block_mass.block_mass(q, k, lse.to(DEVICE), 64, **layout).cpu(), expected, TOLERANCE[q.dtype])
+
+
+def test_block_mass_hides_padding_and_needs_rows_that_divide_the_block():
+    (q, k, _), plan = case("lengths", 64)
+    lse, _ = paid(q.cpu(), k.cpu(), plan.to("cpu"), 64)
+    clean = block_mass.block_mass(q, k, lse.to(DEVICE), 64, lengths=plan.lengths)
+    for item, length in enumerate(plan.lengths.tolist()):
+        q[item, :, length:] = k[item, :, length:] = torch.nan
+    assert torch.equal(block_mass.block_mass(q, k, lse.to(DEVICE), 64, lengths=plan.lengths), clean)
+    for rows in (0, 48, 128):
+        with pytest.raises(ValueError, match="rows must divide the block of 64 tokens"):
+            block_mass.block_mass(q, k, lse, 64, rows=rows)

@@ -1,0 +1,159 @@
+"""How much attention every block receives, exactly, from queries, keys and a log-sum-exp that is at hand already.
+
+With the LSE known, a weight is one exponential, ``exp(scale q.k - lse)``. One pass over q and k gives what a search
+needs (AdaSpa, arXiv:2502.21079, keeps the LSE of an earlier step): half the products of attention, and no values.
+An LSE of another step scales every row by a factor of its own, which dividing by the row's sum removes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_sparse.plan import Plan, arranged, blocks_in
+
+from . import block_sparse
+
+SCORES_PER_CHUNK = 1 << 22
+FEWEST_ROWS = 16  # that matrix units take
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    block: int,
+    *,
+    rows: int | None = None,
+    order: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Mean attention that the queries of each block pay to each key block.
+
+    Args:
+        q, k: ``[B, H, N, D]`` and ``[B, Hkv, N, D]``, Hkv divides H.
+        lse: natural-log-sum-exp of the scores of every query, float32 ``[B, H, N]``.
+        block: tokens in a block.
+        rows: how many queries of each block are looked at, evenly spaced; divides the block. None: all.
+        order, lengths: as in `Plan`. Padding neither pays nor receives.
+        scale: of the scores; None: ``D ** -0.5``.
+
+    Returns:
+        float32 ``[B, H, Qb, Qb]``. Every row sums to one where the LSE is that of all scores; blocks of nothing but
+        padding give rows of zeros.
+
+    Raises:
+        ValueError: ``rows`` does not divide ``block``.
+    """
+    rows = _checked(rows, block)
+    if _by_triton(q, k, block, rows):
+        return _launched(q, k, lse, block, rows, order, lengths, scale, None)
+    return _plain(q, k, lse, block, rows, order, lengths, scale)
+
+
+def retained_mass(
+    q: Tensor, k: Tensor, lse: Tensor, plan: Plan, *, rows: int | None = None, scale: float | None = None
+) -> Tensor:
+    """Mean attention that the queries of each block pay to all blocks that a plan keeps: float32 ``[B, H, Qb]``.
+
+    Arguments as for `block_mass`; on a GPU only kept blocks are computed.
+    """
+    rows = _checked(rows, plan.block)
+    if _by_triton(q, k, plan.block, rows):
+        return _launched(q, k, lse, plan.block, rows, plan.order, plan.lengths, scale, plan)
+    mass = _plain(q, k, lse, plan.block, rows, plan.order, plan.lengths, scale)
+    return (mass * plan.keep()).sum(-1)
+
+
+def _checked(rows: int | None, block: int) -> int:
+    if rows is not None and (rows < 1 or block % rows):
+        raise ValueError(f"rows must divide the block of {block} tokens, not {rows}")
+    return rows or block
+
+
+def _by_triton(q: Tensor, k: Tensor, block: int, rows: int) -> bool:
+    if not (q.is_cuda or block_sparse.interpreted()) or rows < FEWEST_ROWS:
+        return False
+    return block_sparse.why_not(q.detach(), k.detach(), Plan(q, q, q.shape[2], block)) is None
+
+
+def _plain(q, k, lse, block, rows, order, lengths, scale) -> Tensor:
+    """The definition, a few query blocks at a time."""
+    batch, heads, tokens, dim = q.shape
+    blocks = blocks_in(tokens, block)
+    scale = dim**-0.5 if scale is None else scale
+    q, k, lse = (arranged(x, order) for x in (q, k, lse))
+    k = k.repeat_interleave(heads // k.shape[1], 1).float()
+    end = torch.full((1,), tokens, device=q.device) if lengths is None else lengths
+    real = (torch.arange(tokens, device=q.device) < end[:, None])[:, None]
+    mass = torch.zeros(batch, heads, blocks, blocks, device=q.device)
+    for chunk in torch.arange(blocks, device=q.device).split(
+        max(1, SCORES_PER_CHUNK // (batch * heads * rows * tokens))
+    ):
+        place = (chunk[:, None] * block + torch.arange(0, block, block // rows, device=q.device)).flatten()
+        place = place[place < tokens]
+        weights = (q[:, :, place].float() @ k.mT * scale - lse[:, :, place, None]).exp()
+        seen = real[..., place, None] & real[..., None, :] & (lse[:, :, place, None] > -torch.inf)
+        weights = torch.where(seen, weights, 0.0)
+        received = F.pad(weights, (0, blocks * block - tokens)).unflatten(-1, (blocks, block)).sum(-1)
+        mass.index_add_(2, place // block, received)
+    looked_at = torch.zeros(len(end), 1, blocks, 1, device=q.device)
+    place = torch.arange(0, tokens, block // rows, device=q.device)
+    looked_at.index_add_(2, place // block, real[..., place, None].expand(len(end), 1, -1, 1).float())
+    return mass / looked_at.clamp(min=1)
+
+
+def _launched(q, k, lse, block, rows, order, lengths, scale, plan) -> Tensor:
+    from .block_mass_triton import mass
+
+    arguments, out = launch(q, k, lse, block, rows, order, lengths, scale, plan, block_sparse.machine(q.device))
+    with torch.cuda.device_of(q):
+        mass[(out.shape[0] * out.shape[1] * out.shape[2],)](**arguments)
+    return out
+
+
+def launch(q, k, lse, block, rows, order, lengths, scale, plan, machine) -> tuple[dict, Tensor]:
+    """The arguments of the kernel, and the tensor that it will fill."""
+    batch, heads, tokens, dim = q.shape
+    blocks, (width, width_rest), tiling = blocks_in(tokens, block), block_sparse.WIDTHS[dim], machine.tiling(block, dim)
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, arranged(k, order)))
+    out = torch.empty(batch, heads, blocks, *(() if plan else (blocks,)), device=q.device)
+    index = plan.index.expand(batch, heads, -1, -1) if plan else None
+    count = plan.count.expand(batch, heads, -1) if plan else None
+    order = None if order is None else order.expand(batch, heads, -1)
+    cells = {"k": width, "k_rest": width_rest}
+    arguments = dict(
+        {
+            name: block_sparse.descriptor(k, tiling.keys, columns) if tiling.tma else k
+            for name, columns in cells.items()
+        },
+        q=q,
+        lse=lse.contiguous(),
+        out=out,
+        index=index,
+        count=count,
+        order=order,
+        lengths=lengths,
+        q_strides=q.stride()[:3],
+        k_strides=k.stride()[:3],
+        index_strides=index.stride()[:3] if plan else (0, 0, 0),
+        count_strides=count.stride() if plan else (0, 0, 0),
+        order_strides=(0, 0) if order is None else order.stride()[:2],
+        heads=heads,
+        group=heads // k.shape[1],
+        tokens=tokens,
+        scale=(dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        BLOCK=block,
+        ROWS=rows,
+        KEYS=tiling.keys,
+        WIDTH=width,
+        WIDTH_REST=width_rest,
+        TMA=tiling.tma,
+        num_warps=tiling.warps if rows >= 64 else 4,
+        num_stages=tiling.stages,
+    )
+    return arguments, out

@@ -1,0 +1,94 @@
+"""The Triton program behind `block_mass`: what one query block pays to each key block, in one pass over the keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles_triton import begin, tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def mass(
+    q,
+    k,
+    k_rest,
+    lse,
+    out,
+    index,
+    count,
+    order,
+    lengths,
+    q_strides,
+    k_strides,
+    index_strides,
+    count_strides,
+    order_strides,
+    heads,
+    group,
+    tokens,
+    scale,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_REST: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Mean mass of ROWS queries of one block, evenly spaced.
+
+    Pointers as in `block_sparse_triton.forward`, and lse float32 ``[B, H, N]``; out float32 ``[B, H, Qb, Qb]``, or
+    ``[B, H, Qb]`` for all kept blocks together where index and count are given. ``scale`` is times log2(e).
+    """
+    row = tl.program_id(0)
+    blocks = tl.cdiv(tokens, BLOCK)
+    query_block, head, item = row % blocks, (row // blocks) % heads, row // (blocks * heads)
+    end = tokens
+    if lengths is not None:
+        end = tl.load(lengths + item)
+
+    place = query_block * BLOCK + tl.arange(0, ROWS) * (BLOCK // ROWS)
+    real = place < end
+    token = place
+    if order is not None:
+        token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
+    query_rows = q + begin(item, head, q_strides) + token.to(tl.int64)[:, None] * q_strides[2]
+    queries = tl.load(query_rows + tl.arange(0, WIDTH)[None, :], mask=real[:, None], other=0.0)
+    queries_rest = queries
+    if WIDTH_REST:
+        columns = WIDTH + tl.arange(0, WIDTH_REST)
+        queries_rest = tl.load(query_rows + columns[None, :], mask=real[:, None], other=0.0)
+    bound = tl.load(lse + (item.to(tl.int64) * heads + head) * tokens + token, mask=real, other=float("inf")) * LOG2E
+    bound = tl.where(bound == float("-inf"), float("inf"), bound)  # a query that saw nothing pays nothing
+    share = 1 / tl.maximum(tl.sum(real.to(tl.float32), 0), 1)
+
+    steps = blocks
+    if index is not None:
+        kept = index + item * index_strides[0] + head * index_strides[1] + query_block * index_strides[2]
+        steps = tl.load(count + item * count_strides[0] + head * count_strides[1] + query_block * count_strides[2])
+    total = 0.0
+    TILES: tl.constexpr = BLOCK // KEYS
+    for step in range(0, steps):
+        key_block = step
+        if index is not None:
+            key_block = tl.load(kept + step)
+        received = 0.0
+        for part in tl.static_range(TILES):
+            start = key_block * BLOCK + part * KEYS
+            keys = tile(k, k_strides, item, head // group, start, end, 0, KEYS, WIDTH, TMA, not TMA)
+            scores = tl.dot(queries, keys.T, input_precision="ieee")
+            if WIDTH_REST:
+                keys_rest = tile(
+                    k_rest, k_strides, item, head // group, start, end, WIDTH, KEYS, WIDTH_REST, TMA, not TMA
+                )
+                scores = tl.dot(queries_rest, keys_rest.T, scores, input_precision="ieee")
+            weights = tl.exp2(scores * scale - bound[:, None])
+            weights = tl.where((start + tl.arange(0, KEYS) < end)[None, :], weights, 0.0)
+            received += tl.sum(tl.reshape(weights, [ROWS * KEYS]), 0)  # axis by axis Triton fails for sm100
+        total += received
+        if index is None:
+            tl.store(out + row.to(tl.int64) * blocks + step, received * share)
+    if index is not None:
+        tl.store(out + row, total * share)
