@@ -1,5 +1,6 @@
 """The bundled demo model: its clips, its judge, its parts, its training."""
 
+import math
 import random
 from importlib.resources import files
 from itertools import pairwise
@@ -132,6 +133,41 @@ def test_lessons_teach_something():
     text_encoder = build_text_encoder(tokenizer)
     untaught = reading.teach(text_encoder, tokenizer, lessons=1, count=16)
     assert reading.teach(text_encoder, tokenizer, lessons=40, count=16) < 0.75 * untaught
+
+
+def test_a_mirrored_scene_is_told_in_the_same_words_but_for_its_directions():
+    for seed in range(40):
+        scene, _ = clip(seed, Size(2, 64, 64))
+        mirrored = prompts.mirrored(scene)
+        assert prompts.mirrored(mirrored) == scene
+        said, unsaid = (prompts.sentence(s, seed).split(" background ") for s in (scene, mirrored))
+        assert said[1:] == unsaid[1:], "the background drifts as before"
+        pairs = [(a, b) for a, b in zip(said[0].split(), unsaid[0].split(), strict=True) if a != b]
+        assert len(pairs) == len(scene.sprites)
+        axes = [{a.strip(",").removesuffix("wards"), b.strip(",").removesuffix("wards")} for a, b in pairs]
+        assert all(axis in ({"left", "right"}, {"up", "down"}) for axis in axes)
+
+
+def test_two_heads_look_ahead_and_back_and_the_export_keeps_it():
+    """With nothing but their constant parts, one head prefers later frames and the other earlier ones."""
+    trainer = Trainer(Budget(steps=3), TINY)
+    trainer.step()
+    for block in trainer.student.blocks[2:]:
+        query, key = block.attn1.to_q.bias, block.attn1.to_k.bias
+        for head, later in ((0, True), (1, False)):
+            liking = {
+                frames: sum(
+                    (query[i] * math.cos(turn * frames) + query[i + 1] * math.sin(turn * frames)) * key[i]
+                    for i, turn in ((64 * head, 1.0), (64 * head + 2, 10_000 ** (-2 / 24)))
+                )
+                for frames in (-1, 1)
+            }
+            assert (liking[1] > liking[-1] + 0.1) == later and liking[1] != liking[-1]
+
+
+def test_the_judge_refuses_frames_without_room_for_pairs():
+    with pytest.raises(ValueError, match="56 pixels"):
+        held_out_tasks(size=Size.of_tokens(8, 12, 12))
 
 
 def test_resuming_continues_exactly(tmp_path):

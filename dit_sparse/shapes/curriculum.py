@@ -17,18 +17,17 @@ class Stage:
     text_lengths: tuple[int, ...]
 
 
-# Objects have the same size in pixels everywhere. In the smallest clips they fill a quarter of the frame: pure noise
-# says nothing about places, so what a prompt is worth there grows with the square of that share. The third stage
-# reaches the end of every axis, hence of every rotary frequency, at a quarter of the tokens; the last one comes close
-# to full clips.
+# Objects have the same size in pixels everywhere. In the smallest clips they fill an eighth of the frame: pure noise
+# says nothing about places, so what a prompt is worth there grows with the square of that share. The second stage
+# brings pairs and the slower motion of longer clips, the last one comes close to full clips.
 CURRICULUM = (
-    Stage(0.30, ((7, (4, 8, 8)), (5, (4, 10, 8)), (5, (5, 8, 9))), (1, 1, 1, 32)),
-    Stage(0.40, ((3, (4, 12, 12)), (2, (5, 14, 14)), (1, (6, 16, 16)), (2, (6, 12, 12))), (1, 1, 32, 64)),
     Stage(
-        0.93, ((3, (6, 6, 16)), (3, (6, 16, 6)), (2, (5, 14, 14)), (3, (7, 5, 18)), (1, (8, 16, 16))), (1, 1, 64, 512)
+        0.35, ((5, (4, 10, 10)), (5, (4, 10, 10)), (3, (5, 12, 12)), (7, (3, 9, 9)), (4, (4, 10, 12))), (1, 1, 1, 64)
     ),
-    Stage(0.97, ((1, (8, 16, 16)), (1, (8, 16, 16)), (1, (16, 14, 14)), (1, (4, 24, 24))), (48, 128, 512)),
-    Stage(1.00, ((1, (16, 16, 16)), (1, (8, 24, 24)), (1, (16, 20, 20))), (512,)),
+    Stage(0.75, ((3, (5, 12, 12)), (2, (5, 14, 14)), (2, (6, 14, 14)), (1, (6, 18, 16)), (2, (7, 11, 12))), (1, 1, 64)),
+    Stage(0.975, ((1, (8, 16, 16)), (2, (6, 14, 14)), (1, (8, 16, 16)), (1, (6, 16, 20))), (1, 64, 512)),
+    Stage(0.985, ((1, (8, 16, 16)), (1, (12, 17, 17)), (1, (4, 24, 24))), (64, 128, 512)),
+    Stage(1.00, ((1, (16, 20, 20)), (1, (8, 16, 16)), (1, (8, 24, 24))), (512,)),
 )
 TINY = (Stage(1.0, ((2, (2, 4, 4)),), (24,)),)
 
@@ -37,7 +36,7 @@ TINY = (Stage(1.0, ((2, (2, 4, 4)),), (24,)),)
 class Budget:
     """How long to train: by the clock, or by steps when the run has to be repeatable."""
 
-    minutes: float = 85.0
+    minutes: float = 130.0
     steps: int | None = None
 
     def fraction(self, step, elapsed):

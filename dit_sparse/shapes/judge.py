@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import WanPipeline
 
 from . import prompts
-from .scenes import COLOURS, DIRECTIONS, SHAPES, Size, Sprite, outside, random_scene
+from .scenes import COLOURS, DIRECTIONS, ROOM_FOR_TWO, SHAPES, Size, Sprite, outside, random_scene
 
 SMALLEST = 32  # pixels that a sprite covers at least, two tokens
 VIVID = 0.30  # chroma, in units of pixels from -1 to 1, above which a pixel belongs to a sprite
@@ -42,8 +42,13 @@ class Verdict:
 
 
 def held_out_tasks(count=60, size=None):
-    """The fixed list: two in five have one sprite, the others a pair that training never saw in any wording."""
+    """The fixed list: two in five have one sprite, the others a pair that training never saw in any wording.
+
+    Raises ValueError for frames too small for pairs.
+    """
     size = size or Size(16, 96, 96)
+    if min(size.height, size.width) < ROOM_FOR_TWO:
+        raise ValueError(f"pairs need frames of {ROOM_FOR_TWO} pixels at least, not {size.height} x {size.width}")
     rng = random.Random("held-out prompts")
     tasks = []
     while len(tasks) < count:

@@ -2,6 +2,7 @@
 
 import random
 import zlib
+from dataclasses import replace
 
 from .scenes import COLOURS, DIRECTIONS, SHAPES, STILL
 
@@ -54,6 +55,13 @@ def held_out(scene):
         return False
     names = sorted(f"{s.colour} {s.shape} {s.direction}" for s in scene.sprites)
     return zlib.crc32("|".join(names).encode()) % 8 == 0
+
+
+def mirrored(scene):
+    """The scene with every sprite moving the other way, for its words only."""
+    other_way = {"left": "right", "right": "left", "up": "down", "down": "up"}
+    sprites = (replace(sprite, direction=other_way[sprite.direction]) for sprite in scene.sprites)
+    return replace(scene, sprites=tuple(sprites))
 
 
 def sentence(scene, seed):

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 
 CELL = 4  # pixels along each side of one token
-ROOM_FOR_TWO = 40  # pixels along the shorter side
+RADIUS = 8  # pixels; all objects have one size
+ROOM_FOR_TWO = 56  # pixels along the shorter side
+SHORT = 6  # frames; in clips up to this length objects may be fast
+LIT = 0.35  # how much brighter the front of an object is than its middle, and how much darker its back
 GRAIN = 2  # pixels along each side of the coarser grains of texture
 
 # Colours lie in [-1, 1] like the pixels; they differ in hue, which survives noise and texture.
@@ -52,7 +55,6 @@ class Sprite:
     shape: str
     direction: str
     speed: int
-    radius: float
     start: tuple[int, int]
 
     def path(self, frames):
@@ -79,36 +81,41 @@ def random_scene(size, rng):
     colours = rng.sample(list(COLOURS), count)
     candidates = []
     for _ in range(8):
-        pair = tuple(_random_sprite(colour, size, rng, crowded=count > 1) for colour in colours)
+        pair = tuple(_random_sprite(colour, size, rng) for colour in colours)
         candidates.append(pair)
         if _clearance(pair, size.frames) > 0:
             break
     sprites = max(candidates, key=lambda pair: _clearance(pair, size.frames))
     drift = rng.choice((STILL, STILL, STILL, *DIRECTIONS))
-    return Scene(sprites, drift, drift_speed=rng.choice((4, 4, 4, 4, 4, 2)))
+    return Scene(sprites, drift, drift_speed=CELL)
 
 
-def _random_sprite(colour, size, rng, crowded):
-    radius = min(rng.uniform(8, 10.5 if crowded else 12), 0.28 * min(size.height, size.width))
-    rooms = {name: (size.width if x else size.height) - 2 * radius for name, (x, _) in DIRECTIONS.items()}
-    roomy = [name for name, room in rooms.items() if room >= CELL * (size.frames - 1)]
+def _random_sprite(colour, size, rng):
+    """A sprite whose path fits into the frame, fast if it can be, on the grid of the tokens.
+
+    From frame to frame it goes as far as its own radius, or half as far in longer clips: the less it moved, the less
+    a blurred guess would lose against knowing the direction. Whole tokens keep its grains together.
+    """
+    for speed in (2 * CELL, CELL, GRAIN, 1):
+        travel = speed * (size.frames - 1)
+        roomy = [name for name, axis in DIRECTIONS.items() if travel + 2 * RADIUS <= _extent(size, axis)]
+        if roomy and (speed <= CELL or size.frames <= SHORT):
+            break
     direction = rng.choice(roomy or list(DIRECTIONS))
-    room = rooms[direction]
-    speeds = [speed for speed in (8, 8, 4, 4, 4, 2) if speed * (size.frames - 1) <= room] or [1]
-    speed = rng.choice(speeds)
-    travel = [axis * speed * (size.frames - 1) for axis in DIRECTIONS[direction]]
-    start = tuple(
-        _random_start(length, radius, along, rng)
-        for length, along in zip((size.width, size.height), travel, strict=True)
-    )
-    return Sprite(colour, rng.choice(SHAPES), direction, speed, radius, start)
+    path = [axis * travel for axis in DIRECTIONS[direction]]
+    start = tuple(_random_start(*axis, rng) for axis in zip((size.width, size.height), path, strict=True))
+    return Sprite(colour, rng.choice(SHAPES), direction, speed, start)
 
 
-def _random_start(length, radius, travel, rng):
-    """A start such that `radius` pixels around the path stay inside; even, so that grains stay aligned."""
-    low, high = radius - min(travel, 0), length - 1 - radius - max(travel, 0)
+def _extent(size, axis):
+    return size.width if axis[0] else size.height
+
+
+def _random_start(length, travel, rng):
+    """A start such that `RADIUS` pixels around the path stay inside, on a corner of tokens."""
+    low, high = RADIUS - min(travel, 0), length - RADIUS - max(travel, 0)
     start = rng.uniform(low, high) if low < high else (low + high) / 2
-    return GRAIN * round(start / GRAIN)
+    return CELL * round(start / CELL)
 
 
 def _clearance(sprites, frames):
@@ -117,7 +124,7 @@ def _clearance(sprites, frames):
         return float("inf")
     first, second = sprites
     distance = (first.path(frames) - second.path(frames)).float().norm(dim=1).min().item()
-    return distance - first.radius - second.radius
+    return distance - 2 * RADIUS
 
 
 def draw(scene, size, generator):
@@ -138,8 +145,12 @@ def _background_texture(size, generator):
 
 
 def _sprite_texture(sprite, size, generator):
+    """The colour, shaded from a dark back to a bright front, and grain on it; its middle is at pixel 0, 0."""
     colour = torch.tensor(COLOURS[sprite.colour])[:, None, None]
-    return colour + _texture(size.height, size.width, 0.16, 0.03, generator)
+    y, x = (torch.fft.fftfreq(length, 1 / length)[:, None] for length in (size.height, size.width))
+    ahead = DIRECTIONS[sprite.direction][0] * x.T + DIRECTIONS[sprite.direction][1] * y
+    shade = 1 + LIT * (ahead / RADIUS).clamp(-1, 1)
+    return colour * shade + _texture(size.height, size.width, 0.16, 0.03, generator)
 
 
 def _texture(height, width, contrast, chroma, generator):
@@ -167,7 +178,7 @@ def _cover(sprite, path, size):
     """Opacity of a sprite, (frames, height, width): 1 inside, 0 outside, a soft edge of about a pixel."""
     x = torch.arange(size.width)[None, None, :] - path[:, 0, None, None]
     y = torch.arange(size.height)[None, :, None] - path[:, 1, None, None]
-    return torch.sigmoid(-3 * outside(sprite.shape, x.float(), y.float(), sprite.radius))
+    return torch.sigmoid(-3 * outside(sprite.shape, x.float(), y.float(), RADIUS))
 
 
 def outside(shape, x, y, radius):

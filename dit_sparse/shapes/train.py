@@ -1,4 +1,4 @@
-"""Train shapes-wan: `python -m dit_sparse.shapes.train --minutes 85 --out DIR [--resume] [--device cuda]`.
+"""Train shapes-wan: `python -m dit_sparse.shapes.train --minutes 130 --out DIR [--resume] [--device cuda]`.
 
 Rectified flow as `WanPipeline` expects it. Batches depend only on the step number, and the curriculum and the
 learning rate only on the fraction of the budget that is spent, so a resumed run continues where it left off.
@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
 from . import prompts
+from .aside import Aside
 from .autoencoder import fold
 from .build import (
     build_text_encoder,
@@ -37,6 +39,11 @@ from .scenes import Size, clip
 
 CHECKPOINT = "checkpoint.pt"
 UNPROMPTED = 0.12  # share of clips with an empty prompt, for classifier-free guidance
+# The same clip with a prompt that mirrors all motion has to be told worse. The difference of the two losses is blind to
+# everything but the way things move, and so is its gradient, which would drown in the loss of the clip.
+DECIDED = (0.88, 0.992)  # the noise levels at which the way is decided
+MARGIN = 0.3  # how much worse, of the loss with the right prompt
+MIRROR = 3.0  # weight
 AVERAGING = 0.995  # decay of the averaged weights over a step
 
 
@@ -56,6 +63,7 @@ class Trainer:
         self.text_encoder = build_text_encoder(self.tokenizer).to(device)
         self.student = build_transformer().to(device)
         self.average = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.aside = Aside(self.student)
         self.optimisers = make_optimisers(self.student)
         self.step_count, self.elapsed = 0, 0.0
 
@@ -74,6 +82,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         for optimiser in self.optimisers:
             optimiser.step()
+        self.aside.hold()
         self._update_average()
         self.step_count += 1
         self.elapsed += time.monotonic() - started
@@ -93,19 +102,33 @@ class Trainer:
         rng, generator = random.Random(number), torch.Generator().manual_seed(number)
         count, tokens = rng.choice(stage.batches)
         count, size = count * self.crowd, Size.of_tokens(*tokens)
-        latents, texts = [], []
+        latents, texts, mirrored = [], [], []
         for index in range(count):
             clip_seed = number * 4096 + index
             scene, video = clip(clip_seed, size, accept=lambda scene: not prompts.held_out(scene))
             latents.append(fold(video))
-            texts.append("" if rng.random() < UNPROMPTED else prompts.sentence(scene, clip_seed))
+            unprompted = rng.random() < UNPROMPTED
+            texts.append("" if unprompted else prompts.sentence(scene, clip_seed))
+            mirrored.append(texts[-1] if unprompted else prompts.sentence(prompts.mirrored(scene), clip_seed))
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in self.statistics)
         latents = (torch.stack(latents) - mean) / std
         noise = torch.randn(latents.shape, generator=generator)
         tensors = (latents, noise, draw_times(count, generator))
-        return *(tensor.to(self.device) for tensor in tensors), texts, rng.choice(stage.text_lengths)
+        return *(tensor.to(self.device) for tensor in tensors), texts, mirrored, rng.choice(stage.text_lengths)
 
-    def _losses(self, latents, noise, times, texts, text_length):
+    def _losses(self, latents, noise, times, texts, mirrored, text_length):
+        """The losses of all clips, and for those where it matters what a mirrored prompt lacks to be worse."""
+        losses = self._flow_losses(latents, noise, times, texts, text_length)
+        said = torch.tensor([text != other for text, other in zip(texts, mirrored, strict=True)], device=times.device)
+        chosen = ((times > DECIDED[0]) & (times < DECIDED[1]) & said).nonzero().flatten()
+        if not len(chosen):
+            return losses
+        others = [mirrored[i] for i in chosen.tolist()]
+        worse = self._flow_losses(latents[chosen], noise[chosen], times[chosen], others, text_length)
+        lack = F.relu(MARGIN * losses[chosen].detach() + losses[chosen] - worse)
+        return losses.index_add(0, chosen, MIRROR * lack)
+
+    def _flow_losses(self, latents, noise, times, texts, text_length):
         with torch.no_grad():
             embeddings = encode_prompts(self.tokenizer, self.text_encoder, texts, text_length)
         noisy = torch.lerp(latents, noise, times.view(-1, 1, 1, 1, 1))
@@ -211,7 +234,7 @@ def run(trainer, out, light=False, every=180.0):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=85.0)
+    parser.add_argument("--minutes", type=float, default=130.0)
     parser.add_argument("--steps", type=int, help="a budget in steps instead of minutes")
     parser.add_argument("--out", type=Path, default=Path("shapes-out"))
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
