@@ -57,11 +57,16 @@ def held_out(scene):
     return zlib.crc32("|".join(names).encode()) % 8 == 0
 
 
-def mirrored(scene):
-    """The scene with every sprite moving the other way, for its words only."""
-    other_way = {"left": "right", "right": "left", "up": "down", "down": "up"}
-    sprites = (replace(sprite, direction=other_way[sprite.direction]) for sprite in scene.sprites)
-    return replace(scene, sprites=tuple(sprites))
+OTHER_WAY = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+def mistold(scene, rng):
+    """The scene for its words only, and those wrong: all sprites move the other way, or all have other shapes."""
+    if rng.random() < 0.6:
+        wrong = [replace(s, direction=OTHER_WAY[s.direction]) for s in scene.sprites]
+    else:
+        wrong = [replace(s, shape=rng.choice([name for name in SHAPES if name != s.shape])) for s in scene.sprites]
+    return replace(scene, sprites=tuple(wrong))
 
 
 def sentence(scene, seed):

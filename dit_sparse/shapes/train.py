@@ -39,11 +39,11 @@ from .scenes import Size, clip
 
 CHECKPOINT = "checkpoint.pt"
 UNPROMPTED = 0.12  # share of clips with an empty prompt, for classifier-free guidance
-# The same clip with a prompt that mirrors all motion has to be told worse. The difference of the two losses is blind to
-# everything but the way things move, and so is its gradient, which would drown in the loss of the clip.
-DECIDED = (0.88, 0.992)  # the noise levels at which the way is decided
+# With a prompt that gets the motion or the shapes wrong, the same clip has to be predicted worse. The difference of the
+# two losses is blind to everything but that, and so is its gradient, which would drown in the loss of the clip.
+DECIDED = (0.85, 0.992)  # the noise levels at which motion and shape are decided
 MARGIN = 0.3  # how much worse, of the loss with the right prompt
-MIRROR = 3.0  # weight
+CONTRAST = 3.0  # weight
 AVERAGING = 0.995  # decay of the averaged weights over a step
 
 
@@ -102,31 +102,31 @@ class Trainer:
         rng, generator = random.Random(number), torch.Generator().manual_seed(number)
         count, tokens = rng.choice(stage.batches)
         count, size = count * self.crowd, Size.of_tokens(*tokens)
-        latents, texts, mirrored = [], [], []
+        latents, texts, mistold = [], [], []
         for index in range(count):
             clip_seed = number * 4096 + index
             scene, video = clip(clip_seed, size, accept=lambda scene: not prompts.held_out(scene))
             latents.append(fold(video))
             unprompted = rng.random() < UNPROMPTED
             texts.append("" if unprompted else prompts.sentence(scene, clip_seed))
-            mirrored.append(texts[-1] if unprompted else prompts.sentence(prompts.mirrored(scene), clip_seed))
+            mistold.append(texts[-1] if unprompted else prompts.sentence(prompts.mistold(scene, rng), clip_seed))
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in self.statistics)
         latents = (torch.stack(latents) - mean) / std
         noise = torch.randn(latents.shape, generator=generator)
         tensors = (latents, noise, draw_times(count, generator))
-        return *(tensor.to(self.device) for tensor in tensors), texts, mirrored, rng.choice(stage.text_lengths)
+        return *(tensor.to(self.device) for tensor in tensors), texts, mistold, rng.choice(stage.text_lengths)
 
-    def _losses(self, latents, noise, times, texts, mirrored, text_length):
-        """The losses of all clips, and for those where it matters what a mirrored prompt lacks to be worse."""
+    def _losses(self, latents, noise, times, texts, mistold, text_length):
+        """The losses of all clips, and for those where it matters what a wrong prompt lacks to be worse."""
         losses = self._flow_losses(latents, noise, times, texts, text_length)
-        said = torch.tensor([text != other for text, other in zip(texts, mirrored, strict=True)], device=times.device)
+        said = torch.tensor([text != other for text, other in zip(texts, mistold, strict=True)], device=times.device)
         chosen = ((times > DECIDED[0]) & (times < DECIDED[1]) & said).nonzero().flatten()
         if not len(chosen):
             return losses
-        others = [mirrored[i] for i in chosen.tolist()]
+        others = [mistold[i] for i in chosen.tolist()]
         worse = self._flow_losses(latents[chosen], noise[chosen], times[chosen], others, text_length)
         lack = F.relu(MARGIN * losses[chosen].detach() + losses[chosen] - worse)
-        return losses.index_add(0, chosen, MIRROR * lack)
+        return losses.index_add(0, chosen, CONTRAST * lack)
 
     def _flow_losses(self, latents, noise, times, texts, text_length):
         with torch.no_grad():
