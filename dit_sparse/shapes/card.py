@@ -38,7 +38,7 @@ video = pipe(
 
 It needs no code but diffusers. **It makes one frame more than `num_frames`**, because the pipeline rounds to
 4k + 1 for its usual autoencoder, and to k + 1 for this one, which does not compress time. Height and width are
-multiples of 4; one token is 4x4 pixels of one frame. The model was trained up to {full} tokens.
+multiples of 16; one token is 4x4 pixels of one frame. The model was trained up to {full} tokens.
 
 ## Parts
 
