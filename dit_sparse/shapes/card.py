@@ -32,7 +32,11 @@ from diffusers import WanPipeline
 pipe = WanPipeline.from_pretrained("path/to/shapes-wan")
 video = pipe(
     "a red circle moves right while a blue square moves up",
-    height=96, width=96, num_frames=15, num_inference_steps={steps}, guidance_scale={guidance},
+    height=96,
+    width=96,
+    num_frames=15,
+    num_inference_steps={steps},
+    guidance_scale={guidance},
 ).frames[0]  # 16 frames
 ```
 
@@ -78,7 +82,8 @@ ACCURACY = """
 ## Does it follow the prompt?
 
 {prompts} prompts whose pairs of objects never occurred in training, {tokens} tokens, {steps} steps, guidance
-{guidance}, judged by a program (`python -m dit_sparse.shapes.judge`). Share of objects with the right ...
+{guidance}, judged by a program (`python -m dit_sparse.shapes.judge`). Clips of up to 6 frames have fast
+motion; longer ones, in which it is slower, were not judged with these weights. Share of objects with the right ...
 
 {table}
 """
