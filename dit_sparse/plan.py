@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -15,15 +15,72 @@ def blocks_in(tokens: int, block: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Count and index of the key blocks of every query block, and the token order the blocks are cut from.
+class Lists:
+    """Which groups of keys every group of queries visits, whatever the groups are.
 
-    Qb = ceil(N / block). Leading sizes of 1 mean "the same for every batch item / head".
+    Leading sizes of 1 mean "the same for every batch item / head".
 
     Attributes:
-        index: int32 ``[B|1, H|1, Qb, K]``, key-block numbers, ascending; the first ``count`` of a row are live, the
+        index: int32 ``[B|1, H|1, Q, K]``, numbers of key groups, ascending; the first ``count`` of a row are live, the
             rest repeat a legal number. K is the fullest row's count: never as wide as it could be.
-        count: int32 ``[B|1, H|1, Qb]``.
+        count: int32 ``[B|1, H|1, Q]``.
+    """
+
+    index: Tensor
+    count: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """Which entries of ``index`` count, bool, its shape."""
+        return torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
+
+    @cached_property
+    def share(self) -> Tensor:
+        """Fraction of all query-key token pairs that is computed, groups weighing what they hold: a float64 scalar on
+        the plan's device, so that counting it waits for nothing."""
+        kept_sizes = torch.take_along_dim(self.key_sizes[:, :, None], self.index.long(), -1)
+        keys = (kept_sizes * self.live).sum(-1)
+        return (keys * self.query_sizes).sum(-1).double().mean() / self.tokens**2
+
+    @property
+    def density(self) -> float:
+        """The share as a number."""
+        return float(self.share)
+
+    def keep(self) -> Tensor:
+        """The boolean map of groups again, ``[B|1, H|1, Q, Qk]``."""
+        groups = self.key_sizes.shape[-1]
+        empty = torch.zeros(*self.index.shape[:-1], groups, dtype=torch.bool, device=self.index.device)
+        return empty.scatter_reduce(-1, self.index.long(), self.live, "amax")
+
+    def padded(self, lengths: Tensor | None) -> Lists:
+        """The same plan for a batch whose items end in padding: ``lengths [B]`` real tokens each."""
+        return self if lengths is None else replace(self, lengths=lengths.to(self.index.device, torch.int32))
+
+    def to(self, device: torch.device | str) -> Lists:
+        """The same plan on another device."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: value.to(device) for name, value in values if hasattr(value, "to")})
+
+
+def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises ValueError when a row keeps nothing."""
+    count = keep.sum(-1, dtype=torch.int32)
+    if (count == 0).any():
+        raise ValueError("a query block keeps no key block; every row must keep at least one")
+    width = int(count.max())
+    live_first = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :width].to(torch.int32)
+    spare = torch.arange(width, device=keep.device) >= count[..., None]
+    return torch.where(spare, live_first[..., :1], live_first), count
+
+
+@dataclass(frozen=True)
+class Plan(Lists):
+    """Lists of equal blocks, and the token order that the blocks are cut from.
+
+    Q = ceil(N / block), for queries and keys alike.
+
+    Attributes:
         tokens: N, the length of the sequence.
         block: tokens in a block; the last block holds what is left.
         order: int64 ``[N]`` or ``[B|1, H|1, N]``; place i of the blocked sequence holds token ``order[..., i]``.
@@ -31,8 +88,6 @@ class Plan:
         lengths: int32 ``[B]``, tokens of each batch item that are no padding (padding is a tail). None: all.
     """
 
-    index: Tensor
-    count: Tensor
     tokens: int
     block: int
     order: Tensor | None = None
@@ -46,13 +101,7 @@ class Plan:
             raise ValueError(
                 f"{tokens} tokens in blocks of {block} need a map [B, H, {blocks}, {blocks}], not {list(keep.shape)}"
             )
-        count = keep.sum(-1, dtype=torch.int32)
-        if (count == 0).any():
-            raise ValueError("a query block keeps no key block; every row must keep at least one")
-        width = int(count.max())
-        live_first = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :width].to(torch.int32)
-        spare = torch.arange(width, device=keep.device) >= count[..., None]
-        return cls(torch.where(spare, live_first[..., :1], live_first), count, tokens, block, order)
+        return cls(*compact(keep), tokens, block, order)
 
     @classmethod
     def full(cls, tokens: int, block: int, device: torch.device | str = "cpu") -> Plan:
@@ -65,46 +114,22 @@ class Plan:
         return blocks_in(self.tokens, self.block)
 
     @property
-    def sizes(self) -> Tensor:
-        """Tokens in each block, int64 ``[Qb]``."""
+    def query_sizes(self) -> Tensor:
+        """Tokens in each block, int64 ``[1, 1, Qb]``."""
         starts = torch.arange(self.blocks, device=self.index.device) * self.block
-        return (self.tokens - starts).clamp(max=self.block)
+        return (self.tokens - starts).clamp(max=self.block)[None, None]
+
+    key_sizes = query_sizes
 
     @property
-    def live(self) -> Tensor:
-        """Which entries of ``index`` count, bool, its shape."""
-        return torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
+    def query_group(self) -> Tensor:
+        """The block of every token, int64 ``[B|1, H|1, N]``."""
+        place = torch.arange(self.tokens, device=self.index.device)
+        if self.order is not None:
+            place = self.order.argsort(-1)
+        return (place // self.block).expand(1, 1, -1) if place.ndim == 1 else place // self.block
 
-    @cached_property
-    def share(self) -> Tensor:
-        """Fraction of all query-key token pairs that is computed, ragged blocks weighing what they hold: a float64
-        scalar on the plan's device, so that counting it waits for nothing."""
-        keys = (self.sizes[self.index.long()] * self.live).sum(-1)
-        return (keys * self.sizes).sum(-1).double().mean() / self.tokens**2
-
-    @property
-    def density(self) -> float:
-        """The share as a number."""
-        return float(self.share)
-
-    def keep(self) -> Tensor:
-        """The boolean block map again, ``[B|1, H|1, Qb, Qb]``."""
-        empty = torch.zeros(*self.index.shape[:-1], self.blocks, dtype=torch.bool, device=self.index.device)
-        return empty.scatter_reduce(-1, self.index.long(), self.live, "amax")
-
-    def to(self, device: torch.device | str) -> Plan:
-        move = lambda x: None if x is None else x.to(device)
-        return replace(
-            self,
-            index=move(self.index),
-            count=move(self.count),
-            order=move(self.order),
-            lengths=move(self.lengths),
-        )
-
-    def padded(self, lengths: Tensor | None) -> Plan:
-        """The same plan for a batch whose items end in padding: ``lengths [B]`` real tokens each."""
-        return self if lengths is None else replace(self, lengths=lengths.to(self.index.device, torch.int32))
+    key_group = query_group
 
     def arrange(self, x: Tensor) -> Tensor:
         """``x [B, H, N, ...]`` in the plan's order."""

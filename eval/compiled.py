@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from dit_sparse import Plan
-from dit_sparse.kernels import block_mass, block_sparse
+from dit_sparse import ClusterPlan, Clusters, Plan
+from dit_sparse.kernels import block_mass, block_ragged, block_sparse, cluster
 from dit_sparse.kernels.architectures import ARCHITECTURES, Architecture
 
 DIMS = (64, 80, 96, 128, 256)
@@ -45,6 +45,7 @@ def rows(capability: int) -> Iterator[dict]:
             "head_dim": dim,
             "features": features,
             **resources(compiled.asm["ptx"]),
+            "buffers": buffers(compiled.asm["ttgir"]),
             "shared_memory": compiled.metadata.shared,
         }
 
@@ -52,7 +53,9 @@ def rows(capability: int) -> Iterator[dict]:
 def launches(machine: Architecture) -> Iterator[tuple]:
     """Kernel, block, head_dim, what else is special, the program and its arguments."""
     from dit_sparse.kernels.block_mass_triton import mass
+    from dit_sparse.kernels.block_ragged_triton import forward as ragged
     from dit_sparse.kernels.block_sparse_triton import forward
+    from dit_sparse.kernels.cluster_triton import assign, means
 
     for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (128, 128, "order, lengths")):
         q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
@@ -60,6 +63,13 @@ def launches(machine: Architecture) -> Iterator[tuple]:
             plan = replace(plan, order=torch.arange(TOKENS), lengths=torch.tensor([TOKENS], dtype=torch.int32))
         arguments, *_ = block_sparse.launch(q, q, q, plan, None, machine)
         yield "block_sparse", block, dim, features, forward, arguments
+
+    for count, dim in product((3, 15), DIMS):
+        q = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16)
+        clusters = Clusters.of(torch.arange(TOKENS).mul(count).div(TOKENS).long()[None, None], count)
+        plan = ClusterPlan.of(torch.ones(1, 1, count, count, dtype=torch.bool), clusters, clusters)
+        arguments, *_ = block_ragged.launch(q, q, q, plan, None, machine)
+        yield "block_ragged", arguments["ROWS"], dim, "", ragged, arguments
 
     for block, dim, queries, kept in (
         *product(BLOCKS, DIMS, (None,), (False,)),
@@ -73,6 +83,13 @@ def launches(machine: Architecture) -> Iterator[tuple]:
         )
         features = f"{queries} queries a block" if queries else "kept blocks" if kept else ""
         yield "block_mass", block, dim, features, mass, arguments
+
+    for dim in DIMS:
+        x, old = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), torch.empty(1, 2, 100, dim)
+        arguments, labels = cluster.launch_assign(x, old.to(x.dtype), old[..., 0].contiguous())
+        yield "assign", cluster.ROWS, dim, "", assign, arguments
+        arguments, _ = cluster.launch_means(x, Clusters.of(torch.zeros_like(labels), 100), old)
+        yield "means", 0, dim, "no products", means, arguments
 
 
 def pretend_gpu(capability: int) -> None:
@@ -110,6 +127,12 @@ def resources(ptx: str) -> dict:
         "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
         "instructions": [name for name in INSTRUCTIONS if name in ptx],
     }
+
+
+def buffers(ttgir: str) -> int:
+    """How many steps of the first loop, the one that does the work, have room for their keys in shared memory."""
+    found = re.search(r"memdesc<(\d+)x\d+x\d+x\w+, #shared\d*, #smem, mutable>", ttgir[: ttgir.find("scf.for")])
+    return int(found[1]) if found else 1
 
 
 def rows_apart(capability: int) -> list[dict]:

@@ -28,9 +28,8 @@ def mask_picture(plan: Plan, grid: Grid, title: str) -> Image.Image:
     picture.paste(blocks, (MARGIN, top))
     picture.paste(frames, (2 * MARGIN + blocks.width, top))
     caption = top + side + 6
-    draw.text(
-        (MARGIN, caption), f"{plan.blocks} query blocks (down) x key blocks of {plan.block} tokens", INK, _font(13)
-    )
+    rows, columns = plan.keep().shape[-2:]
+    draw.text((MARGIN, caption), f"{rows} blocks of queries (down) x {columns} blocks of keys", INK, _font(13))
     draw.text((2 * MARGIN + blocks.width, caption), "keys seen by one query (orange), frame by frame", INK, _font(13))
     return picture
 
@@ -78,7 +77,7 @@ def terminal_map(plan: Plan, columns: int = 64) -> str:
     """The block map of the first head in characters: the darker, the more is kept."""
     shades = " .:-=+*#%@"
     keep = plan.keep()[0, 0].float()[None, None]
-    size = min(columns, plan.blocks)
+    size = min(columns, keep.shape[-2])
     shrunk = torch.nn.functional.adaptive_avg_pool2d(keep, (max(1, size // 2), size))[0, 0]
     level = (shrunk * (len(shades) - 1)).ceil().long()
     return "\n".join("".join(shades[i] for i in row) for row in level.tolist())
@@ -87,8 +86,7 @@ def terminal_map(plan: Plan, columns: int = 64) -> str:
 def _seen_from_the_middle(plan: Plan, grid: Grid) -> NDArray:
     """Per video token, ``[F, H, W]``: 1 where the middle query sees it, 2 at the query itself."""
     query = grid.before + grid.frames // 2 * grid.frame + grid.height // 2 * grid.width + grid.width // 2
-    place = torch.arange(grid.tokens) if plan.order is None else plan.order.reshape(-1, grid.tokens)[0].argsort()
-    seen = plan.keep()[0, 0, place[query] // plan.block][place // plan.block].float()
+    seen = plan.keep()[0, 0, plan.query_group[0, 0, query]][plan.key_group[0, 0]].float()
     seen[query] = 2
     return seen[grid.before : grid.before + grid.video].view(grid.frames, grid.height, grid.width).numpy()
 

@@ -7,30 +7,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dit_sparse import Plan, Site
+from dit_sparse import ClusterPlan, Plan, Site
 
 
-def retained_mass(q: Tensor, k: Tensor, plan: Plan, rows: int = 256, scale: float | None = None) -> Tensor:
+def retained_mass(
+    q: Tensor, k: Tensor, plan: Plan | ClusterPlan, rows: int = 256, scale: float | None = None
+) -> Tensor:
     """Mean share of each head's attention that falls on the plan's keys, ``[B, H]``.
 
     Measured exactly on ``rows`` query rows spread over the whole sequence of ``q [B, H, N, D]``, ``k [B, Hkv, N, D]``.
     """
     _, heads, tokens, dim = q.shape
-    k = k.repeat_interleave(heads // k.shape[1], 1)
-    place = torch.linspace(0, tokens - 1, min(rows, tokens), device=q.device).round().long()
-    q, k = plan.arrange(q)[:, :, place].float(), plan.arrange(k).float()
-    scores = q @ k.mT * (dim**-0.5 if scale is None else scale)
-    key = torch.arange(tokens, device=q.device)
+    k = k.repeat_interleave(heads // k.shape[1], 1).float()
+    looked_at = torch.linspace(0, tokens - 1, min(rows, tokens), device=q.device).round().long()
+    scores = q[:, :, looked_at].float() @ k.mT * (dim**-0.5 if scale is None else scale)
     if plan.lengths is not None:
-        scores = scores.masked_fill((key >= plan.lengths[:, None])[:, None, None], -torch.inf)
-    kept = plan.keep()[:, :, place // plan.block][..., key // plan.block]
+        keys = torch.arange(tokens, device=q.device)
+        scores = scores.masked_fill((keys >= plan.lengths[:, None])[:, None, None], -torch.inf)
+    kept = torch.take_along_dim(plan.keep(), plan.query_group[..., looked_at, None], 2)
+    kept = torch.take_along_dim(kept, plan.key_group[..., None, :], 3)
     return (scores.softmax(-1) * kept).sum(-1).mean(-1)
 
 
-def at_step(step: int, found: dict[int, Tensor]) -> Callable[[Site, Tensor, Tensor, Plan], None]:
+def at_step(step: int, found: dict[int, Tensor]) -> Callable[[Site, Tensor, Tensor, Plan | ClusterPlan], None]:
     """An observer for ``Run.observe`` that notes the mass ``[H]`` of every layer at one step, the first branch's."""
 
-    def observer(site: Site, q: Tensor, k: Tensor, plan: Plan) -> None:
+    def observer(site: Site, q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> None:
         if site.step == step and site.layer not in found:
             found[site.layer] = retained_mass(q, k, plan)[0]
 

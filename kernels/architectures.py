@@ -15,7 +15,8 @@ class Tiling:
     Attributes:
         keys: keys of one step of the loop; divides the block.
         warps: warps of a program.
-        stages: depth of the software pipeline; a step's keys and values are fetched ``stages - 1`` steps ahead.
+        stages: depth of the software pipeline. Pointers get ``stages - 1`` buffers for keys and as many for values,
+            so that they need 3 to fetch while they compute; descriptors get ``stages``.
         tma: fetch through tensor descriptors (Hopper and newer) instead of pointers.
     """
 
@@ -50,10 +51,10 @@ AMPERE = Architecture(
     tilings={
         (64, 64): Tiling(64, 4, 3),
         (64, 128): Tiling(64, 4, 3),
-        (64, 256): Tiling(32, 4, 2),
+        (64, 256): Tiling(32, 8, 3),
         (128, 64): Tiling(64, 8, 3),
         (128, 128): Tiling(64, 8, 3),
-        (128, 256): Tiling(32, 8, 2),
+        (128, 256): Tiling(32, 8, 3),
     },
 )
 ADA = Architecture(
@@ -61,11 +62,11 @@ ADA = Architecture(
     cache=72 << 20,
     tilings={
         (64, 64): Tiling(64, 4, 3),
-        (64, 128): Tiling(64, 4, 2),
-        (64, 256): Tiling(32, 4, 2),
+        (64, 128): Tiling(64, 4, 3),
+        (64, 256): Tiling(32, 8, 2),
         (128, 64): Tiling(64, 8, 3),
-        (128, 128): Tiling(64, 8, 2),
-        (128, 256): Tiling(32, 8, 1),
+        (128, 128): Tiling(64, 8, 3),
+        (128, 256): Tiling(16, 8, 2),
     },
 )
 HOPPER = Architecture(
@@ -74,7 +75,7 @@ HOPPER = Architecture(
     tilings={
         (64, 64): Tiling(64, 4, 3, tma=True),
         (64, 128): Tiling(64, 4, 3, tma=True),
-        (64, 256): Tiling(64, 4, 2, tma=True),
+        (64, 256): Tiling(64, 8, 2, tma=True),
         (128, 64): Tiling(128, 8, 3, tma=True),
         (128, 128): Tiling(128, 8, 2, tma=True),
         (128, 256): Tiling(64, 8, 2, tma=True),

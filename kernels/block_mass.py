@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit_sparse.plan import Plan, arranged, blocks_in
 
-from . import block_sparse
+from . import block_sparse, launching
 
 SCORES_PER_CHUNK = 1 << 22
 FEWEST_ROWS = 16  # that matrix units take
@@ -76,7 +76,7 @@ def _checked(rows: int | None, block: int) -> int:
 
 
 def _by_triton(q: Tensor, k: Tensor, block: int, rows: int) -> bool:
-    if not (q.is_cuda or block_sparse.interpreted()) or rows < FEWEST_ROWS:
+    if not (q.is_cuda or launching.interpreted()) or rows < FEWEST_ROWS:
         return False
     return block_sparse.why_not(q.detach(), k.detach(), Plan(q, q, q.shape[2], block)) is None
 
@@ -110,7 +110,7 @@ def _plain(q, k, lse, block, rows, order, lengths, scale) -> Tensor:
 def _launched(q, k, lse, block, rows, order, lengths, scale, plan) -> Tensor:
     from .block_mass_triton import mass
 
-    arguments, out = launch(q, k, lse, block, rows, order, lengths, scale, plan, block_sparse.machine(q.device))
+    arguments, out = launch(q, k, lse, block, rows, order, lengths, scale, plan, launching.machine(q.device))
     with torch.cuda.device_of(q):
         mass[(out.shape[0] * out.shape[1] * out.shape[2],)](**arguments)
     return out
@@ -119,18 +119,14 @@ def _launched(q, k, lse, block, rows, order, lengths, scale, plan) -> Tensor:
 def launch(q, k, lse, block, rows, order, lengths, scale, plan, machine) -> tuple[dict, Tensor]:
     """The arguments of the kernel, and the tensor that it will fill."""
     batch, heads, tokens, dim = q.shape
-    blocks, (width, width_rest), tiling = blocks_in(tokens, block), block_sparse.WIDTHS[dim], machine.tiling(block, dim)
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, arranged(k, order)))
+    blocks, (width, width_rest), tiling = blocks_in(tokens, block), launching.WIDTHS[dim], machine.tiling(block, dim)
+    q, k = launching.in_rows(q, arranged(k, order))
     out = torch.empty(batch, heads, blocks, *(() if plan else (blocks,)), device=q.device)
     index = plan.index.expand(batch, heads, -1, -1) if plan else None
     count = plan.count.expand(batch, heads, -1) if plan else None
     order = None if order is None else order.expand(batch, heads, -1)
-    cells = {"k": width, "k_rest": width_rest}
     arguments = dict(
-        {
-            name: block_sparse.descriptor(k, tiling.keys, columns) if tiling.tma else k
-            for name, columns in cells.items()
-        },
+        launching.fetched({"k": k}, tiling.keys, dim, tiling.tma),
         q=q,
         lse=lse.contiguous(),
         out=out,
@@ -154,6 +150,6 @@ def launch(q, k, lse, block, rows, order, lengths, scale, plan, machine) -> tupl
         WIDTH_REST=width_rest,
         TMA=tiling.tma,
         num_warps=tiling.warps if rows >= 64 else 4,
-        num_stages=tiling.stages,
+        num_stages=tiling.stages if tiling.tma or dim <= 128 else 1,  # several tiles a step are in flight already
     )
     return arguments, out

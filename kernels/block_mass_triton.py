@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles_triton import begin, tile
+from .tiles_triton import scattered, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -54,12 +54,10 @@ def mass(
     token = place
     if order is not None:
         token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    query_rows = q + begin(item, head, q_strides) + token.to(tl.int64)[:, None] * q_strides[2]
-    queries = tl.load(query_rows + tl.arange(0, WIDTH)[None, :], mask=real[:, None], other=0.0)
+    queries = scattered(q, q_strides, item, head, token, real, 0, WIDTH)
     queries_rest = queries
     if WIDTH_REST:
-        columns = WIDTH + tl.arange(0, WIDTH_REST)
-        queries_rest = tl.load(query_rows + columns[None, :], mask=real[:, None], other=0.0)
+        queries_rest = scattered(q, q_strides, item, head, token, real, WIDTH, WIDTH_REST)
     bound = tl.load(lse + (item.to(tl.int64) * heads + head) * tokens + token, mask=real, other=float("inf")) * LOG2E
     bound = tl.where(bound == float("-inf"), float("inf"), bound)  # a query that saw nothing pays nothing
     share = 1 / tl.maximum(tl.sum(real.to(tl.float32), 0), 1)
@@ -68,12 +66,15 @@ def mass(
     if index is not None:
         kept = index + item * index_strides[0] + head * index_strides[1] + query_block * index_strides[2]
         steps = tl.load(count + item * count_strides[0] + head * count_strides[1] + query_block * count_strides[2])
+    key_block = 0
+    if index is not None:
+        key_block = tl.load(kept)
     total = 0.0
     TILES: tl.constexpr = BLOCK // KEYS
     for step in range(0, steps):
-        key_block = step
-        if index is not None:
-            key_block = tl.load(kept + step)
+        following = step + 1
+        if index is not None:  # ahead of its use, see `block_sparse_triton`
+            following = tl.load(kept + tl.minimum(step + 1, steps - 1))
         received = 0.0
         for part in tl.static_range(TILES):
             start = key_block * BLOCK + part * KEYS
@@ -90,5 +91,6 @@ def mass(
         total += received
         if index is None:
             tl.store(out + row.to(tl.int64) * blocks + step, received * share)
+        key_block = following
     if index is not None:
         tl.store(out + row, total * share)

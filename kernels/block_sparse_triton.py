@@ -4,8 +4,8 @@ FlashAttention-2 (T. Dao, arXiv:2307.08691) with a list instead of a range. A ro
 so at most one of those it visits is cut by the end of the sequence or of the padding, and that one comes last: the
 loop over whole blocks masks nothing, and the masked step after it runs at most once per row.
 
-Head sizes that are no power of two are cut in two columns of tiles, 80 = 64 + 16 and 96 = 64 + 32; `rest` names the
-second one, and WIDTH_REST = 0 leaves it out.
+The list is read one step ahead of its use. Read in the same step, it would take a stage of Triton's pipeline for
+itself and leave keys and values a single buffer, so that nothing would be fetched while the matrix units work.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles_triton import begin, tile
-
-LN2 = tl.constexpr(0.6931471805599453)
+from .tiles_triton import finish, scattered, visit
 
 
 @triton.jit
@@ -66,13 +64,10 @@ def forward(
     token = place
     if order is not None:
         token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    columns = tl.arange(0, WIDTH)
-    columns_rest = WIDTH + tl.arange(0, max(WIDTH_REST, 1))
-    query_rows = q + begin(item, head, q_strides) + token.to(tl.int64)[:, None] * q_strides[2]
-    queries = tl.load(query_rows + columns[None, :], mask=real[:, None], other=0.0)
+    queries = scattered(q, q_strides, item, head, token, real, 0, WIDTH)
     queries_rest = queries
     if WIDTH_REST:
-        queries_rest = tl.load(query_rows + columns_rest[None, :], mask=real[:, None], other=0.0)
+        queries_rest = scattered(q, q_strides, item, head, token, real, WIDTH, WIDTH_REST)
 
     end = tokens
     if lengths is not None:
@@ -88,70 +83,24 @@ def forward(
     sums = tl.zeros([BLOCK, WIDTH], tl.float32)
     sums_rest = tl.zeros([BLOCK, max(WIDTH_REST, 1)], tl.float32)
     TILES: tl.constexpr = BLOCK // KEYS
-    for step in range(0, whole * TILES):
-        start = tl.load(kept + step // TILES) * BLOCK + step % TILES * KEYS
-        top, total, sums, sums_rest = _visit(
+    steps = whole * TILES
+    start = tl.load(kept) * BLOCK
+    for step in range(0, steps):
+        ahead = tl.minimum(step + 1, steps - 1)
+        following = tl.load(kept + ahead // TILES) * BLOCK + ahead % TILES * KEYS
+        top, total, sums, sums_rest = visit(
             queries, queries_rest, k, v, k_rest, v_rest, k_strides, v_strides, item, key_head, start, end, scale,
             top, total, sums, sums_rest, KEYS, WIDTH, WIDTH_REST, TMA, False,
         )  # fmt: skip
+        start = following
     if whole < live:
         first = tl.load(kept + whole) * BLOCK
         for start in range(first, tl.minimum(first + BLOCK, end), KEYS):
-            top, total, sums, sums_rest = _visit(
+            top, total, sums, sums_rest = visit(
                 queries, queries_rest, k, v, k_rest, v_rest, k_strides, v_strides, item, key_head, start, end, scale,
                 top, total, sums, sums_rest, KEYS, WIDTH, WIDTH_REST, TMA, True,
             )  # fmt: skip
 
-    share = tl.where(total > 0, 1 / total, 0.0)[:, None]
-    out_rows = out + begin(item, head, out_strides) + token.to(tl.int64)[:, None] * out_strides[2]
-    tl.store(out_rows + columns[None, :], (sums * share).to(out.dtype.element_ty), mask=real[:, None])
-    if WIDTH_REST:
-        tl.store(out_rows + columns_rest[None, :], (sums_rest * share).to(out.dtype.element_ty), mask=real[:, None])
-    lse_row = lse + (item.to(tl.int64) * heads + head) * tokens
-    tl.store(lse_row + token, (top + tl.log2(total)) * LN2, mask=real)
-
-
-@triton.jit
-def _visit(
-    queries,
-    queries_rest,
-    k,
-    v,
-    k_rest,
-    v_rest,
-    k_strides,
-    v_strides,
-    item,
-    head,
-    start,
-    end,
-    scale,
-    top,
-    total,
-    sums,
-    sums_rest,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_REST: tl.constexpr,
-    TMA: tl.constexpr,
-    CUT: tl.constexpr,
-):
-    """Take one tile of keys into the running softmax; CUT: hide those from ``end`` on. Everything is base 2."""
-    keys = tile(k, k_strides, item, head, start, end, 0, KEYS, WIDTH, TMA, CUT)
-    scores = tl.dot(queries, keys.T, input_precision="ieee")
-    if WIDTH_REST:
-        keys_rest = tile(k_rest, k_strides, item, head, start, end, WIDTH, KEYS, WIDTH_REST, TMA, CUT)
-        scores = tl.dot(queries_rest, keys_rest.T, scores, input_precision="ieee")
-    if CUT:
-        scores = tl.where((start + tl.arange(0, KEYS) < end)[None, :], scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - higher[:, None])
-    shrink = tl.exp2(top - higher)
-    total = total * shrink + tl.sum(weights, 1)
-    values = tile(v, v_strides, item, head, start, end, 0, KEYS, WIDTH, TMA, CUT)
-    weights = weights.to(values.dtype)
-    sums = tl.dot(weights, values, sums * shrink[:, None], input_precision="ieee")
-    if WIDTH_REST:
-        values_rest = tile(v_rest, v_strides, item, head, start, end, WIDTH, KEYS, WIDTH_REST, TMA, CUT)
-        sums_rest = tl.dot(weights, values_rest, sums_rest * shrink[:, None], input_precision="ieee")
-    return higher, total, sums, sums_rest
+    finish(
+        out, lse, out_strides, item, head, heads, tokens, token, real, top, total, sums, sums_rest, WIDTH, WIDTH_REST
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from dit_sparse.plan import Plan
 
 LSE = True
+CLUSTERS = False
 
 _SOURCE = Path(__file__).with_name("cpu_block_sparse.cpp")
 _MOST_HEAD_DIM = 512

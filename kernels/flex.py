@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_sparse.plan import Plan
 
 LSE = torch.cuda.is_available()
+CLUSTERS = False
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:

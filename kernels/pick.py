@@ -1,7 +1,8 @@
 """Which executor runs, and why not the others.
 
-An executor is a module with ``attend(q, k, v, plan, scale) -> (out, lse)``, ``why_not(q, k, plan) -> str | None`` and
-``LSE``. One that is named runs or raises; ``auto`` takes the first of its list that can.
+An executor is a module with ``attend(q, k, v, plan, scale) -> (out, lse)``, ``why_not(q, k, plan) -> str | None``,
+``LSE``, and ``CLUSTERS``: whether it takes cluster plans too. One that is named runs or raises; ``auto`` takes the
+first of its list that can.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from types import ModuleType
 
 from torch import Tensor
 
+from dit_sparse.clusters import ClusterPlan
 from dit_sparse.plan import Plan
 
-EXECUTORS = ("reference", "gather", "cpu", "flex", "block_sparse")
+EXECUTORS = ("reference", "gather", "cpu", "flex", "block_sparse", "block_ragged")
 # block_sparse joins the automatic choice once it has been measured on a GPU.
-AUTO = {"cpu": ("cpu", "gather"), "cuda": ("flex", "gather")}
+AUTO = {"cpu": ("cpu", "gather"), "cuda": ("flex", "block_ragged", "gather")}
 
 
 def executor(name: str) -> ModuleType:
@@ -25,7 +27,15 @@ def executor(name: str) -> ModuleType:
     return importlib.import_module(f"dit_sparse.kernels.{name}")
 
 
-def pick(name: str, q: Tensor, k: Tensor, plan: Plan) -> tuple[str, ModuleType]:
+def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
+    """Why an executor cannot run this call, in words; None when it can."""
+    module = executor(name)
+    if isinstance(plan, ClusterPlan) and not module.CLUSTERS:
+        return "it computes blocks of one size, and the method made clusters of any size"
+    return module.why_not(q, k, plan)
+
+
+def pick(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> tuple[str, ModuleType]:
     """The executor for this call: ``name`` itself, or the first of the device's list for ``auto``.
 
     Raises:
@@ -33,8 +43,7 @@ def pick(name: str, q: Tensor, k: Tensor, plan: Plan) -> tuple[str, ModuleType]:
     """
     if name == "auto":
         candidates = AUTO.get(q.device.type, ("gather",))
-        return next((name, module) for name in candidates if not (module := executor(name)).why_not(q, k, plan))
-    module = executor(name)
-    if reason := module.why_not(q, k, plan):
+        name = next(name for name in candidates if why_not(name, q, k, plan) is None)
+    elif reason := why_not(name, q, k, plan):
         raise RuntimeError(f"the executor {name!r} cannot run here: {reason}")
-    return name, module
+    return name, executor(name)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_sparse.clusters import ClusterPlan
 from dit_sparse.plan import Plan
 
 LSE = True
+CLUSTERS = True
 
 
-def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
+def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
     """The reference holds N x N scores, so it declines what would not fit."""
     if q.shape[2] > 16384:
         return f"it writes the whole {q.shape[2]} x {q.shape[2]} mask out; use it up to 16384 tokens"
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of ``q [B, H, N, D]`` over the kept blocks of ``k, v [B, Hkv, N, D]`` (Hkv divides H).
 
     Returns:
@@ -26,21 +30,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     """
     batch, heads, _, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    k, v = (x.repeat_interleave(heads // k.shape[1], 1) for x in (k, v))
-    dtype = q.dtype
-    q, k, v = (plan.arrange(x).float() for x in (q, k, v))
+    k, v = (x.repeat_interleave(heads // k.shape[1], 1).float() for x in (k, v))
     mask = token_mask(plan, batch, heads)
-    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(-1)
-    out = torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0.0) @ v
-    return plan.restore(out).to(dtype), plan.restore(lse)
+    scores = (q.float() @ k.mT * scale).masked_fill(~mask, -torch.inf)
+    weights = torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0.0)
+    return (weights @ v).to(q.dtype), scores.logsumexp(-1)
 
 
-def token_mask(plan: Plan, batch: int, heads: int) -> Tensor:
-    """The kept token pairs in the plan's order, bool ``[B, H, N, N]``."""
-    expanded = plan.keep().repeat_interleave(plan.block, -1).repeat_interleave(plan.block, -2)
-    mask = expanded[..., : plan.tokens, : plan.tokens].expand(batch, heads, -1, -1)
+def token_mask(plan: Plan | ClusterPlan, batch: int, heads: int) -> Tensor:
+    """The kept token pairs, bool ``[B, H, N, N]``."""
+    mask = torch.take_along_dim(plan.keep(), plan.query_group[..., None], 2)
+    mask = torch.take_along_dim(mask, plan.key_group[..., None, :], 3).expand(batch, heads, -1, -1)
     if plan.lengths is None:
         return mask
-    keys = torch.arange(plan.tokens, device=mask.device)
-    return mask & (keys < plan.lengths[:, None])[:, None, None]
+    return mask & (torch.arange(plan.tokens, device=mask.device) < plan.lengths[:, None])[:, None, None]

@@ -6,12 +6,13 @@ import os
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse import Grid, Method, Plan, Scorer, Site, order
+from dit_sparse import ClusterPlan, Clusters, Grid, Method, Plan, Scorer, Site, order
 from dit_sparse.kernels.pick import executor
 from dit_sparse.method import pool
 from dit_sparse.methods import method
@@ -66,6 +67,39 @@ def random_plan(tokens: int, block: int, *, batch=1, heads=1, density=0.3, seed=
     keep = torch.rand(batch, heads, blocks, blocks, generator=generator) < density
     plan = Plan.of(keep | torch.eye(blocks, dtype=torch.bool), tokens, block, order)
     return plan.padded(None if lengths is None else torch.tensor(lengths))
+
+
+def random_clusters(tokens: int, clusters: int, *lead: int, padding: int = 0, seed: int = 0) -> Clusters:
+    """Clusters of very different sizes, some empty; the last ``padding`` tokens have the last one to themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(*(lead or (1, 1)), tokens, generator=generator).square() * (clusters - 1)).long()
+    labels[labels == 1] = 0
+    labels[..., tokens - padding :] = clusters - 1
+    return Clusters.of(labels, clusters)
+
+
+def random_cluster_plan(tokens: int, *, batch=1, heads=1, density=0.3, queries=5, keys=9, lengths=None) -> ClusterPlan:
+    """Random clusters on both sides; each row keeps some of the keys that are no padding."""
+    padding = 0 if lengths is None else tokens - min(lengths)
+    query_side = random_clusters(tokens, queries, batch, heads, seed=1)
+    key_side = random_clusters(tokens, keys, batch, heads, padding=padding, seed=2)
+    keep = torch.rand(batch, heads, queries, keys, generator=torch.Generator().manual_seed(3)) < density
+    keep[..., 0] = True
+    return ClusterPlan.of(keep, query_side, key_side).padded(None if lengths is None else torch.tensor(lengths))
+
+
+def cluster_token_mask(plan: ClusterPlan, batch: int, heads: int) -> Tensor:
+    """As `token_mask`, for clusters."""
+    mask = torch.zeros(batch, heads, plan.tokens, plan.tokens, dtype=torch.bool)
+    pick = lambda x, b, h: x[min(b, x.shape[0] - 1), min(h, x.shape[1] - 1)]
+    members = lambda side, c, b, h: pick(side.order, b, h)[pick(side.edges, b, h)[c] : pick(side.edges, b, h)[c + 1]]
+    for b, h in product(range(batch), range(heads)):
+        for row, (kept, count) in enumerate(zip(pick(plan.index, b, h), pick(plan.count, b, h), strict=True)):
+            for column in kept[:count].tolist():
+                mask[b, h, members(plan.queries, row, b, h)[:, None], members(plan.keys, column, b, h)] = True
+        if plan.lengths is not None:
+            mask[b, h, :, int(plan.lengths[b]) :] = False
+    return mask
 
 
 def token_mask(plan: Plan, batch: int, heads: int) -> Tensor:

@@ -158,7 +158,7 @@ def test_plan_is_the_map(case):
     plan = Plan.of(keep, tokens, block)
     assert plan.keep().equal(keep)
     assert plan.blocks == keep.shape[-1] == blocks_in(tokens, block)
-    assert plan.sizes.sum() == tokens
+    assert plan.query_sizes.sum() == tokens
     assert (plan.index.dtype, plan.count.dtype) == (torch.int32, torch.int32)
     assert plan.index.shape[-1] == plan.count.max(), "no wider than the fullest row"
     assert plan.index.min() >= 0 and plan.index.max() < plan.blocks, "spare entries are legal numbers"

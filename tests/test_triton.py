@@ -9,7 +9,7 @@ import torch
 
 from dit_sparse import Plan
 from dit_sparse.eval.compiled import rows_apart
-from dit_sparse.kernels import block_mass, block_sparse
+from dit_sparse.kernels import block_mass, block_sparse, launching
 from dit_sparse.kernels.architectures import ARCHITECTURES, architecture
 from support import assert_near, exact, poisoned, qkv, random_plan, token_mask
 
@@ -99,13 +99,13 @@ def test_block_sparse_reads_and_keeps_any_memory_layout(block):
 
 
 def test_long_rows_start_first_among_heads_that_share_the_cache():
-    plan = random_plan(1000, 64, heads=6)
-    count = plan.count.expand(2, 6, -1).reshape(12, -1)
+    count = random_plan(1000, 64, heads=6).count.expand(2, 6, -1)
+    blocks = count.shape[-1]
     for company in (1, 4, 100):
-        rows = block_sparse.schedule(plan, 2, 6, company)
+        rows = launching.longest_first(count, company)
         assert rows.dtype == torch.int32 and torch.equal(rows.sort().values, torch.arange(count.numel()).int())
-        for group in rows.long().split(company * plan.blocks):
-            assert (group // plan.blocks).unique().numel() == min(company, 12)
+        for group in rows.long().split(company * blocks):
+            assert (group // blocks).unique().numel() == min(company, 12)
             lengths = count.flatten()[group]
             assert torch.equal(lengths, lengths.sort(descending=True).values)
 
@@ -117,9 +117,9 @@ def test_block_sparse_says_what_it_lacks(monkeypatch):
     assert "head_dim must be one of 16, 32, 64, 80, 96, 128, 256, not 40" in why_not(q[..., :40], k[..., :40], plan)
     assert "a block must have 16, 32, 64, 128 tokens, not 48" in why_not(q, k, replace(plan, block=48))
     assert "no backward pass" in why_not(q.clone().requires_grad_(), k, plan)
-    monkeypatch.setattr(block_sparse, "machine", lambda _: architecture(75))
+    monkeypatch.setattr(launching, "machine", lambda _: architecture(75))
     assert "compute capability 8.0 or newer" in why_not(q, k, plan)
-    monkeypatch.setattr(block_sparse, "interpreted", lambda: False)
+    monkeypatch.setattr(launching, "interpreted", lambda: False)
     assert "it runs on a GPU and the tensors are on cpu" in why_not(q.cpu(), k.cpu(), plan)
 
 
@@ -128,7 +128,7 @@ def test_every_capability_from_ampere_on_has_an_architecture():
     assert architecture(87) is ARCHITECTURES[86] and architecture(103) is ARCHITECTURES[100]
     for found in ARCHITECTURES.values():
         for block in block_sparse.BLOCKS:
-            for dim in block_sparse.WIDTHS:
+            for dim in launching.WIDTHS:
                 assert block % found.tiling(block, dim).keys == 0
 
 
@@ -137,13 +137,18 @@ def test_compiles_for_every_architecture_and_fits(capability):
     pytest.importorskip("triton")
     matrix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
     found = rows_apart(capability)
-    assert {row["kernel"] for row in found} == {"block_sparse", "block_mass"}
+    assert {row["kernel"] for row in found} == {"block_sparse", "block_ragged", "block_mass", "assign", "means"}
     assert {(row["block"], row["head_dim"]) for row in found} >= {(64, 64), (64, 256), (128, 80), (128, 128)}
     for row in found:
         assert row["spilled"] <= SPILLED and row["shared_memory"] <= ARCHITECTURES[capability].shared_memory, row
+        if row["kernel"] == "means":
+            continue  # sums alone: no products, hence nothing to fetch ahead for
         few_rows = "16 queries" in row["features"]  # too few for the larger units
+        if row["head_dim"] <= 128 and not few_rows:
+            assert row["buffers"] >= 2, f"nothing is fetched while it computes: {row}"
         assert ("mma.sync" if few_rows else matrix) in row["instructions"], row
-        assert ("cp.async.bulk.tensor" in row["instructions"]) == (capability in (90, 100)), row
+        by_descriptor = capability in (90, 100) and row["kernel"] != "assign"
+        assert ("cp.async.bulk.tensor" in row["instructions"]) == by_descriptor, row
 
 
 MASS_CASES = [name for name in CASES if name not in ("head_dim 128", "head_dim 96")]

@@ -1,0 +1,100 @@
+"""Groups of tokens of any size, and plans between them: what semantic permutation makes of queries and keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .plan import Lists, compact
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Tokens sorted into clusters; every batch item and head may have its own.
+
+    Attributes:
+        order: int64 ``[B|1, H|1, N]``; place i of the sorted sequence holds token ``order[..., i]``.
+        edges: int32 ``[B|1, H|1, C + 1]``, from 0 to N: cluster c holds the places ``edges[..., c]`` up to
+            ``edges[..., c + 1]``. It may hold none.
+    """
+
+    order: Tensor
+    edges: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, clusters: int) -> Clusters:
+        """From the cluster of every token, integers ``[B|1, H|1, N]`` below ``clusters``. Tokens of one cluster keep
+        their order, so padding that has the highest label stays at the end."""
+        labels, order = labels.sort(dim=-1, stable=True)
+        bounds = torch.arange(clusters + 1, device=labels.device, dtype=labels.dtype).expand(*labels.shape[:-1], -1)
+        return cls(order, torch.searchsorted(labels, bounds.contiguous(), out_int32=True))
+
+    @property
+    def sizes(self) -> Tensor:
+        """Tokens in each cluster, int64 ``[B|1, H|1, C]``."""
+        return self.edges.diff(dim=-1).long()
+
+    @property
+    def labels(self) -> Tensor:
+        """The cluster of every token, int64 ``[B|1, H|1, N]``."""
+        places = torch.arange(self.order.shape[-1], device=self.order.device, dtype=torch.int32)
+        sorted_labels = torch.searchsorted(
+            self.edges[..., 1:].contiguous(), places.expand(*self.edges.shape[:-1], -1).contiguous(), right=True
+        )
+        return torch.empty_like(self.order).scatter_(-1, self.order, sorted_labels.expand_as(self.order))
+
+    def to(self, device: torch.device | str) -> Clusters:
+        return Clusters(self.order.to(device), self.edges.to(device))
+
+
+@dataclass(frozen=True)
+class ClusterPlan(Lists):
+    """Lists of key clusters for every query cluster.
+
+    Attributes:
+        queries, keys: the clusters of both sides; their numbers may differ.
+        lengths: as in `Plan`; padding stands at the end of ``keys.order``, so text that may be padding is sorted last.
+    """
+
+    queries: Clusters
+    keys: Clusters
+    lengths: Tensor | None = None
+
+    @classmethod
+    def of(cls, keep: Tensor, queries: Clusters, keys: Clusters) -> ClusterPlan:
+        """From a boolean map ``keep [B|1, H|1, Cq, Ck]``.
+
+        Raises:
+            ValueError: a row keeps nothing, or the map does not fit the clusters.
+        """
+        expected = [clusters.edges.shape[-1] - 1 for clusters in (queries, keys)]
+        if keep.ndim != 4 or list(keep.shape[-2:]) != expected:
+            raise ValueError(f"these clusters need a map [B, H, {expected[0]}, {expected[1]}], not {list(keep.shape)}")
+        return cls(*compact(keep), queries, keys)
+
+    @property
+    def tokens(self) -> int:
+        return self.queries.order.shape[-1]
+
+    @property
+    def order(self) -> Tensor:
+        """The order of the keys, ``[B|1, H|1, N]``."""
+        return self.keys.order
+
+    @property
+    def query_sizes(self) -> Tensor:
+        return self.queries.sizes
+
+    @property
+    def key_sizes(self) -> Tensor:
+        return self.keys.sizes
+
+    @property
+    def query_group(self) -> Tensor:
+        return self.queries.labels
+
+    @property
+    def key_group(self) -> Tensor:
+        return self.keys.labels

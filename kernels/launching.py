@@ -1,0 +1,85 @@
+"""What the Triton kernels share before they start: what they can run, and how tensors are handed over."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .architectures import ARCHITECTURES, INTERPRETER, Architecture, architecture
+
+# head_dim as one or two powers of two, which is all that Triton's tiles can have
+WIDTHS = {16: (16, 0), 32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 256: (256, 0)}
+
+
+def why_not(q: Tensor, k: Tensor) -> str | None:
+    """Why no Triton kernel can take these tensors, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if q.device.type != "cuda" and not interpreted():
+        return f"it runs on a GPU and the tensors are on {q.device}"
+    if machine(q.device) is None:
+        return f"it needs a GPU of compute capability {min(ARCHITECTURES) / 10} or newer"
+    # Triton's interpreter multiplies bfloat16 wrongly.
+    dtypes = (torch.float32, torch.float16) if interpreted() else (torch.bfloat16, torch.float16)
+    if q.dtype not in dtypes or k.dtype != q.dtype:
+        return f"it computes in {' or '.join(map(str, dtypes))}, one for all inputs, not {q.dtype} with {k.dtype}"
+    if q.shape[-1] not in WIDTHS:
+        return f"head_dim must be one of {', '.join(map(str, WIDTHS))}, not {q.shape[-1]}"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return "it has no backward pass and the inputs require grad"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton runs its programs in Python, on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def machine(device: torch.device) -> Architecture | None:
+    if interpreted():
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return architecture(10 * major + minor)
+
+
+def fetched(names: dict[str, Tensor], keys: int, dim: int, tma: bool) -> dict:
+    """Each tensor ``[B, H, N, D]`` under its name and, for the rest of its columns, under name_rest: as pointers, or
+    as descriptors of cells of ``keys`` rows where ``tma`` is set."""
+    columns = dict(zip(("", "_rest"), WIDTHS[dim], strict=True))
+    return {
+        name + suffix: _descriptor(x, keys, width) if tma else x
+        for name, x in names.items()
+        for suffix, width in columns.items()
+    }
+
+
+def _descriptor(x: Tensor, rows: int, columns: int):
+    """A descriptor of ``x [B, H, N, D]`` in cells of ``[1, 1, rows, columns]``, which the hardware fetches at once."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    aligned = x.data_ptr() % 16 == 0 and all(s and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+    x = x if aligned else x.contiguous()
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, max(columns, 16)])
+
+
+def in_rows(*tensors: Tensor) -> list[Tensor]:
+    """Tensors whose last dimension is dense in memory; copied where it is not."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+def longest_first(work: Tensor, company: int) -> Tensor:
+    """In which order the programs of all heads start, int32 ``[B * H * R]``, by what each has to do, ``[B, H, R]``: the
+    longest first, so that none of them is left alone at the end, but head after head, ``company`` heads at once."""
+    work = work.flatten(0, 1)
+    first_of = torch.arange(len(work), device=work.device) // company
+    return (first_of[:, None] * (work.amax() + 1) - work).flatten().argsort(stable=True).int()
+
+
+def company(k: Tensor, cache: int) -> int:
+    """How many heads of ``k [B, Hkv, N, D]`` keep their keys and values in half of a cache of so many bytes."""
+    return max(1, cache // (4 * k.shape[2] * k.shape[3] * k.element_size()))
