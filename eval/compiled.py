@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from dit_sparse import ClusterPlan, Clusters, Plan
-from dit_sparse.kernels import block_mass, block_ragged, block_sparse, cluster
+from dit_sparse.kernels import block_mass, block_ragged, block_sparse, cluster, permute
 from dit_sparse.kernels.architectures import ARCHITECTURES, Architecture
 
 DIMS = (64, 80, 96, 128, 256)
@@ -56,6 +56,7 @@ def launches(machine: Architecture) -> Iterator[tuple]:
     from dit_sparse.kernels.block_ragged_triton import forward as ragged
     from dit_sparse.kernels.block_sparse_triton import forward
     from dit_sparse.kernels.cluster_triton import assign, means
+    from dit_sparse.kernels.permute_triton import permute as rows_moved
 
     for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (128, 128, "order, lengths")):
         q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
@@ -90,6 +91,8 @@ def launches(machine: Architecture) -> Iterator[tuple]:
         yield "assign", cluster.ROWS, dim, "", assign, arguments
         arguments, _ = cluster.launch_means(x, Clusters.of(torch.zeros_like(labels), 100), old)
         yield "means", 0, dim, "no products", means, arguments
+        arguments = permute.launch(torch.arange(TOKENS), (x, x))
+        yield "permute", arguments["ROWS"], dim, "no products", rows_moved, arguments
 
 
 def pretend_gpu(capability: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_sparse.plan import Plan, arranged, blocks_in
 
 from . import block_sparse, launching
+from .permute import permuted
 
 SCORES_PER_CHUNK = 1 << 22
 FEWEST_ROWS = 16  # that matrix units take
@@ -120,7 +121,7 @@ def launch(q, k, lse, block, rows, order, lengths, scale, plan, machine) -> tupl
     """The arguments of the kernel, and the tensor that it will fill."""
     batch, heads, tokens, dim = q.shape
     blocks, (width, width_rest), tiling = blocks_in(tokens, block), launching.WIDTHS[dim], machine.tiling(block, dim)
-    q, k = launching.in_rows(q, arranged(k, order))
+    q, k = launching.in_rows(q, *permuted(order, k))
     out = torch.empty(batch, heads, blocks, *(() if plan else (blocks,)), device=q.device)
     index = plan.index.expand(batch, heads, -1, -1) if plan else None
     count = plan.count.expand(batch, heads, -1) if plan else None

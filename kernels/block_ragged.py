@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
-from dit_sparse.plan import Plan, arranged, blocks_in
+from dit_sparse.plan import Plan, blocks_in
 
 from . import launching
 from .architectures import Architecture
+from .permute import permuted
 
 LSE = True
 CLUSTERS = True
@@ -52,7 +53,7 @@ def launch(
     width, width_rest = launching.WIDTHS[dim]
     rows = 128 if dim <= 128 and tokens >= LARGE * plan.queries.sizes.shape[-1] else 64
     tiling = machine.tiling(rows, dim)
-    q, k, v = launching.in_rows(q, arranged(k, plan.keys.order), arranged(v, plan.keys.order))
+    q, k, v = launching.in_rows(q, *permuted(plan.keys.order, k, v))
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
 

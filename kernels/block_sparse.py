@@ -11,6 +11,7 @@ from dit_sparse.plan import Plan
 
 from . import launching
 from .architectures import Architecture
+from .permute import permuted
 
 LSE = True
 CLUSTERS = False
@@ -47,7 +48,7 @@ def launch(
     """The arguments of the kernel, and the two tensors that it will fill."""
     batch, heads, tokens, dim = q.shape
     (width, width_rest), tiling = launching.WIDTHS[dim], machine.tiling(plan.block, dim)
-    q, k, v = launching.in_rows(q, plan.arrange(k), plan.arrange(v))
+    q, k, v = launching.in_rows(q, *permuted(plan.order, k, v))
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     index, count = plan.index.expand(batch, heads, -1, -1), plan.count.expand(batch, heads, -1)

@@ -33,6 +33,7 @@ FLOOR_0 = "grid plan clusters"
 FLOOR_1 = f"{FLOOR_0} order budget"
 FLOOR_2 = f"{FLOOR_1} method methods schedule kernels.pick pipelines.family"
 FLOOR_3 = f"{FLOOR_2} presets"
+KERNEL = "kernels.architectures kernels.launching kernels.permute"
 USER = "public report methods kernels.pick pipelines.family"
 
 RULES = {  # the first pattern that fits a module is its row
@@ -45,10 +46,8 @@ RULES = {  # the first pattern that fits a module is its row
     "kernels.pick": May(FLOOR_1, lazily="kernels.*"),
     "kernels.*_triton": May("kernels.tiles_triton", others="triton"),
     "kernels.launching": May("kernels.architectures", lazily="triton"),
-    "kernels.block_mass": May(f"{FLOOR_1} kernels.block_sparse kernels.launching", lazily="kernels.block_mass_triton"),
-    "kernels.*": May(
-        f"{FLOOR_1} kernels.architectures kernels.launching", lazily="kernels.*_triton triton xformers flash_attn"
-    ),
+    "kernels.block_mass": May(f"{FLOOR_1} {KERNEL} kernels.block_sparse", lazily="kernels.block_mass_triton"),
+    "kernels.*": May(f"{FLOOR_1} {KERNEL}", lazily="kernels.*_triton triton xformers flash_attn"),
     "pipelines.family": May(lazily="diffusers"),
     "pipelines.*": May("grid pipelines.family"),
     "presets": May(FLOOR_2),
@@ -58,10 +57,7 @@ RULES = {  # the first pattern that fits a module is its row
     "engine search": May(f"{FLOOR_3} report run"),
     "package": May("*"),  # dit_sparse/__init__.py
     "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
-    "eval.compiled": May(
-        "public kernels.block_sparse kernels.block_ragged kernels.block_mass kernels.cluster kernels.architectures",
-        lazily="triton kernels.*_triton",
-    ),
+    "eval.compiled": May("public kernels.*", lazily="triton kernels.*_triton"),
     "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips"),
     "cli": May(USER, others="typer rich", lazily="eval.* gradio"),
     "app": May("public eval.*", others="gradio"),

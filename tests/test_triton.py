@@ -11,11 +11,14 @@ from dit_sparse import Plan
 from dit_sparse.eval.compiled import rows_apart
 from dit_sparse.kernels import block_mass, block_sparse, launching
 from dit_sparse.kernels.architectures import ARCHITECTURES, architecture
+from dit_sparse.kernels.permute import permuted
+from dit_sparse.plan import arranged
 from support import assert_near, exact, poisoned, qkv, random_plan, token_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = torch.float16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
+KERNELS = {"block_sparse", "block_ragged", "block_mass", "assign", "means", "permute"}
 SPILLED = 128  # bytes a thread may spill; a kernel of head_dim 256 holds 256 sums in 255 registers
 
 
@@ -137,12 +140,12 @@ def test_compiles_for_every_architecture_and_fits(capability):
     pytest.importorskip("triton")
     matrix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
     found = rows_apart(capability)
-    assert {row["kernel"] for row in found} == {"block_sparse", "block_ragged", "block_mass", "assign", "means"}
+    assert {row["kernel"] for row in found} == KERNELS
     assert {(row["block"], row["head_dim"]) for row in found} >= {(64, 64), (64, 256), (128, 80), (128, 128)}
     for row in found:
         assert row["spilled"] <= SPILLED and row["shared_memory"] <= ARCHITECTURES[capability].shared_memory, row
-        if row["kernel"] == "means":
-            continue  # sums alone: no products, hence nothing to fetch ahead for
+        if row["features"] == "no products":
+            continue
         few_rows = "16 queries" in row["features"]  # too few for the larger units
         if row["head_dim"] <= 128 and not few_rows:
             assert row["buffers"] >= 2, f"nothing is fetched while it computes: {row}"
@@ -202,3 +205,24 @@ def test_block_mass_hides_padding_and_needs_rows_that_divide_the_block():
     for rows in (0, 48, 128):
         with pytest.raises(ValueError, match="rows must divide the block of 64 tokens"):
             block_mass.block_mass(q, k, lse, 64, rows=rows)
+
+
+@pytest.mark.parametrize(
+    "shape, order",
+    [
+        (dict(tokens=300), shuffled(tokens=300)),
+        (dict(tokens=37, batch=2, heads=4, key_heads=2, dim=48), shuffled(2, 4, tokens=37)),
+        (dict(tokens=130, batch=2, heads=3, key_heads=1, dim=5), shuffled(1, 3, tokens=130)),
+        (dict(tokens=70, heads=2, dim=96), shuffled(1, 1, tokens=70)),
+    ],
+)
+def test_permute_moves_whole_rows(shape, order):
+    _, k, v = (x.to(DEVICE) for x in qkv(**shape))
+    with poisoned():
+        moved = permuted(order.to(DEVICE), k, v)
+        laid = permuted(order.to(DEVICE), k.transpose(1, 2).contiguous().transpose(1, 2))
+    for copy, x in zip((*moved, *laid), (k, v, k), strict=True):
+        assert torch.equal(copy, arranged(x, order.to(DEVICE)))
+    assert permuted(None, k)[0] is k
+    asked = permuted(order.to(DEVICE), k.requires_grad_())[0]
+    assert torch.equal(asked, moved[0]) and asked.requires_grad
