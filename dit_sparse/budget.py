@@ -29,9 +29,12 @@ class Top:
     def __post_init__(self) -> None:
         check_density(self.density)
 
+    def blocks_of(self, columns: int) -> int:
+        """How many of so many blocks a row keeps."""
+        return max(1, round(self.density * columns))
+
     def keep(self, scores: Tensor) -> Tensor:
-        blocks = max(1, round(self.density * scores.shape[-1]))
-        best = scores.topk(blocks, dim=-1).indices
+        best = scores.topk(self.blocks_of(scores.shape[-1]), dim=-1).indices
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
         return keep | scores.isposinf()
 

@@ -18,7 +18,7 @@ from support import assert_near, exact, poisoned, qkv, random_plan, token_mask
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = torch.float16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
-KERNELS = {"block_sparse", "block_ragged", "block_mass", "assign", "means", "permute"}
+KERNELS = {"block_sparse", "block_ragged", "block_mass", "assign", "means", "permute", "select"}
 SPILLED = 128  # bytes a thread may spill; a kernel of head_dim 256 holds 256 sums in 255 registers
 
 
