@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from dit_sparse import ClusterPlan, Clusters, Mass, Plan, Top
-from dit_sparse.kernels import block_mass, block_ragged, block_sparse, cluster, permute, select
+from dit_sparse.kernels import block_mass, block_ragged, block_sparse, cluster, permute, selection
 from dit_sparse.kernels.architectures import ARCHITECTURES, Architecture
 
 DIMS = (64, 80, 96, 128, 256)
@@ -57,7 +57,7 @@ def launches(machine: Architecture) -> Iterator[tuple]:
     from dit_sparse.kernels.block_sparse_triton import forward
     from dit_sparse.kernels.cluster_triton import assign, means
     from dit_sparse.kernels.permute_triton import permute as rows_moved
-    from dit_sparse.kernels.select_triton import select as chosen
+    from dit_sparse.kernels.selection_triton import select as chosen
 
     for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (128, 128, "order, lengths")):
         q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
@@ -95,8 +95,8 @@ def launches(machine: Architecture) -> Iterator[tuple]:
         arguments = permute.launch(torch.arange(TOKENS), (x, x))
         yield "permute", arguments["ROWS"], dim, "no products", rows_moved, arguments
 
-    for budget, columns in ((Top(0.25), 1800), (Mass(0.9), 1800), (Top(0.25), select.WIDEST)):
-        arguments = select.launch(torch.empty(1, 2, 3, columns), budget)
+    for budget, columns in ((Top(0.25), 1800), (Mass(0.9), 1800), (Top(0.25), selection.WIDEST)):
+        arguments = selection.launch(torch.empty(1, 2, 3, columns), budget)
         yield "select", columns, 0, "no products", chosen, arguments
 
 

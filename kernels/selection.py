@@ -27,7 +27,7 @@ def kept(scores: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
     by_triton = scores.is_cuda or launching.interpreted()
     if not by_triton or not isinstance(budget, Top | Mass) or scores.shape[-1] > WIDEST:
         return compact(budget.keep(scores))
-    from .select_triton import select
+    from .selection_triton import select
 
     arguments = launch(scores, budget)
     with torch.cuda.device_of(scores):

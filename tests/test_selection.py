@@ -7,7 +7,7 @@ import torch
 
 from dit_sparse.budget import Above, Mass, Top
 from dit_sparse.kernels import launching
-from dit_sparse.kernels.select import kept
+from dit_sparse.kernels.selection import kept
 from support import poisoned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
