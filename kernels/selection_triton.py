@@ -1,4 +1,4 @@
-"""The Triton program behind `selection`: the kept blocks of one row, found by bisecting for the lowest score that is kept.
+"""The Triton program behind `selection`: the kept blocks of one row, by bisecting for the lowest score that is kept.
 
 Floats order as their bits do, so 32 halvings are exact, and a row of scores stays in registers: no sort.
 """
