@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from .cli_bench import bench
+from .terminal import console, one_sentence, progress_bars
 
 app = typer.Typer(
     help="Sparse attention for video diffusion transformers.",
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console, complaints = Console(), Console(stderr=True)
+app.add_typer(bench, name="bench")
 
 MethodName = Annotated[str, typer.Option("--method", "-m", help="One of `dit-sparse methods`.")]
 Density = Annotated[float | None, typer.Option("--density", "-d", help="Fraction of the pairs to compute, 0 to 1.")]
@@ -190,38 +190,6 @@ def doctor(
 
 def main() -> None:
     app()
-
-
-@contextmanager
-def one_sentence():
-    """Wrong input ends in one sentence on standard error and exit code 2; Ctrl-C in 130."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        complaints.print(f"dit-sparse: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
-    except KeyboardInterrupt:
-        complaints.print("dit-sparse: interrupted")
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def progress_bars():
-    """Yields ``stage(name)``, which begins a bar and returns ``progress(done, steps)``."""
-    columns = (
-        TextColumn("{task.description:>14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=complaints) as bars:
-
-        def stage(name: str) -> Any:
-            task = bars.add_task(name, total=None)
-            return lambda done, steps: bars.update(task, completed=done, total=steps)
-
-        yield stage
 
 
 def count_or_fraction(text: str | None) -> int | float | None:

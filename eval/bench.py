@@ -1,93 +1,226 @@
-"""Executors against torch's own attention, in one process, interleaved: ``python -m dit_sparse.eval.bench --out FILE``.
+"""Attention measured: every executor at hand beside the best dense attention of the same process.
 
-A speed is the ratio of two medians taken turn by turn in the same run; correctness is checked before anything is timed.
+What is compared takes turns, so that a busy machine slows all of it alike; a speed is the ratio of two medians. Nothing
+is timed before some of its rows agree with the definition.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_sparse import Grid, Site
-from dit_sparse.kernels.pick import EXECUTORS, executor
+from dit_sparse import ClusterPlan, Grid, Plan, Site, Top
+from dit_sparse.kernels.cluster import kmeans
+from dit_sparse.kernels.permute import permuted
+from dit_sparse.kernels.pick import EXECUTORS, executor, why_not
 from dit_sparse.methods import method
 
-from .environment import conditions
-from .files import save_json, writable_folder
+from .retained import kept_pairs
 
-GRID = Grid(16, 16, 32)
-HEADS = 4
+PATTERNS = ("radial", "random_blocks", "clusters")
+DENSITIES = (1.0, 0.5, 0.25, 0.1)
+GPU_GRIDS = (Grid(16, 32, 32), Grid(21, 30, 52), Grid(21, 45, 80), Grid(33, 45, 80))
+CPU_GRIDS = (Grid(16, 16, 32),)
+DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+ROUNDS = (3, 50)  # the fewest and the most
 
 
-def rows(tokens: Grid, density: float, rounds: int, executors: Sequence[str]) -> Iterator[dict]:
-    """One row for every executor that runs here, dtype, head_dim and block size."""
-    for dtype, dim, block in product((torch.float32, torch.bfloat16), (64, 128), (128, 64)):
-        q, k, v = torch.randn(3, 1, HEADS, tokens.tokens, dim).to(dtype).unbind(0)
-        plan = method("random_blocks", density=density).plan(q, k, Site(tokens, block), {})
-        exact = executor("gather").attend(q, k, v, plan)[0].float()
-        for name in executors:
-            if executor(name).why_not(q, k, plan):
-                continue
-            run = lambda name=name: executor(name).attend(q, k, v, plan)  # noqa: B023
-            check(run()[0], exact)
-            sparse, dense = interleaved(run, lambda: F.scaled_dot_product_attention(q, k, v), rounds)  # noqa: B023
-            yield {
+@dataclass(frozen=True)
+class Case:
+    """One problem: random queries, keys and values of one item, and a plan for them."""
+
+    grid: Grid
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    pattern: str
+    density: float
+    device: str
+
+    @property
+    def block(self) -> int:
+        return 64 if self.grid.tokens < 32_768 else 128
+
+    def tensors(self) -> list[Tensor]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        shape = (1, self.heads, self.grid.tokens, self.dim)
+        make = lambda: torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
+        return [make() for _ in range(3)]
+
+    def plan(self, q: Tensor, k: Tensor) -> Plan | ClusterPlan:
+        if self.pattern == "clusters":
+            return clustered(q, k, self.density)
+        return method(self.pattern, density=self.density).plan(q, k, Site(self.grid, self.block), {})
+
+
+def cases(
+    device: str,
+    grids: Sequence[Grid] = (),
+    dims: Sequence[int] = (64, 128),
+    densities: Sequence[float] = DENSITIES,
+    patterns: Sequence[str] = PATTERNS,
+    heads: int = 4,
+) -> list[Case]:
+    """What is measured when nothing else is asked for: large clips on a GPU, a small one on a CPU. Raises ValueError
+    for a density out of range."""
+    densities = [Top(density).density for density in densities]
+    gpu = device == "cuda"
+    dtypes = (torch.bfloat16,) if gpu else (torch.float32, torch.bfloat16)
+    grids = grids or (GPU_GRIDS if gpu else CPU_GRIDS)
+    return [
+        Case(grid, heads, dim, dtype, pattern, density, device)
+        for grid, dtype, dim, pattern, density in product(grids, dtypes, dims, patterns, densities)
+    ]
+
+
+def clustered(q: Tensor, k: Tensor, density: float) -> ClusterPlan:
+    """The best key clusters of each query cluster by the product of their centroids; some 250 queries and 100 keys in
+    each on average."""
+    (queries, query_means), (keys, key_means) = (
+        kmeans(x, max(1, x.shape[2] // size)) for x, size in ((q, 250), (k, 100))
+    )
+    return ClusterPlan.of(Top(density).keep(query_means @ key_means.mT), queries, keys)
+
+
+@torch.no_grad()
+def measured(case: Case, executors: Sequence[str], seconds: float) -> Iterator[dict]:
+    """One row for every executor that runs this case; those that do not, say why.
+
+    Raises:
+        RuntimeError: an executor is wrong.
+    """
+    q, k, v = case.tensors()
+    started = time.perf_counter()
+    plan = case.plan(q, k)
+    _finish(case.device)
+    planning = time.perf_counter() - started
+    dense = dense_attention(q, k, v)
+    runs, rows = {}, []
+    for name in executors:
+        if reason := why_not(name, q, k, plan):
+            yield _told(case) | {"executor": name, "why_not": reason}
+            continue
+        runs[name] = partial(executor(name).attend, q, k, v, plan)
+        check(name, runs[name]()[0], q, k, v, plan)
+    moves = {} if plan.order is None else {"permute": partial(permuted, plan.order, k, v)}
+    medians = by_turns(dense | runs | moves, seconds, case.device)
+    best = min(dense, key=medians.get)
+    for name in runs:
+        rows.append(
+            _told(case)
+            | {
                 "executor": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "tokens": tokens.tokens,
-                "heads": HEADS,
-                "head_dim": dim,
-                "block": block,
                 "density": round(plan.density, 4),
-                "seconds": sparse,
-                "sdpa_seconds": dense,
-                "speedup": dense / sparse,
+                "seconds": medians[name],
+                "dense": best,
+                "dense_seconds": medians[best],
+                "speedup": medians[best] / medians[name],
+                "cost_per_block": medians[name] / (plan.density * medians[best]),
+                "tflops": 4e-12 * plan.density * case.grid.tokens**2 * case.heads * case.dim / medians[name],
+                "planning_seconds": planning,
+                "permute_seconds": medians.get("permute", 0.0),
+                "peak_bytes": _peak_bytes(runs[name], case.device),
             }
+        )
+    yield from rows
 
 
-def check(out: Tensor, exact: Tensor) -> None:
-    """Raises RuntimeError where an executor is wrong: nothing wrong is timed."""
-    error = float((out.float() - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt())
-    if error > (1e-2 if out.dtype == torch.bfloat16 else 1e-4):
-        raise RuntimeError(f"relative error {error:.2g}")
+def _told(case: Case) -> dict:
+    return {
+        "grid": str(case.grid),
+        "tokens": case.grid.tokens,
+        "heads": case.heads,
+        "head_dim": case.dim,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "pattern": case.pattern,
+        "block": None if case.pattern == "clusters" else case.block,
+        "density_asked": case.density,
+    }
 
 
-def interleaved(first: Callable, second: Callable, rounds: int) -> tuple[float, float]:
-    """Median seconds of two functions that take turns."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for function, taken in zip((first, second), seconds, strict=True):
-            begin = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - begin)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable]:
+    """Torch's own attention, in every way that runs here."""
+    plain = partial(F.scaled_dot_product_attention, q, k, v)
+    if q.device.type != "cuda":
+        return {"sdpa": plain}
+
+    def by(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return plain()
+
+    found = {}
+    for name, backend in DENSE.items():
+        try:
+            by(backend)
+        except RuntimeError:
+            continue
+        found[name] = partial(by, backend)
+    return found or {"sdpa": plain}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--density", type=float, default=0.25)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--executors", nargs="+", choices=EXECUTORS, default=[n for n in EXECUTORS if n != "reference"])
-    options = parser.parse_args()
-    writable_folder(options.out.parent)
-    found = []
-    with torch.no_grad():
-        for row in rows(GRID, options.density, options.rounds, options.executors):
-            shape = f"D {row['head_dim']:3} block {row['block']:3}"
-            print(f"{row['executor']:8} {row['dtype']:9} {shape} {row['speedup']:.2f}x", flush=True)
-            found.append(row)
-    note = f"{HEADS} heads, random blocks, medians of {options.rounds} interleaved rounds"
-    save_json(options.out, {"rows": found, "note": note} | conditions())
+def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, rows: int = 64) -> None:
+    """Compare some rows with the definition. Raises RuntimeError where the executor is wrong."""
+    looked_at = torch.linspace(0, q.shape[2] - 1, min(rows, q.shape[2]), device=q.device).round().long()
+    scores = q[:, :, looked_at].float() @ k.float().mT * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~kept_pairs(plan, looked_at), -torch.inf)
+    exact, out = scores.softmax(-1) @ v.float(), out[:, :, looked_at].float()
+    error = float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+    if not error <= TOLERANCE[q.dtype]:
+        raise RuntimeError(f"the executor {name!r} is wrong here: relative error {error:.2g}")
 
 
-if __name__ == "__main__":
-    main()
+def by_turns(functions: dict[str, Callable], seconds: float, device: str) -> dict[str, float]:
+    """Median seconds of functions that take turns, for about as long as that in all."""
+    for function in functions.values():
+        function()
+    taken = {name: [] for name in functions}
+    end, (fewest, most) = time.perf_counter() + seconds, ROUNDS
+    for turn in range(most):
+        if turn >= fewest and time.perf_counter() > end:
+            break
+        for name, function in functions.items():
+            taken[name].append(_seconds(function, device))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _seconds(function: Callable, device: str) -> float:
+    if device != "cuda":
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def _finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_bytes(function: Callable, device: str) -> int | None:
+    """What a call needs beyond what lies in memory before it; unknown on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def every_executor() -> tuple[str, ...]:
+    """All but the specification, which is not made to be fast."""
+    return tuple(name for name in EXECUTORS if name != "reference")

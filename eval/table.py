@@ -86,7 +86,7 @@ def executor_table() -> str:
     rows, notes = [], []
     for path in sorted(RESULTS.glob("*/attention.json")):
         result = json.loads(path.read_text())
-        for r in result["rows"]:
+        for r in (row for row in result["rows"] if "why_not" not in row):
             shape = f"{r['tokens']} x {r['head_dim']}"
             rows.append((r["executor"], r["dtype"], shape, r["block"], r["density"], f"{r['speedup']:.2f}x"))
         notes.append(

@@ -25,9 +25,9 @@ LARGE = 256  # mean tokens of a query cluster from which 128 queries at a time w
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
-    if isinstance(plan, Plan):
-        return "it computes clusters of any size; for blocks of one size take block_sparse"
-    return launching.why_not(q, k)
+    if reason := launching.why_not(q, k):
+        return reason
+    return "it computes clusters of any size; take block_sparse for equal blocks" if isinstance(plan, Plan) else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: ClusterPlan, scale: float | None = None) -> tuple[Tensor, Tensor]:

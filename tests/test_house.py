@@ -58,8 +58,11 @@ RULES = {  # the first pattern that fits a module is its row
     "package": May("*"),  # dit_sparse/__init__.py
     "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
     "eval.compiled": May("public kernels.*", lazily="triton kernels.*_triton"),
+    "eval.bench": May(f"{USER} eval.* kernels.cluster kernels.permute"),
     "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips"),
-    "cli": May(USER, others="typer rich", lazily="eval.* gradio"),
+    "terminal": May(others="typer rich"),
+    "cli_bench": May("public terminal", others="typer rich", lazily="eval.*"),
+    "cli": May(f"{USER} cli_bench terminal", others="typer rich", lazily="eval.* gradio"),
     "app": May("public eval.*", others="gradio"),
 }
 

@@ -1,0 +1,66 @@
+"""``dit-sparse bench``: what this machine can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .terminal import console, one_sentence, progress_bars
+
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@bench.command("attention", epilog="Example: dit-sparse bench attention --out attention.json")
+def bench_attention(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file.")] = Path("out/attention.json"),
+    executor: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    grid: Annotated[list[str] | None, typer.Option(help="Token grids such as 21x45x80; may be repeated.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head sizes; may be repeated.")] = None,
+    density: Annotated[list[float] | None, typer.Option("--density", "-d", help="May be repeated.")] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="radial, random_blocks, clusters; may be repeated.")] = None,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
+    seconds: Annotated[float | None, typer.Option(help="About how long to measure in all.")] = None,
+) -> None:
+    """Time every executor at hand against the best dense attention."""
+    with one_sentence():
+        import torch
+
+        from dit_sparse import Grid
+        from dit_sparse.eval import bench as measure
+        from dit_sparse.eval.environment import conditions
+        from dit_sparse.eval.files import save_json, writable_folder
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        names, patterns = tuple(executor or measure.every_executor()), tuple(pattern or measure.PATTERNS)
+        for asked, known in ((names, measure.EXECUTORS), (patterns, measure.PATTERNS)):
+            if unknown := next((name for name in asked if name not in known), None):
+                raise ValueError(f"there is no {unknown!r}; there are {', '.join(known)}")
+        grids = [Grid.parse(text) for text in grid or ()]
+        cases = measure.cases(device, grids, head_dim or (64, 128), density or measure.DENSITIES, patterns, heads)
+        writable_folder(out.parent)
+        rows, share = [], (seconds or (240 if device == "cuda" else 90)) / len(cases)
+        with progress_bars() as stage:
+            progress = stage("cases")
+            for done, case in enumerate(cases):
+                progress(done, len(cases))
+                rows += measure.measured(case, names, share)
+            progress(len(cases), len(cases))
+        note = f"{heads} heads, medians of runs that took turns"
+        save_json(out, {"rows": rows, "note": note} | conditions(device))
+    _print_bench(rows)
+    console.print(f"{len(rows)} rows in {escape(str(out))}")
+
+
+def _print_bench(rows: list[dict]) -> None:
+    table = Table("case", "executor", "ms", "dense", "speed-up", "TFLOP/s", box=None, header_style="bold")
+    for r in (row for row in rows if "why_not" not in row):
+        case = f"{r['tokens']}x{r['head_dim']} {r['dtype']} {r['pattern']} {r['density']:.2f}"
+        times = (f"{1000 * r['seconds']:.2f}", f"{1000 * r['dense_seconds']:.2f}", f"{r['speedup']:.2f}x")
+        table.add_row(case, r["executor"], *times, f"{r['tflops']:.2f}")
+    console.print(table)
+    for name, reason in sorted({(r["executor"], r["why_not"]) for r in rows if "why_not" in r}):
+        console.print(f"{name} did not run everywhere: {reason}", highlight=False, markup=False)

@@ -1,0 +1,44 @@
+"""What all commands share: where they print, how they end, how they show progress."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console, complaints = Console(), Console(stderr=True)
+
+
+@contextmanager
+def one_sentence():
+    """Wrong input ends in one sentence on standard error and exit code 2; Ctrl-C in 130."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        complaints.print(f"dit-sparse: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    except KeyboardInterrupt:
+        complaints.print("dit-sparse: interrupted")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def progress_bars():
+    """Yields ``stage(name)``, which begins a bar and returns ``progress(done, steps)``."""
+    columns = (
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=complaints) as bars:
+
+        def stage(name: str) -> Any:
+            task = bars.add_task(name, total=None)
+            return lambda done, steps: bars.update(task, completed=done, total=steps)
+
+        yield stage

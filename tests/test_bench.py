@@ -1,0 +1,83 @@
+"""`bench attention`: what it measures, and that nothing wrong is timed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dit_sparse import Grid, Plan
+from dit_sparse.cli import app
+from dit_sparse.eval import bench
+from dit_sparse.kernels import gather
+from support import qkv
+
+SMALL = Grid(2, 8, 9)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("pattern", bench.PATTERNS)
+def test_a_case_gives_a_row_for_every_executor_or_the_reason_why_not(pattern):
+    (case,) = [
+        c for c in bench.cases(DEVICE, [SMALL], [64], [0.5], [pattern]) if c.dtype != torch.bfloat16 or DEVICE == "cuda"
+    ]
+    rows = list(bench.measured(case, ["gather", "block_ragged", "block_sparse"], 0.0))
+    assert {row["executor"] for row in rows} == {"gather", "block_ragged", "block_sparse"}
+    for row in rows:
+        assert (row["tokens"], row["head_dim"], row["pattern"]) == (144, 64, pattern)
+        if "why_not" in row:
+            assert row["executor"] == ("block_sparse" if pattern == "clusters" else "block_ragged")
+            continue
+        assert 0 < row["density"] <= 1 and row["seconds"] > 0
+        assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
+        assert row["cost_per_block"] == pytest.approx(1 / (row["density"] * row["speedup"]), rel=1e-3)
+        pairs = row["density"] * 144**2
+        assert row["tflops"] == pytest.approx(4 * pairs * 4 * 64 / row["seconds"] / 1e12, rel=1e-3)
+
+
+def test_a_wrong_executor_is_never_timed(monkeypatch):
+    q, k, v = qkv(144, dim=64)
+    plan = Plan.full(144, 64)
+    out, _ = gather.attend(q, k, v, plan)
+    bench.check("gather", out, q, k, v, plan)
+    with pytest.raises(RuntimeError, match="'gather' is wrong here: relative error"):
+        bench.check("gather", 1.01 * out, q, k, v, plan)
+    with pytest.raises(RuntimeError, match="is wrong here"):
+        bench.check("gather", out * torch.nan, q, k, v, plan)
+
+
+def test_functions_take_turns(monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", (3, 3))
+    called = []
+    medians = bench.by_turns({name: lambda name=name: called.append(name) for name in "ab"}, 0.0, "cpu")
+    assert called == list("ab" * 4) and set(medians) == {"a", "b"}
+
+
+def test_the_command_writes_json_and_a_table(tmp_path):
+    file = tmp_path / "found" / "attention.json"
+    shape = ["--grid", "2x8x9", "--head-dim", "64", "--density", "0.5", "--heads", "1", "--seconds", "0.1"]
+    result = CliRunner().invoke(
+        app, ["bench", "attention", "--executor", "gather", "--pattern", "radial", *shape, "--out", str(file)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "144x64" in result.output and "gather" in result.output
+    found = json.loads(file.read_text())
+    assert {"device", "versions", "commit", "note"} < set(found)
+    assert all(row["executor"] == "gather" and row["heads"] == 1 for row in found["rows"])
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        (["--executor", "magic"], "there is no 'magic'; there are reference, gather"),
+        (["--pattern", "plaid"], "there is no 'plaid'; there are radial, random_blocks, clusters"),
+        (["--grid", "8"], "cannot read the grid '8'"),
+        (["--density", "2"], "above 0 and at most 1, not 2"),
+    ],
+)
+def test_bad_input_is_one_sentence(wrong, sentence, tmp_path):
+    file = tmp_path / "attention.json"
+    result = CliRunner().invoke(app, ["bench", "attention", *wrong, "--out", str(file)])
+    assert result.exit_code == 2 and sentence in result.output and not file.exists()
