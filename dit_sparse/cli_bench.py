@@ -55,6 +55,44 @@ def bench_attention(
     console.print(f"{len(rows)} rows in {escape(str(out))}")
 
 
+@bench.command("transformer", epilog="Example: dit-sparse bench transformer --model wan2.1-1.3b --density 0.25")
+def bench_transformer(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file.")] = Path("out/transformer.json"),
+    model: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    method: Annotated[str, typer.Option("--method", "-m", help="One of `dit-sparse methods`.")] = "radial",
+    density: Annotated[list[float] | None, typer.Option("--density", "-d", help="May be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Forward passes of each kind.")] = 2,
+) -> None:
+    """Time one forward pass of full-size models with random weights; of a few of their layers on a CPU."""
+    with one_sentence():
+        import torch
+
+        from dit_sparse import SparseAttnProcessor
+        from dit_sparse.eval import bench_transformer as measure
+        from dit_sparse.eval.environment import conditions
+        from dit_sparse.eval.files import save_json, writable_folder
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        names, densities = tuple(model or measure.MODELS), tuple(density or measure.DENSITIES)
+        if unknown := next((name for name in names if name not in measure.MODELS), None):
+            raise ValueError(f"there is no model {unknown!r}; there are {', '.join(measure.MODELS)}")
+        for value in densities:
+            SparseAttnProcessor(method, density=value)
+        writable_folder(out.parent)
+        rows = []
+        with progress_bars() as stage:
+            for name in names:
+                progress = stage(name)
+                progress(0, len(densities))
+                for row in measure.measured(name, device, densities, method, rounds):
+                    rows.append(row)
+                    progress(sum(r["model"] == name for r in rows), len(densities))
+        note = f"random weights, medians of {rounds} forward passes, dense ones taken beside the sparse"
+        save_json(out, {"rows": rows, "note": note} | conditions(device))
+    _print_transformers(rows)
+    console.print(f"{len(rows)} rows in {escape(str(out))}")
+
+
 def _print_bench(rows: list[dict]) -> None:
     table = Table("case", "executor", "ms", "dense", "speed-up", "TFLOP/s", box=None, header_style="bold")
     for r in (row for row in rows if "why_not" not in row):
@@ -64,3 +102,13 @@ def _print_bench(rows: list[dict]) -> None:
     console.print(table)
     for name, reason in sorted({(r["executor"], r["why_not"]) for r in rows if "why_not" in r}):
         console.print(f"{name} did not run everywhere: {reason}", highlight=False, markup=False)
+
+
+def _print_transformers(rows: list[dict]) -> None:
+    table = Table(
+        "model", "layers", "tokens", "density", "dense, s", "sparse, s", "ratio", box=None, header_style="bold"
+    )
+    for r in rows:
+        shape = (r["model"], str(r["layers"]), str(r["tokens"]), f"{r['density']:.2f}")
+        table.add_row(*shape, f"{r['seconds_dense']:.2f}", f"{r['seconds_sparse']:.2f}", f"{r['speedup']:.2f}x")
+    console.print(table)

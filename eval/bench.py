@@ -189,11 +189,11 @@ def by_turns(functions: dict[str, Callable], seconds: float, device: str) -> dic
         if turn >= fewest and time.perf_counter() > end:
             break
         for name, function in functions.items():
-            taken[name].append(_seconds(function, device))
+            taken[name].append(seconds_of(function, device))
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def _seconds(function: Callable, device: str) -> float:
+def seconds_of(function: Callable, device: str) -> float:
     if device != "cuda":
         begin = time.perf_counter()
         function()

@@ -18,8 +18,6 @@ from dit_sparse.method import pool
 from dit_sparse.methods import method
 from dit_sparse.plan import blocks_in
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when a kernel's module is imported
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 from hypothesis import settings, strategies
 

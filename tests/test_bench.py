@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from dit_sparse import Grid, Plan
 from dit_sparse.cli import app
-from dit_sparse.eval import bench
+from dit_sparse.eval import bench, bench_transformer
 from dit_sparse.kernels import gather
 from support import qkv
 
 SMALL = Grid(2, 8, 9)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = {
+    "wan2.1-1.3b": lambda: diffusers.WanTransformer3DModel(num_attention_heads=2, ffn_dim=8, num_layers=1),
+    "hunyuan-video": lambda: diffusers.HunyuanVideoTransformer3DModel(
+        num_attention_heads=1, num_layers=1, num_single_layers=1, num_refiner_layers=1, mlp_ratio=0.1
+    ),
+    "cogvideox1.5-5b": lambda: diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=1, num_layers=1, patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True
+    ),
+}
 
 
 @pytest.mark.parametrize("pattern", bench.PATTERNS)
@@ -80,4 +91,45 @@ def test_the_command_writes_json_and_a_table(tmp_path):
 def test_bad_input_is_one_sentence(wrong, sentence, tmp_path):
     file = tmp_path / "attention.json"
     result = CliRunner().invoke(app, ["bench", "attention", *wrong, "--out", str(file)])
+    assert result.exit_code == 2 and sentence in result.output and not file.exists()
+
+
+# --- whole transformers
+
+
+@pytest.mark.parametrize(
+    "name, billions", [("wan2.1-1.3b", 1.42), ("wan2.1-14b", 14.3), ("hunyuan-video", 12.8), ("cogvideox1.5-5b", 5.57)]
+)
+def test_models_are_as_large_as_published(name, billions):
+    model = bench_transformer.MODELS[name]
+    with torch.device("meta"):
+        found = sum(p.numel() for p in model.make(None).parameters()) / 1e9
+    assert found == pytest.approx(billions, rel=0.02)
+    assert model.grid.tokens in (75_600, 118_800 + 256, 44_880 + 226)
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "hunyuan-video", "cogvideox1.5-5b"])
+def test_a_forward_pass_is_made_sparse_and_timed(name, monkeypatch):
+    """The published inputs, on models of the same class with hardly any weights."""
+    published, tiny = bench_transformer.MODELS[name], TINY[name]
+    small = replace(published, make=lambda layers: tiny(), small=replace(published.small, frames=2, height=4, width=6))
+    monkeypatch.setitem(bench_transformer.MODELS, name, small)
+    rows = list(bench_transformer.measured(name, "cpu", (0.5, 0.3), "random_blocks", rounds=1))
+    assert [row["density_asked"] for row in rows] == [0.5, 0.3]
+    for row in rows:
+        assert row["model"] == name and row["executor"] and 0 < row["density"] <= 1
+        assert row["speedup"] == pytest.approx(row["seconds_dense"] / row["seconds_sparse"])
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        (["--model", "sora"], "there is no model 'sora'; there are wan2.1-1.3b, wan2.1-14b"),
+        (["--density", "0"], "above 0 and at most 1, not 0"),
+        (["--method", "magic"], "magic"),
+    ],
+)
+def test_bad_input_for_transformers_is_one_sentence(wrong, sentence, tmp_path):
+    file = tmp_path / "transformer.json"
+    result = CliRunner().invoke(app, ["bench", "transformer", *wrong, "--out", str(file)])
     assert result.exit_code == 2 and sentence in result.output and not file.exists()

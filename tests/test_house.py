@@ -59,6 +59,7 @@ RULES = {  # the first pattern that fits a module is its row
     "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
     "eval.compiled": May("public kernels.*", lazily="triton kernels.*_triton"),
     "eval.bench": May(f"{USER} eval.* kernels.cluster kernels.permute"),
+    "eval.bench_transformer": May(f"{USER} eval.*", lazily="diffusers"),
     "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips"),
     "terminal": May(others="typer rich"),
     "cli_bench": May("public terminal", others="typer rich", lazily="eval.*"),
