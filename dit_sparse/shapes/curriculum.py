@@ -17,15 +17,13 @@ class Stage:
     text_lengths: tuple[int, ...]
 
 
-# Objects have the same size in pixels everywhere. In the smallest clips they fill an eighth of the frame: pure noise
-# says nothing about places, so what a prompt is worth there grows with the square of that share. The second stage
-# brings pairs and the slower motion of longer clips, the last one comes close to full clips.
+# Objects have the same size in pixels everywhere. In the smallest clips they fill a fifth of the frame or more: pure
+# noise says nothing about places, so what a prompt is worth there grows with the square of that share. The second stage
+# brings pairs, the third the slower motion of longer clips, the last one comes close to full clips.
 CURRICULUM = (
-    Stage(
-        0.35, ((5, (4, 10, 10)), (5, (4, 10, 10)), (3, (5, 12, 12)), (7, (3, 9, 9)), (4, (4, 10, 12))), (1, 1, 1, 64)
-    ),
-    Stage(0.75, ((3, (5, 12, 12)), (2, (5, 14, 14)), (2, (6, 14, 14)), (1, (6, 18, 16)), (2, (7, 11, 12))), (1, 1, 64)),
-    Stage(0.975, ((1, (8, 16, 16)), (2, (6, 14, 14)), (1, (6, 16, 16)), (2, (5, 16, 14))), (1, 64, 512)),
+    Stage(0.3, ((4, (4, 12, 12)), (6, (3, 10, 10)), (3, (4, 12, 14)), (2, (5, 14, 14))), (1, 1, 1, 64)),
+    Stage(0.8, ((2, (6, 16, 16)), (2, (5, 16, 16)), (3, (4, 16, 16)), (2, (5, 14, 14))), (1, 1, 64)),
+    Stage(0.96, ((1, (8, 16, 16)), (2, (6, 16, 16)), (1, (6, 18, 18)), (2, (5, 16, 18))), (1, 64, 512)),
     Stage(0.985, ((1, (8, 16, 16)), (1, (12, 17, 17)), (1, (4, 24, 24))), (64, 128, 512)),
     Stage(1.00, ((1, (16, 20, 20)), (1, (8, 16, 16)), (1, (8, 24, 24))), (512,)),
 )
@@ -61,8 +59,8 @@ def draw_times(count, generator):
     kind = torch.rand(count, generator=generator)
     middle = torch.sigmoid(torch.randn(count, generator=generator) + 0.1)
     uniform = torch.rand(count, generator=generator)
-    outer = torch.where(kind < 0.4, 0.03 + 0.57 * uniform, 1 - 0.006 * 40**uniform)
-    return torch.where(kind < 0.15, middle, outer)
+    outer = torch.where(kind < 0.37, 0.03 + 0.57 * uniform, 1 - 0.006 * 40**uniform)
+    return torch.where(kind < 0.1, middle, outer)
 
 
 def spread_loss(error):

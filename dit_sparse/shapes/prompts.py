@@ -61,11 +61,18 @@ OTHER_WAY = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
 def mistold(scene, rng):
-    """The scene for its words only, and those wrong: all sprites move the other way, or all have other shapes."""
-    if rng.random() < 0.6:
-        wrong = [replace(s, direction=OTHER_WAY[s.direction]) for s in scene.sprites]
+    """The scene for its words only, and those wrong: things move the other way, or have other shapes; of two, each has
+    the other's colour, or one is not mentioned."""
+    sprites, kind = scene.sprites, rng.choice(("direction", "shape", "colours", "missing"))
+    first, last = sprites[0], sprites[-1]
+    if kind == "missing" and len(sprites) > 1:
+        wrong = [rng.choice(sprites)]
+    elif kind == "colours" and (first.shape, first.direction) != (last.shape, last.direction):
+        wrong = [replace(first, colour=last.colour), replace(last, colour=first.colour)]
+    elif kind == "direction" or (kind != "shape" and rng.random() < 0.5):
+        wrong = [replace(s, direction=OTHER_WAY[s.direction]) for s in sprites]
     else:
-        wrong = [replace(s, shape=rng.choice([name for name in SHAPES if name != s.shape])) for s in scene.sprites]
+        wrong = [replace(s, shape=rng.choice([name for name in SHAPES if name != s.shape])) for s in sprites]
     return replace(scene, sprites=tuple(wrong))
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 CELL = 4  # pixels along each side of one token
-RADIUS = 8  # pixels; all objects have one size
-ROOM_FOR_TWO = 56  # pixels along the shorter side
+RADIUS = 12  # pixels; all objects have one size, and a large one: what shows through noise grows with the area
+ROOM_FOR_TWO = 64  # pixels along the shorter side
 SHORT = 6  # frames; in clips up to this length objects may be fast
 LIT = 0.35  # how much brighter the front of an object is than its middle, and how much darker its back
 GRAIN = 2  # pixels along each side of the coarser grains of texture
@@ -80,7 +80,7 @@ def random_scene(size, rng):
     count = rng.choice((1, 2)) if min(size.height, size.width) >= ROOM_FOR_TWO else 1
     colours = rng.sample(list(COLOURS), count)
     candidates = []
-    for _ in range(8):
+    for _ in range(40):
         pair = tuple(_random_sprite(colour, size, rng) for colour in colours)
         candidates.append(pair)
         if _clearance(pair, size.frames) > 0:

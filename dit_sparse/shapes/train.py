@@ -39,9 +39,9 @@ from .scenes import Size, clip
 
 CHECKPOINT = "checkpoint.pt"
 UNPROMPTED = 0.12  # share of clips with an empty prompt, for classifier-free guidance
-# With a prompt that gets the motion or the shapes wrong, the same clip has to be predicted worse. The difference of the
-# two losses is blind to everything but that, and so is its gradient, which would drown in the loss of the clip.
-DECIDED = (0.85, 0.992)  # the noise levels at which motion and shape are decided
+# With a prompt that gets something wrong, the same clip has to be predicted worse. The difference of the two losses is
+# blind to everything but that, and so is its gradient, which would drown in the loss of the clip.
+DECIDED = (0.8, 0.992)  # the noise levels at which it is decided what moves where
 MARGIN = 0.3  # how much worse, of the loss with the right prompt
 CONTRAST = 3.0  # weight
 AVERAGING = 0.995  # decay of the averaged weights over a step
