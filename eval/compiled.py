@@ -52,12 +52,14 @@ def rows(capability: int) -> Iterator[dict]:
 
 def launches(machine: Architecture) -> Iterator[tuple]:
     """Kernel, block, head_dim, what else is special, the program and its arguments."""
-    from dit_sparse.kernels.block_mass_triton import mass
+    yield from _attention_launches(machine)
+    yield from _mass_launches(machine)
+    yield from _companion_launches()
+
+
+def _attention_launches(machine: Architecture) -> Iterator[tuple]:
     from dit_sparse.kernels.block_ragged_triton import forward as ragged
     from dit_sparse.kernels.block_sparse_triton import forward
-    from dit_sparse.kernels.cluster_triton import assign, means
-    from dit_sparse.kernels.permute_triton import permute as rows_moved
-    from dit_sparse.kernels.selection_triton import select as chosen
 
     for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (128, 128, "order, lengths")):
         q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
@@ -66,38 +68,44 @@ def launches(machine: Architecture) -> Iterator[tuple]:
         arguments, *_ = block_sparse.launch(q, q, q, plan, None, machine)
         yield "block_sparse", block, dim, features, forward, arguments
 
-    for count, dim in product((3, 15), DIMS):
+    for count, dim in (*product((3,), DIMS[:-1]), *product((15,), DIMS)):  # large clusters and small ones
         q = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16)
         clusters = Clusters.of(torch.arange(TOKENS).mul(count).div(TOKENS).long()[None, None], count)
         plan = ClusterPlan.of(torch.ones(1, 1, count, count, dtype=torch.bool), clusters, clusters)
         arguments, *_ = block_ragged.launch(q, q, q, plan, None, machine)
         yield "block_ragged", arguments["ROWS"], dim, "", ragged, arguments
 
-    for block, dim, queries, kept in (
-        *product(BLOCKS, DIMS, (None,), (False,)),
-        (128, 128, 16, False),
-        (128, 128, None, True),
-    ):
+
+def _mass_launches(machine: Architecture) -> Iterator[tuple]:
+    from dit_sparse.kernels.block_mass_triton import mass
+
+    every = product(BLOCKS, DIMS, (None,), (False,))
+    for block, dim, queries, kept in (*every, (128, 128, 16, False), (128, 128, None, True)):
         q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
-        lse = torch.empty(1, 2, TOKENS)
-        arguments, _ = block_mass.launch(
-            q, q, lse, block, queries or block, None, None, None, plan if kept else None, machine
-        )
+        layout = (queries or block, None, None, None, plan if kept else None)
+        arguments, _ = block_mass.launch(q, q, torch.empty(1, 2, TOKENS), block, *layout, machine)
         features = f"{queries} queries a block" if queries else "kept blocks" if kept else ""
         yield "block_mass", block, dim, features, mass, arguments
 
-    for dim in DIMS:
+
+def _companion_launches() -> Iterator[tuple]:
+    """What is the same for every architecture."""
+    from dit_sparse.kernels.cluster_triton import assign, means
+    from dit_sparse.kernels.permute_triton import permute as move
+    from dit_sparse.kernels.selection_triton import select
+
+    for dim in (80, 128):
         x, old = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), torch.empty(1, 2, 100, dim)
         arguments, labels = cluster.launch_assign(x, old.to(x.dtype), old[..., 0].contiguous())
         yield "assign", cluster.ROWS, dim, "", assign, arguments
         arguments, _ = cluster.launch_means(x, Clusters.of(torch.zeros_like(labels), 100), old)
         yield "means", 0, dim, "no products", means, arguments
         arguments = permute.launch(torch.arange(TOKENS), (x, x))
-        yield "permute", arguments["ROWS"], dim, "no products", rows_moved, arguments
+        yield "permute", arguments["ROWS"], dim, "no products", move, arguments
 
     for budget, columns in ((Top(0.25), 1800), (Mass(0.9), 1800), (Top(0.25), selection.WIDEST)):
         arguments = selection.launch(torch.empty(1, 2, 3, columns), budget)
-        yield "select", columns, 0, "no products", chosen, arguments
+        yield "select", columns, 0, "no products", select, arguments
 
 
 def pretend_gpu(capability: int) -> None:
