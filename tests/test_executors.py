@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_sparse import Grid, Plan, attention, order
-from dit_sparse.kernels import block_sparse, flex, gather, reference
+from dit_sparse.kernels import flex, gather, launching, reference
 from dit_sparse.kernels.pick import AUTO, EXECUTORS, executor, pick
 from support import assert_near, exact, executor_or_skip, poisoned, qkv, random_plan, relative_rms, token_mask
 
-EAGER = ["reference", "gather", "cpu"] + ["block_sparse"] * block_sparse.interpreted()
+EAGER = ["reference", "gather", "cpu"] + ["block_sparse"] * launching.interpreted()
 every_executor = pytest.mark.parametrize("name", EAGER)
 
 
@@ -270,7 +270,8 @@ def call() -> tuple[torch.Tensor, torch.Tensor, Plan]:
 def test_every_executor_has_the_same_face():
     for name in EXECUTORS:
         module = executor(name)
-        assert callable(module.attend) and callable(module.why_not) and isinstance(module.LSE, bool)
+        assert callable(module.attend) and callable(module.why_not)
+        assert isinstance(module.LSE, bool) and isinstance(module.CLUSTERS, bool)
     assert {name for names in AUTO.values() for name in names} <= set(EXECUTORS)
 
 
