@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -135,11 +136,22 @@ def test_every_capability_from_ampere_on_has_an_architecture():
                 assert block % found.tiling(block, dim).keys == 0
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
-def test_compiles_for_every_architecture_and_fits(capability):
+CAPABILITIES = (80, 89, 90, 100, 120)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[int, list[dict]]:
+    """What became of every kernel, by architecture; two compilers at a time, for they take their time."""
     pytest.importorskip("triton")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CAPABILITIES, pool.map(rows_apart, CAPABILITIES), strict=True))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_compiles_for_every_architecture_and_fits(capability, compiled):
     matrix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
-    found = rows_apart(capability)
+    found = compiled[capability]
     assert {row["kernel"] for row in found} == KERNELS
     assert {(row["block"], row["head_dim"]) for row in found} >= {(64, 64), (64, 256), (128, 80), (128, 128)}
     for row in found:
