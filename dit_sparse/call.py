@@ -56,7 +56,7 @@ def attention(
     if lengths is not None and plan.order is not None and lengths.min() < grid.tokens - grid.after:
         raise ValueError("padding must be text at the end of the sequence: this method reorders the video tokens")
     plan = plan.padded(lengths)
-    out, lse = pick(executor, q, k, plan)[1].attend(q, k, v, plan, scale)
+    out, lse = pick(executor, q, k, plan).executor.attend(q, k, v, plan, scale)
     return method.correct(out, lse, site, memory), lse
 
 

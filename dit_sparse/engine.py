@@ -43,7 +43,8 @@ class SparseAttnProcessor:
             schedule: when to stay dense; ``dense_steps`` and ``dense_layers`` are short for parts of it.
             executor: what computes the plans: "auto", or a name that runs or raises.
             block: tokens in a block, 16 to 256; None: 64 below 32,768 tokens, else 128.
-            min_tokens: shorter sequences stay dense; None: the device's break-even.
+            min_tokens: shorter sequences stay dense. None: "auto" stays dense wherever that is faster by what was
+                measured on this machine; 0: nothing stays dense for its length.
             steps: number of denoising steps, needed only where neither pipeline nor scheduler tells it.
 
         Raises:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .budget import Budget, Top, check_density
 from .grid import Blocks, Grid, Site
+from .kernels.selection import kept
 from .plan import Plan, blocks_in
 
 
@@ -120,8 +121,8 @@ class Scorer(Method):
             q, k = (x.index_select(2, order.to(x.device)) for x in (q, k))
         scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
         budget = self.budget or Top(self.density or 0.25)
-        keep = budget.keep(scores.masked_fill(always, torch.inf))
-        return Plan.of(keep, site.grid.tokens, site.block, order if order is None else order.to(q.device))
+        index, count = kept(scores.masked_fill(always, torch.inf), budget)
+        return Plan(index, count, site.grid.tokens, site.block, order if order is None else order.to(q.device))
 
 
 def always_kept(blocks: Blocks) -> Tensor:

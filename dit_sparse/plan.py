@@ -22,7 +22,7 @@ class Lists:
 
     Attributes:
         index: int32 ``[B|1, H|1, Q, K]``, numbers of key groups, ascending; the first ``count`` of a row are live, the
-            rest repeat a legal number. K is the fullest row's count: never as wide as it could be.
+            rest repeat a legal number. K is the fullest row's count, or more where learning it would wait for a GPU.
         count: int32 ``[B|1, H|1, Q]``.
     """
 

@@ -17,6 +17,7 @@ class Report:
     Attributes:
         method, settings: what decided.
         executors: what computed the sparse calls, and how many each.
+        choices: why that, and for how many layers and kinds of calls.
         grids: the token grids that were seen.
         sparse_calls: self-attention calls that were computed sparsely.
         dense_calls: those that were not, by reason.
@@ -30,6 +31,7 @@ class Report:
     method: str
     settings: dict
     executors: dict[str, int]
+    choices: dict[str, int]
     grids: list[str]
     sparse_calls: int
     dense_calls: dict[str, int]
@@ -50,6 +52,7 @@ class Report:
             f"  grid       {', '.join(self.grids) or '-'}",
             f"  sparse     {self.sparse_calls} calls"
             + "".join(f", {n} by {name}" for name, n in self.executors.items()),
+            *(f"  choice     {choice}" for choice in sorted(self.choices, key=self.choices.get, reverse=True)[:3]),
             *(f"  dense      {n} calls: {reason}" for reason, n in self.dense_calls.items()),
             f"  attention  {self.attention_seconds:.1f} s, of it {self.planning_seconds:.1f} s planning",
         ]
@@ -61,6 +64,7 @@ class Tally:
     """The counters behind a report."""
 
     executors: Counter = field(default_factory=Counter)
+    choices: Counter = field(default_factory=Counter)
     dense: Counter = field(default_factory=Counter)
     grids: dict[str, None] = field(default_factory=dict)
     sparse_calls: int = 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .grid import Grid, Site
-from .kernels.pick import pick
+from .kernels.pick import Choice, pick
 from .method import Method
 from .methods import name_of
 from .pipelines.family import Family, Shape
@@ -26,7 +26,6 @@ from .seam import Attend, divert
 log = logging.getLogger("dit_sparse")
 
 SMALL_SEQUENCE = 32_768  # tokens; below it blocks of 64 lose little speed and choose more finely than 128
-BREAK_EVEN = {"cpu": 512, "cuda": 4096}  # tokens; below it sparse does not pay
 
 Observer = Callable[[Site, Tensor, Tensor, Plan], None]
 
@@ -45,9 +44,9 @@ class Settings:
     def block_for(self, grid: Grid) -> int:
         return self.block or (64 if grid.tokens < SMALL_SEQUENCE else 128)
 
-    def too_short(self, grid: Grid, device: torch.device) -> str | None:
-        least = BREAK_EVEN.get(device.type, 4096) if self.min_tokens is None else self.min_tokens
-        return f"fewer than {least} tokens, where sparse does not pay" if grid.tokens < least else None
+    def too_short(self, grid: Grid) -> str | None:
+        least = self.min_tokens or 0
+        return f"fewer than {least} tokens" if grid.tokens < least else None
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,8 @@ class Run:
         self._tally = Tally()
         self._memory: dict[tuple, dict] = defaultdict(dict)
         self._plans: dict[tuple, Plan | None] = {}
+        self._choices: dict[tuple, Choice] = {}
+        self._stay_dense: dict[tuple, str] = {}
         self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
         self._turns: Counter[nn.Module] = Counter()  # Mochi attends one batch item at a time: which one is this?
         self._warned: set[str] = set()
@@ -105,6 +106,7 @@ class Run:
             method=name_of(method),
             settings=method.settings(),
             executors=dict(tally.executors),
+            choices=dict(tally.choices),
             grids=list(tally.grids),
             sparse_calls=tally.sparse_calls,
             dense_calls=dict(tally.dense),
@@ -171,7 +173,7 @@ class Run:
         self._turns[place.module] += 1
         if self._settings.schedule.dense(site):
             return dense("the schedule")
-        if reason := self._settings.too_short(grid, query.device):
+        if reason := self._settings.too_short(grid) or self._stay_dense.get((site.grid, site.layer)):
             return dense(reason)
         lengths = self._key_lengths(attn_mask, query, grid)
         if isinstance(lengths, str):
@@ -181,17 +183,27 @@ class Run:
         if plan is None:
             return dense("the method")
         plan = plan.padded(lengths)
+        choice = self._choice(plan, query, key, site)
+        if choice.name == "dense":
+            return dense(self._stay_dense[site.grid, site.layer])
         for observer in self._observers:
             observer(site, query, key, plan)
         self._tally.computed(grid, pairs, plan.share)
         with self._tally.attention.running(query.device):
-            return self._sparse(plan, query, key, value, scale, site)
+            self._tally.executors[choice.name] += 1
+            out, lse = choice.executor.attend(query, key, value, plan, scale)
+            return self._settings.method.correct(out, lse, site, self._memory[site.layer, site.branch, site.grid])
 
-    def _sparse(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, site: Site) -> Tensor:
-        name, executor = pick(self._settings.executor, q, k, plan)
-        self._tally.executors[name] += 1
-        out, lse = executor.attend(q, k, v, plan, scale)
-        return self._settings.method.correct(out, lse, site, self._memory[site.layer, site.branch, site.grid])
+    def _choice(self, plan: Plan, q: Tensor, k: Tensor, site: Site) -> Choice:
+        """Who computes such calls of this layer. Found at the first of them, for on a GPU it waits for the device."""
+        call = (site.grid, site.layer, q.shape, q.dtype, type(plan), plan.lengths is None)
+        if call not in self._choices:
+            choice = pick(self._settings.executor, q, k, plan, or_dense=self._settings.min_tokens is None)
+            self._choices[call] = choice
+            self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
+            if choice.name == "dense":
+                self._stay_dense[site.grid, site.layer] = "faster here, by what was measured"
+        return self._choices[call]
 
     def _plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | None:
         method = self._settings.method

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from dit_sparse.plan import Plan
 
+from .cache import cache_folder
+
 LSE = True
 CLUSTERS = False
 
@@ -114,7 +116,7 @@ def _built_library() -> Path:
     identity = [_SOURCE.read_text(), *compiler, _version(compiler), *compile_flags, *link_flags]
     identity += [torch.__version__, torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    folder = _cache_folder()
+    folder = cache_folder()
     library = folder / f"cpu_block_sparse_{digest}.so"
     if library.exists():
         return library
@@ -164,12 +166,6 @@ def _cpu_flags() -> str:
     """The CPU's features: what -march=native builds must not reach another CPU through a shared cache."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("flags")), "")
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("DIT_SPARSE_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit_sparse"
 
 
 def _run(command: list[str]) -> None:

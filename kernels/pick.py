@@ -1,13 +1,15 @@
 """Which executor runs, and why not the others.
 
 An executor is a module with ``attend(q, k, v, plan, scale) -> (out, lse)``, ``why_not(q, k, plan) -> str | None``,
-``LSE``, and ``CLUSTERS``: whether it takes cluster plans too. One that is named runs or raises; ``auto`` takes the
-first of its list that can.
+``LSE``, and ``CLUSTERS``: whether it takes cluster plans too. Those that call another package say ``THIRD_PARTY``, and
+run only where a self-check against the reference has passed. One that is named runs or raises; ``auto`` takes the
+cheapest of its list by what a trial on this machine has measured.
 """
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
@@ -15,9 +17,23 @@ from torch import Tensor
 from dit_sparse.clusters import ClusterPlan
 from dit_sparse.plan import Plan
 
-EXECUTORS = ("reference", "gather", "cpu", "flex", "block_sparse", "block_ragged")
-# block_sparse joins the automatic choice once it has been measured on a GPU.
-AUTO = {"cpu": ("cpu", "gather"), "cuda": ("flex", "block_ragged", "gather")}
+from .trial import Kind, cost, verdict
+
+OWN = ("reference", "gather", "cpu", "flex", "block_sparse", "block_ragged")
+EXECUTORS = (*OWN, "paged", "xformers_paged", "flash4", "flashinfer_sparse")
+AUTO = {"cpu": ("cpu", "gather"), "cuda": (*EXECUTORS[3:], "gather")}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An executor's name, or "dense", and why that one."""
+
+    name: str
+    reason: str
+
+    @property
+    def executor(self) -> ModuleType:
+        return executor(self.name)
 
 
 def executor(name: str) -> ModuleType:
@@ -32,18 +48,37 @@ def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | 
     module = executor(name)
     if isinstance(plan, ClusterPlan) and not module.CLUSTERS:
         return "it computes blocks of one size, and the method made clusters of any size"
-    return module.why_not(q, k, plan)
+    reason = module.why_not(q, k, plan)
+    if reason is None and getattr(module, "THIRD_PARTY", False):
+        return verdict(name, Kind.of(q, plan))
+    return reason
 
 
-def pick(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> tuple[str, ModuleType]:
-    """The executor for this call: ``name`` itself, or the first of the device's list for ``auto``.
+def pick(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, or_dense: bool = False) -> Choice:
+    """The executor for this call: ``name`` itself, or for ``auto`` the cheapest of the device's list, where
+    ``or_dense`` puts dense attention beside them. Reads the plan's density, which waits for the device once.
 
     Raises:
         RuntimeError: the named executor cannot run this call; the message says why not.
     """
-    if name == "auto":
-        candidates = AUTO.get(q.device.type, ("gather",))
-        name = next(name for name in candidates if why_not(name, q, k, plan) is None)
-    elif reason := why_not(name, q, k, plan):
-        raise RuntimeError(f"the executor {name!r} cannot run here: {reason}")
-    return name, executor(name)
+    if name != "auto":
+        if reason := why_not(name, q, k, plan):
+            raise RuntimeError(f"the executor {name!r} cannot run here: {reason}")
+        return Choice(name, "named")
+    able = [name for name in AUTO.get(q.device.type, ("gather",)) if _able(name, q, k, plan)]
+    if len(able) == 1 and not or_dense:
+        return Choice(able[0], "the only one that can")
+    kind, pairs = Kind.of(q, plan), q.shape[0] * q.shape[1] * q.shape[2] ** 2
+    seconds = {name: cost(name, kind).seconds(pairs * plan.density) for name in able}
+    if or_dense:
+        seconds["dense"] = cost("dense", kind).seconds(pairs)
+    ranked = sorted(seconds, key=seconds.get)
+    told = ", ".join(f"{name} {1000 * seconds[name]:.3g} ms" for name in ranked)
+    return Choice(ranked[0], f"estimated for a call at density {plan.density:.2f}: {told}")
+
+
+def _able(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> bool:
+    """Whether ``auto`` may take it: one that compiles must have shown on this machine that it is right."""
+    if why_not(name, q, k, plan) is not None:
+        return False
+    return name == "gather" or verdict(name, Kind.of(q, plan)) is None

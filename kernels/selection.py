@@ -8,8 +8,6 @@ from torch import Tensor
 from dit_sparse.budget import Budget, Mass, Top
 from dit_sparse.plan import compact
 
-from . import launching
-
 WIDEST = 8192  # scores that a program holds in its registers
 
 
@@ -24,9 +22,13 @@ def kept(scores: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
         be, because nobody waits to learn how many there are. Of blocks whose mass rounding decides, a GPU may keep
         others.
     """
-    by_triton = scores.is_cuda or launching.interpreted()
-    if not by_triton or not isinstance(budget, Top | Mass) or scores.shape[-1] > WIDEST:
-        return compact(budget.keep(scores))
+    if scores.is_cuda and isinstance(budget, Top | Mass) and scores.shape[-1] <= WIDEST:
+        return kept_by_triton(scores, budget)
+    return compact(budget.keep(scores))
+
+
+def kept_by_triton(scores: Tensor, budget: Top | Mass) -> tuple[Tensor, Tensor]:
+    """`kept`, in one launch; on a CPU only where Triton interprets."""
     from .selection_triton import select
 
     arguments = launch(scores, budget)

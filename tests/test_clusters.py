@@ -180,6 +180,6 @@ def test_executors_of_equal_blocks_say_so():
     for name in set(EXECUTORS) - set(TAKERS):
         with pytest.raises(RuntimeError, match="blocks of one size, and the method made clusters of any size"):
             pick(name, q, k, plan)
-    assert pick("auto", q, k, plan)[0] == "gather"
+    assert pick("auto", q, k, plan).name == "gather"
     assert "take block_sparse" in block_ragged.why_not(q, k, Plan.full(300, 64))
     assert block_sparse.why_not(q, k, Plan.full(300, 64)) == launching.why_not(q, k)

@@ -33,21 +33,24 @@ FLOOR_0 = "grid plan clusters"
 FLOOR_1 = f"{FLOOR_0} order budget"
 FLOOR_2 = f"{FLOOR_1} method methods schedule kernels.pick pipelines.family"
 FLOOR_3 = f"{FLOOR_2} presets"
-KERNEL = "kernels.architectures kernels.launching kernels.permute"
-USER = "public report methods kernels.pick pipelines.family"
+KERNEL = "kernels.architectures kernels.cache kernels.launching kernels.pages kernels.permute"
+USER = "public report methods kernels.pick kernels.trial pipelines.family"
 
 RULES = {  # the first pattern that fits a module is its row
     "grid plan": May(),
     "clusters": May("plan"),
     "order budget": May(FLOOR_0),
-    "method schedule": May(FLOOR_1),
+    "method": May(f"{FLOOR_1} kernels.selection"),
+    "schedule": May(FLOOR_1),
     "methods": May("method methods.*"),
     "methods.*": May(f"{FLOOR_1} method"),
-    "kernels.pick": May(FLOOR_1, lazily="kernels.*"),
+    "kernels.cache": May(),
+    "kernels.trial": May(f"{FLOOR_1} kernels.cache kernels.reference", lazily="kernels.*"),
+    "kernels.pick": May(f"{FLOOR_1} kernels.trial", lazily="kernels.*"),
     "kernels.*_triton": May("kernels.tiles_triton", others="triton"),
     "kernels.launching": May("kernels.architectures", lazily="triton"),
     "kernels.block_mass": May(f"{FLOOR_1} {KERNEL} kernels.block_sparse", lazily="kernels.block_mass_triton"),
-    "kernels.*": May(f"{FLOOR_1} {KERNEL}", lazily="kernels.*_triton triton xformers flash_attn"),
+    "kernels.*": May(f"{FLOOR_1} {KERNEL}", lazily="kernels.*_triton triton xformers flash_attn flashinfer"),
     "pipelines.family": May(lazily="diffusers"),
     "pipelines.*": May("grid pipelines.family"),
     "presets": May(FLOOR_2),
@@ -149,7 +152,16 @@ def test_mapped_folders_are_no_packages():
 
 
 def test_no_module_bears_the_name_of_a_library():
-    taken = sys.stdlib_module_names | {"triton", "xformers", "lpips", "vbench", "flash_attn", "diffusers", "torch"}
+    taken = sys.stdlib_module_names | {
+        "triton",
+        "xformers",
+        "flashinfer",
+        "lpips",
+        "vbench",
+        "flash_attn",
+        "diffusers",
+        "torch",
+    }
     for folder in MAPPED:
         assert not {path.stem for path in (ROOT / folder).glob("*.py")} & taken
 

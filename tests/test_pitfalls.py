@@ -38,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 import dit_sparse as ds
 import tiny
+from dit_sparse.kernels.trial import Cost
 from dit_sparse.method import pool
 from dit_sparse.seam import is_diverted
 
@@ -353,17 +354,35 @@ def test_short_sequences_stay_dense(stock):
     with sparse(stock, density=0.3, min_tokens=10_000) as run:
         assert latents(stock).equal(plain)
     report = run.report()
-    reason = "fewer than 10000 tokens, where sparse does not pay"
+    reason = "fewer than 10000 tokens"
     assert report.dense_calls == {"the schedule": calls_per_step(stock), reason: 3 * calls_per_step(stock)}
     assert (report.sparse_calls, report.density_achieved, report.density_run) == (0, None, 1.0)
     assert reason in str(report)
 
 
-def test_the_break_even_is_the_devices():
-    stock, plain = built("wan"), dense_latents("wan")
-    with ds.enable(stock.pipe) as run:
-        assert latents(stock).equal(plain)
-    assert run.report().sparse_calls == 0 and any("fewer than 512 tokens" in x for x in run.report().dense_calls)
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_auto_stays_dense_where_that_is_faster(name, dynamic, monkeypatch):
+    """By measured costs, which are set here; unless a length from which on to be sparse is given."""
+    stock, method = built(name), Drifting() if dynamic else "radial"
+    costs = {"dense": Cost(0.0, 1e-9)}
+    monkeypatch.setattr("dit_sparse.kernels.pick.cost", lambda name, kind: costs.get(name, Cost(1.0, 1e-9)))
+    settings = dict(dense_steps=0, block=16)
+    with ds.enable(stock.pipe, method, **settings) as run:
+        assert latents(stock).equal(dense_latents(stock.name))
+    report, reason = run.report(), "faster here, by what was measured"
+    assert report.sparse_calls == 0 and report.dense_calls == {reason: STEPS * calls_per_step(stock)}
+    assert reason in str(report) and all(choice.startswith("dense: estimated") for choice in report.choices)
+    if dynamic:
+        planned = [(site.layer, site.branch) for site, _ in method.log]
+        assert 0 < len(planned) == len(set(planned)) <= 2 * layers(stock), "the plans of one step, then no more"
+    with ds.enable(stock.pipe, method, min_tokens=0, **settings) as run:
+        latents(stock)
+    assert run.report().dense_calls == {}
+    costs["dense"] = Cost(100.0, 1e-9)
+    with ds.enable(stock.pipe, method, **settings) as run:
+        latents(stock)
+    assert run.report().dense_calls == {} and all(name in {"cpu", "gather"} for name in run.report().executors)
 
 
 N = 5 * 5 * 7

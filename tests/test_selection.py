@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dit_sparse.budget import Above, Mass, Top
-from dit_sparse.kernels import launching
-from dit_sparse.kernels.selection import kept
+from dit_sparse.kernels.selection import kept, kept_by_triton
 from support import poisoned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +27,7 @@ def as_map(index: torch.Tensor, count: torch.Tensor, columns: int) -> torch.Tens
 
 def check(table: torch.Tensor, budget) -> None:
     with poisoned():
-        index, count = kept(table, budget)
+        index, count = (kept if isinstance(budget, Above) else kept_by_triton)(table, budget)
     assert index.dtype == count.dtype == torch.int32
     assert torch.equal(as_map(index, count, table.shape[-1]), budget.keep(table))
 
@@ -60,18 +59,16 @@ def test_of_equals_the_first_are_kept():
     table = torch.zeros(1, 1, 3, 20, device=DEVICE)
     table[..., 5] = 1.0
     for budget in (Top(0.25), Mass(0.5)):
-        index, count = kept(table, budget)
+        index, count = kept_by_triton(table, budget)
         rest = [i for i in range(20) if i != 5][: int(count[0, 0, 0]) - 1]
         assert index[0, 0, 0, : count[0, 0, 0]].tolist() == sorted([5, *rest])
-    assert kept(table, Top(0.25))[1].unique().tolist() == [5]
+    assert kept_by_triton(table, Top(0.25))[1].unique().tolist() == [5]
 
 
 def test_negative_zero_is_zero():
     check(torch.tensor([0.0, -0.0, 1.0, -1.0], device=DEVICE).expand(1, 1, 2, 4), Mass(0.6))
 
 
-def test_without_triton_it_is_the_budget_itself(monkeypatch):
-    monkeypatch.setattr(launching, "interpreted", lambda: False)
-    if DEVICE == "cpu":
-        index, _ = kept(scores(40), Top(0.25))
-        assert index.shape[-1] == 10, "then as wide as the fullest row"
+def test_on_a_cpu_it_is_the_budget_itself():
+    index, count = kept(scores(40).cpu(), Top(0.25))
+    assert index.shape[-1] == 10 and (count == 10).all(), "as wide as the fullest row"

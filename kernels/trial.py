@@ -1,0 +1,158 @@
+"""What an executor is worth on this machine, found by trying it on small problems: is it right, and what does it cost?
+
+A verdict holds for the process. A cost holds for the machine and the versions that it was measured with: it is kept in
+the cache folder. Delete the folder's cost files to measure again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from importlib.metadata import version
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_sparse.clusters import ClusterPlan, Clusters
+from dit_sparse.plan import Plan, blocks_in
+
+from . import reference
+from .cache import cache_folder
+
+TOLERANCE = 0.02  # relative RMS error of an output; bfloat16 stays below .01, a mask that is ignored gives more than .5
+TIMED = {"cpu": (2048, 2), "cuda": (16384, 8)}  # tokens and heads: little work, and yet the fixed costs do not rule
+DENSITIES = (0.125, 0.5)
+REPEATS = 4  # the fastest counts: others only add to a time
+
+_log = logging.getLogger("dit_sparse")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Calls that cost the same per pair: of these inputs, with groups of this size."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dim: int
+    group: int
+    clusters: bool
+
+    @classmethod
+    def of(cls, q: Tensor, plan: Plan | ClusterPlan) -> Kind:
+        """Of a call with queries ``q [B, H, N, D]``. Clusters count by their mean size, to a power of 2."""
+        clusters = isinstance(plan, ClusterPlan)
+        mean = plan.tokens / plan.key_sizes.shape[-1]
+        group = 1 << round(mean).bit_length() - 1 if clusters else plan.block
+        return cls(q.device, q.dtype, q.shape[-1], group, clusters)
+
+    def __str__(self) -> str:
+        groups = f"clusters of some {self.group}" if self.clusters else f"blocks of {self.group}"
+        return f"{groups}, head_dim {self.dim}, {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a call: ``fixed + per_pair * pairs``, the pairs of all heads."""
+
+    fixed: float
+    per_pair: float
+
+    def seconds(self, pairs: float) -> float:
+        return self.fixed + self.per_pair * pairs
+
+
+@cache
+def verdict(name: str, kind: Kind) -> str | None:
+    """None when the executor agrees with the reference on two small problems, else what is wrong, in words."""
+    attend = importlib.import_module(f"dit_sparse.kernels.{name}").attend
+    for tokens in (4 * kind.group, 3 * kind.group + kind.group // 2 + 1):
+        q, k, v, plan = _problem(kind, tokens, heads=2, density=0.5)
+        try:
+            out, lse = attend(q, k, v, plan)
+        except Exception as error:
+            said = str(error).strip() or type(error).__name__
+            return f"its self-check failed: {said.splitlines()[0]}"
+        expected, expected_lse = reference.attend(q, k, v, plan)
+        if not _relative_rms(out, expected) < TOLERANCE:
+            return f"its self-check gave outputs {_relative_rms(out, expected):.0%} off the reference"
+        if lse is not None and not (lse - expected_lse).abs().max() < TOLERANCE:
+            return "its self-check gave a wrong log-sum-exp"
+    return None
+
+
+@cache
+def cost(name: str, kind: Kind) -> Cost:
+    """What a call of this kind costs by an executor, or by PyTorch's dense attention when ``name`` is "dense"."""
+    key = json.dumps([name, str(kind), *_circumstances(kind.device)])
+    file = cache_folder() / f"cost_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        return Cost(**json.loads(file.read_text())["cost"])
+    except (OSError, ValueError, KeyError, TypeError):
+        measured = _measured(name, kind)
+    aside = file.with_suffix(f".{os.getpid()}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(json.dumps({"measured": json.loads(key), "cost": asdict(measured)}, indent=1))
+    aside.replace(file)
+    return measured
+
+
+def _measured(name: str, kind: Kind) -> Cost:
+    _log.info("measuring %s for %s, once on this machine", name, kind)
+    tokens, heads = TIMED.get(kind.device.type, TIMED["cpu"])
+    if name == "dense":
+        q, k, v, _ = _problem(kind, tokens, heads, 1.0)
+        return Cost(0.0, _seconds(partial(F.scaled_dot_product_attention, q, k, v)) / (heads * tokens**2))
+    attend = importlib.import_module(f"dit_sparse.kernels.{name}").attend
+    points = []
+    for density in DENSITIES:
+        q, k, v, plan = _problem(kind, tokens, heads, density)
+        if not kind.clusters:
+            plan = replace(plan, order=None)
+        points.append((heads * tokens**2 * plan.density, _seconds(partial(attend, q, k, v, plan))))
+    (few, short), (many, long) = points
+    per_pair = max((long - short) / (many - few), long / many / 4)  # noise must not make pairs free
+    return Cost(max(long - per_pair * many, 0.0), per_pair)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    from torch.utils.benchmark import Timer  # here, for it makes some attributes of torch appear
+
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    timer.timeit(1)  # compiles, and fills caches
+    return min(timer.timeit(1).mean for _ in range(REPEATS))
+
+
+def _problem(kind: Kind, tokens: int, heads: int, density: float) -> tuple[Tensor, Tensor, Tensor, Plan | ClusterPlan]:
+    """Random inputs ``[1, heads, tokens, D]`` and a plan with lists of its own for every head and shuffled tokens."""
+    generator = torch.Generator().manual_seed(0)
+    groups = blocks_in(tokens, kind.group)
+    keep = torch.rand(1, heads, groups, groups, generator=generator) < density
+    keep |= torch.eye(groups, dtype=torch.bool)
+    if kind.clusters:
+        labels = torch.randint(groups, (2, 1, heads, tokens), generator=generator)
+        plan = ClusterPlan.of(keep, *(Clusters.of(side, groups) for side in labels))
+    else:
+        plan = Plan.of(keep, tokens, kind.group, torch.randperm(tokens, generator=generator))
+    q, k, v = torch.randn(3, 1, heads, tokens, kind.dim, generator=generator).to(kind.device, kind.dtype).unbind()
+    return q, k, v, plan.to(kind.device)
+
+
+def _relative_rms(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def _circumstances(device: torch.device) -> list[str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return [
+        name,
+        f"{torch.get_num_threads()} threads",
+        f"torch {torch.__version__}",
+        f"dit-sparse {version('dit-sparse')}",
+    ]

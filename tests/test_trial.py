@@ -1,0 +1,165 @@
+"""What `auto` knows of executors: whether they are right here, and what they cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_sparse.kernels import gather, pick, reference, trial
+from dit_sparse.kernels.trial import Cost, Kind
+from support import qkv, random_cluster_plan, random_plan
+
+BLOCKS = Kind(torch.device("cpu"), torch.float32, 16, 16, clusters=False)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIT_SPARSE_CACHE", str(tmp_path))
+    monkeypatch.setitem(trial.TIMED, "cpu", (256, 1))
+    for function in (trial.cost, trial.verdict):
+        function.cache_clear()
+    yield
+    for function in (trial.cost, trial.verdict):
+        function.cache_clear()
+
+
+def executor(monkeypatch, attend) -> str:
+    """An executor of this function, under the name "newcomer"."""
+    module = ModuleType("dit_sparse.kernels.newcomer")
+    module.attend, module.why_not = attend, lambda q, k, plan: None
+    module.LSE, module.CLUSTERS, module.THIRD_PARTY = True, True, True
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(pick, "EXECUTORS", (*pick.EXECUTORS, "newcomer"))
+    return "newcomer"
+
+
+# --- is it right?
+
+
+def broken(q, k, v, plan, scale=None):
+    raise RuntimeError("CUDA error: the moon is full\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def dense(q, k, v, plan, scale=None):
+    return F.scaled_dot_product_attention(q, k, v), None
+
+
+def slipped(q, k, v, plan, scale=None):
+    out, lse = reference.attend(q, k, v, plan, scale)
+    return out, lse * 1.4427
+
+
+def poisoned(q, k, v, plan, scale=None):
+    out, lse = reference.attend(q, k, v, plan, scale)
+    return torch.where(torch.arange(plan.tokens)[:, None] == plan.tokens - 1, torch.nan, out), lse
+
+
+def unordered(q, k, v, plan, scale=None):
+    return reference.attend(q, k, v, replace(plan, order=None), scale)
+
+
+WRONG = {
+    broken: "its self-check failed: CUDA error: the moon is full$",
+    dense: "off the reference",
+    slipped: "wrong log-sum-exp",
+    poisoned: "off the reference",
+    unordered: "off the reference",
+}
+
+
+@pytest.mark.parametrize("attend", WRONG)
+def test_a_self_check_finds_what_is_wrong(attend, monkeypatch):
+    name = executor(monkeypatch, attend)
+    (q, k, _), plan = qkv(75, dim=16), random_plan(75, 16)
+    with pytest.raises(RuntimeError, match=WRONG[attend]):
+        pick.pick(name, q, k, plan)
+
+
+@pytest.mark.parametrize(
+    "kind", [BLOCKS, replace(BLOCKS, clusters=True), replace(BLOCKS, dtype=torch.bfloat16)], ids=str
+)
+def test_a_self_check_lets_the_right_ones_pass(kind, monkeypatch):
+    name = executor(monkeypatch, lambda *call: (gather.attend(*call)[0], None))
+    assert trial.verdict("gather", kind) is trial.verdict(name, kind) is None
+
+
+def test_auto_leaves_out_who_is_wrong(monkeypatch):
+    monkeypatch.setitem(pick.AUTO, "cpu", (executor(monkeypatch, dense), "gather"))
+    (q, k, _), plan = qkv(75, dim=16), random_plan(75, 16)
+    assert pick.pick("auto", q, k, plan).name == "gather"
+
+
+# --- what does it cost?
+
+
+def test_calls_of_a_kind_share_their_trial():
+    (q, _, _), (longer, _, _) = qkv(75, batch=2), qkv(300)
+    assert Kind.of(q, random_plan(75, 16)) == Kind.of(longer, random_plan(300, 16, density=0.9))
+    assert Kind.of(q, random_plan(75, 16)) != Kind.of(q, random_plan(75, 32))
+    clusters = Kind.of(q, random_cluster_plan(75, keys=9))
+    assert clusters == Kind.of(longer, random_cluster_plan(300, keys=36)) and clusters.group == 8
+
+
+@pytest.mark.parametrize("name", ["gather", "reference", "dense"])
+@pytest.mark.parametrize("clusters", [False, True])
+def test_a_cost_is_measured_once_and_kept(name, clusters, monkeypatch, tmp_path):
+    kind = replace(BLOCKS, clusters=clusters)
+    cost = trial.cost(name, kind)
+    assert cost.per_pair > 0 <= cost.fixed and cost.seconds(2e9) > cost.seconds(1e9)
+    trial.cost.cache_clear()
+    monkeypatch.setattr(trial, "_measured", None)
+    assert trial.cost(name, kind) == cost
+    (file,) = tmp_path.iterdir()
+    assert json.loads(file.read_text())["measured"][0] == name
+
+
+@pytest.mark.parametrize("damage", ["", "{}", '{"cost": {"fixed": 1}}', '{"cost": 3}', "[]"])
+def test_a_damaged_cost_is_measured_again(damage, monkeypatch, tmp_path):
+    trial.cost("dense", BLOCKS)
+    (file,) = tmp_path.iterdir()
+    file.write_text(damage)
+    trial.cost.cache_clear()
+    monkeypatch.setattr(trial, "_measured", lambda name, kind: Cost(1.0, 2.0))
+    assert trial.cost("dense", BLOCKS) == Cost(1.0, 2.0)
+    assert json.loads(file.read_text())["cost"] == {"fixed": 1.0, "per_pair": 2.0}
+
+
+def test_noise_never_makes_pairs_free(monkeypatch):
+    seconds = iter([2.0, 1.0])
+    monkeypatch.setattr(trial, "_seconds", lambda call: next(seconds))
+    cost = trial._measured("gather", BLOCKS)
+    assert cost.per_pair > 0 <= cost.fixed
+
+
+# --- who is taken?
+
+
+@pytest.fixture
+def costs(monkeypatch) -> dict[str, Cost]:
+    table = {"cpu": Cost(0.0, 3e-9), "gather": Cost(0.0, 4e-9), "dense": Cost(0.0, 1e-9)}
+    monkeypatch.setattr(pick, "cost", lambda name, kind: table[name])
+    monkeypatch.setitem(pick.AUTO, "cpu", ("gather", "reference"))
+    table["reference"] = Cost(1e-3, 2e-9)
+    return table
+
+
+def test_auto_takes_the_cheapest_for_this_many_pairs(costs):
+    (q, k, _), small, large = qkv(75), random_plan(75, 16), random_plan(75, 16, batch=1)
+    assert pick.pick("auto", q, k, small).name == "gather", "the fixed cost of the other decides"
+    q = q[:1, :1].expand(512, 64, -1, -1)
+    choice = pick.pick("auto", q, q, large)
+    assert choice.name == "reference" and "reference" in choice.reason and "gather" in choice.reason
+
+
+@pytest.mark.parametrize("density, expected", [(0.05, "gather"), (1.0, "dense")])
+def test_auto_takes_dense_where_sparse_does_not_pay(costs, density, expected):
+    (q, k, _), plan = qkv(300), random_plan(300, 16, density=density)
+    assert pick.pick("auto", q, k, plan, or_dense=True).name == expected
+    assert pick.pick("auto", q, k, plan).name == "gather"
+    assert pick.pick("gather", q, k, plan, or_dense=True).name == "gather", "who is named runs"
