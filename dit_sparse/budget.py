@@ -41,13 +41,18 @@ class Top:
 
 @dataclass(frozen=True)
 class Mass:
-    """The fewest blocks whose softmax reaches ``share`` of each row; the block that crosses it is kept."""
+    """The fewest blocks whose softmax reaches ``share`` of each row; the block that crosses it is kept. But at least
+    the fraction ``least`` of the blocks, and at most ``most``."""
 
     share: float
+    least: float = 0.0
+    most: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"a share of the mass lies above 0 and at most 1, not {self.share}")
+        if not 0 <= self.least <= self.most <= 1:
+            raise ValueError(f"least and most are fractions of the blocks, not {self.least} and {self.most}")
 
     def keep(self, scores: Tensor) -> Tensor:
         forced = scores.isposinf()
@@ -57,8 +62,9 @@ class Mass:
             .nan_to_num(0.0)
             .sort(dim=-1, descending=True, stable=True)
         )
-        before = mass.cumsum(-1) - mass
-        keep = torch.zeros_like(forced).scatter_(-1, place, (before < self.share) & (mass > 0))
+        before, rank = mass.cumsum(-1) - mass, torch.arange(mass.shape[-1], device=mass.device)
+        wanted = (before < self.share) & (rank < max(1, round(self.most * len(rank)))) | (rank < self.least * len(rank))
+        keep = torch.zeros_like(forced).scatter_(-1, place, wanted & (mass > 0))
         return keep | forced
 
 

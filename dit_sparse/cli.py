@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -128,10 +129,11 @@ def methods(json_out: Annotated[bool, typer.Option("--json", help="As JSON.")] =
     if json_out:
         print(json.dumps(rows, indent=2))
         return
-    table = Table("method", "what it keeps", "settings", "paper", box=None, header_style="bold")
+    table = Table("method", "what it keeps", "settings", box=None, header_style="bold")
+    table.add_column("paper", overflow="fold")
     for row in rows:
         settings = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
-        table.add_row(row["name"], row["summary"], settings, "arXiv:" + row["arxiv"])
+        table.add_row(row["name"], row["summary"], settings, re.sub("https://(arxiv.org/abs/)?", "", row["source"]))
     console.print(table)
 
 

@@ -100,9 +100,10 @@ class Scorer(Method):
     """A method that ranks the key blocks of each query block by looking at q and k. A subclass writes :meth:`score`.
 
     Attributes:
-        budget: how many of the ranked blocks survive; None: ``Top(density)``, or a quarter of them.
+        budget: how many of the ranked blocks survive; None: ``Top(density)``, or the authors' where they give one.
     """
 
+    usual: ClassVar[Budget] = Top(0.25)
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
@@ -111,7 +112,8 @@ class Scorer(Method):
             raise ValueError("give a density or a budget, not both: a density is short for the budget Top(density)")
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
-        """Float32 scores ``[B, H, Qb, Qb]`` of ``q, k [B, H, N, D]``, which stand in the method's order."""
+        """Float32 scores ``[B, H, Qb, Qb]`` of ``q, k [B, H, N, D]``, which stand in the method's order. Logits: their
+        softmax is what a budget of mass adds up. +inf is kept whatever the budget."""
         raise NotImplementedError
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
@@ -120,7 +122,7 @@ class Scorer(Method):
         if order is not None:
             q, k = (x.index_select(2, order.to(x.device)) for x in (q, k))
         scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
-        budget = self.budget or Top(self.density or 0.25)
+        budget = self.budget or (self.usual if self.density is None else Top(self.density))
         index, count = kept(scores.masked_fill(always, torch.inf), budget)
         return Plan(index, count, site.grid.tokens, site.block, order if order is None else order.to(q.device))
 
@@ -129,15 +131,6 @@ def always_kept(blocks: Blocks) -> Tensor:
     """Text rows and columns and each block's own block, bool ``[Qb, Qb]``: what no method may drop."""
     text = blocks.text
     return text[:, None] | text | torch.eye(len(text), dtype=torch.bool)
-
-
-def pool(x: Tensor, block: int) -> Tensor:
-    """Mean of every block, ``[B, H, N, D] -> [B, H, Qb, D]``, float32; the ragged last block over what it holds."""
-    tokens = x.shape[2]
-    blocks = blocks_in(tokens, block)
-    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block - tokens))
-    sizes = (tokens - torch.arange(blocks, device=x.device) * block).clamp(max=block)
-    return padded.unflatten(2, (blocks, block)).sum(3) / sizes[:, None]
 
 
 def _pair_weight(grid: Grid, block: int) -> Tensor:

@@ -21,16 +21,23 @@ RESULTS = ROOT / "eval" / "results"
 
 
 def method_rows() -> list[dict]:
-    """Name, summary, settings with defaults and arXiv number of every method."""
+    """Name, summary, settings with defaults and source of every method."""
     return [
         {
             "name": name,
             "summary": _first_sentence(_paper(cls)),
             "settings": {f.name: f.default for f in fields(cls) if f.name != "density"},
-            "arxiv": re.search(r"arXiv:(\d{4}\.\d{5})", _paper(cls))[1],
+            "source": _source(_paper(cls)),
         }
         for name, cls in METHODS.items()
     ]
+
+
+def _source(doc: str) -> str:
+    """The address of the first paper that a docstring names, or the first address in it."""
+    if paper := re.search(r"arXiv:(\d{4}\.\d{5})", doc):
+        return f"https://arxiv.org/abs/{paper[1]}"
+    return re.search(r"https://\S+[^\s.,]", doc)[0]
 
 
 def method_table() -> str:
@@ -42,7 +49,7 @@ def method_table() -> str:
                 f"[`{row['name']}`](dit_sparse/methods/{row['name']}.py)",
                 row["summary"],
                 ", ".join(f"`{key}={value}`" for key, value in row["settings"].items()) or "-",
-                f"[{row['arxiv']}](https://arxiv.org/abs/{row['arxiv']})",
+                f"[{row['source'].split('/', 3)[-1].removeprefix('abs/')}]({row['source']})",
             )
             for row in rows
         ),

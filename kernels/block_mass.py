@@ -70,6 +70,18 @@ def retained_mass(
     return (mass * plan.keep()).sum(-1)
 
 
+def log_sum_exp(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """Natural-log-sum-exp of all scores of every query: ``q [B, H, N, D]``, ``k [B, Hkv, N, D]`` to float32
+    ``[B, H, N]``. One more pass over the scores, for those who have none at hand."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # what no public function of PyTorch returns
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, scale=scale)[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chunk = max(1, SCORES_PER_CHUNK // (q.shape[0] * q.shape[1] * k.shape[2]))
+    keys = k.float().mT
+    return torch.cat([(part.float() @ keys * scale).logsumexp(-1) for part in q.split(chunk, 2)], 2)
+
+
 def _checked(rows: int | None, block: int) -> int:
     if rows is not None and (rows < 1 or block % rows):
         raise ValueError(f"rows must divide the block of {block} tokens, not {rows}")
@@ -77,7 +89,7 @@ def _checked(rows: int | None, block: int) -> int:
 
 
 def _by_triton(q: Tensor, k: Tensor, block: int, rows: int) -> bool:
-    if not (q.is_cuda or launching.interpreted()) or rows < FEWEST_ROWS:
+    if not launching.preferred(q) or rows < FEWEST_ROWS:
         return False
     return block_sparse.why_not(q.detach(), k.detach(), Plan(q, q, q.shape[2], block)) is None
 

@@ -42,7 +42,7 @@ def kmeans(x: Tensor, clusters: int, iterations: int = 2, centroids: Tensor | No
         centroids = x[:, :, torch.arange(clusters, device=x.device) * tokens // clusters].float()
     if centroids.shape != (batch, heads, clusters, dim):
         raise ValueError(f"centroids must be {[batch, heads, clusters, dim]}, not {list(centroids.shape)}")
-    by_triton = (x.is_cuda or launching.interpreted()) and launching.why_not(x.detach(), x.detach()) is None
+    by_triton = launching.preferred(x) and launching.why_not(x.detach(), x.detach()) is None
     assign, means = (_assign_by_triton, _means_by_triton) if by_triton else (_assign, _means)
     with torch.no_grad():
         for _ in range(iterations):

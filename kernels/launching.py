@@ -34,6 +34,11 @@ def why_not(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
+def preferred(x: Tensor) -> bool:
+    """Whether a function that has a plain form too takes its Triton form: on a GPU. The interpreter is for tests."""
+    return x.is_cuda
+
+
 def interpreted() -> bool:
     """Whether Triton runs its programs in Python, on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"

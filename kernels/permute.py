@@ -21,7 +21,7 @@ def permuted(order: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if order is None:
         return tensors
-    by_triton = tensors[0].is_cuda or launching.interpreted()
+    by_triton = launching.preferred(tensors[0])
     if not by_triton or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return tuple(arranged(x, order) for x in tensors)
     from .permute_triton import permute

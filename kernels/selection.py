@@ -22,7 +22,8 @@ def kept(scores: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
         be, because nobody waits to learn how many there are. Of blocks whose mass rounding decides, a GPU may keep
         others.
     """
-    if scores.is_cuda and isinstance(budget, Top | Mass) and scores.shape[-1] <= WIDEST:
+    plain = isinstance(budget, Top) or (isinstance(budget, Mass) and budget == Mass(budget.share))
+    if scores.is_cuda and plain and scores.shape[-1] <= WIDEST:
         return kept_by_triton(scores, budget)
     return compact(budget.keep(scores))
 

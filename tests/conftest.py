@@ -2,7 +2,18 @@
 
 import os
 
+import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # as many workers as there are cores: more threads would wait for each other
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when it is imported
+
+
+@pytest.fixture
+def triton_preferred(monkeypatch):
+    """Functions that have a plain form and a Triton form take Triton's, in the interpreter too."""
+    from dit_sparse.kernels import launching
+
+    monkeypatch.setattr(launching, "preferred", lambda x: x.is_cuda or launching.interpreted())

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dit_sparse import ClusterPlan, Clusters, Grid, Method, Plan, Scorer, Site, order
 from dit_sparse.kernels.pick import executor
-from dit_sparse.method import pool
 from dit_sparse.methods import method
 from dit_sparse.plan import blocks_in
+from dit_sparse.scoring import pool
 
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 from hypothesis import settings, strategies

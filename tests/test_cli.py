@@ -27,7 +27,7 @@ def test_methods_as_table_and_as_json():
     assert all(name in call("methods").output for name in METHODS)
     rows = json.loads(call("methods", "--json").output)
     assert [row["name"] for row in rows] == list(METHODS)
-    assert all(row["arxiv"] and row["summary"] for row in rows)
+    assert all(row["source"].startswith("https://") and row["summary"] for row in rows)
 
 
 @pytest.mark.parametrize("method", METHODS)

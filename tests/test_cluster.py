@@ -11,6 +11,7 @@ from dit_sparse.kernels import cluster, launching
 from dit_sparse.kernels.cluster import kmeans
 from support import assert_near, poisoned, qkv
 
+pytestmark = pytest.mark.usefixtures("triton_preferred")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDED = DEVICE == "cuda"
 KIND = torch.float16 if ROUNDED else torch.float32

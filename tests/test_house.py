@@ -42,8 +42,9 @@ RULES = {  # the first pattern that fits a module is its row
     "order budget": May(FLOOR_0),
     "method": May(f"{FLOOR_1} kernels.selection"),
     "schedule": May(FLOOR_1),
+    "scoring": May(FLOOR_0),
     "methods": May("method methods.*"),
-    "methods.*": May(f"{FLOOR_1} method"),
+    "methods.*": May(f"{FLOOR_1} method scoring kernels.block_mass"),
     "kernels.cache": May(),
     "kernels.trial": May(f"{FLOOR_1} kernels.cache kernels.reference", lazily="kernels.*"),
     "kernels.pick": May(f"{FLOOR_1} kernels.trial", lazily="kernels.*"),
@@ -242,7 +243,7 @@ METHOD_FILES = sorted(path for path in (ROOT / "dit_sparse" / "methods").glob("*
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.stem)
 def test_method_names_its_paper_and_how_it_differs(path):
     doc = ast.get_docstring(ast.parse(path.read_text()))
-    assert re.search(r"arXiv:\d{4}\.\d{4,5}", doc), "name the paper: arXiv:YYMM.NNNNN"
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}|https://", doc), "name the paper: arXiv:YYMM.NNNNN, or where it is"
     assert "Differs from the authors" in doc
 
 

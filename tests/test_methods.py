@@ -56,7 +56,7 @@ def test_text_and_own_block_are_kept(name, grid, block, density):
     assert (plan.count >= 1).all()
     assert (plan.keep() | ~forced(what, grid, block)).all()
     assert always_kept(Blocks.of(grid, block, what.order(grid, block))).equal(forced(what, grid, block))
-    if plan.order is not None:
+    if what.order(grid, block) is not None:
         assert plan.order.equal(what.order(grid, block))
 
 
@@ -142,7 +142,8 @@ def test_settings_travel_as_json(name):
 
 def test_settings_of_a_scorer_travel_as_json():
     settings = json.loads(json.dumps(Pooled(budget=Mass(0.9)).settings()))
-    assert settings == {"density": None, "budget": {"Mass": {"share": 0.9}}, "curve": False}
+    budget = {"Mass": {"share": 0.9, "least": 0.0, "most": 1.0}}
+    assert settings == {"density": None, "budget": budget, "curve": False}
 
 
 def test_a_scorer_takes_a_density_or_a_budget():

@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode
 import dit_sparse as ds
 import tiny
 from dit_sparse.kernels.trial import Cost
-from dit_sparse.method import pool
+from dit_sparse.scoring import pool
 from dit_sparse.seam import is_diverted
 
 EVERY_2 = ds.Schedule(dense_steps=1, every=2)

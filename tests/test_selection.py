@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def scores(columns: int, *, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
-    return spread * torch.randn(2, 3, 5, columns, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    return spread * torch.randn(1, 2, 3, columns, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def as_map(index: torch.Tensor, count: torch.Tensor, columns: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from dit_sparse.kernels.permute import permuted
 from dit_sparse.plan import arranged
 from support import assert_near, exact, poisoned, qkv, random_plan, token_mask
 
+pytestmark = pytest.mark.usefixtures("triton_preferred")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = torch.float16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
@@ -148,6 +149,7 @@ def compiled() -> dict[int, list[dict]]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.xdist_group("compile gate")  # it has two processes of its own
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles_for_every_architecture_and_fits(capability, compiled):
     matrix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from ..method import Method
+from .adaspa import AdaSpa
+from .asa import ASA
 from .dense import Dense
+from .neighborhood import Neighborhood
 from .radial import Radial
 from .random_blocks import RandomBlocks
+from .sparge import Sparge
+from .subblock import SubBlock
+from .svg import SVG
 from .window import Window
+from .xattention import XAttention
 
 METHODS: dict[str, type[Method]] = {
     "dense": Dense,
     "random_blocks": RandomBlocks,
     "window": Window,
+    "neighborhood": Neighborhood,
     "radial": Radial,
+    "svg": SVG,
+    "adaspa": AdaSpa,
+    "asa": ASA,
+    "sparge": Sparge,
+    "subblock": SubBlock,
+    "xattention": XAttention,
 }
 
 

@@ -1,0 +1,71 @@
+"""AdaSpa: the exact attention map of every head, searched for at a few steps, with a log-sum-exp that is kept.
+
+Source: Y. Xia et al., "Training-free and Adaptive Sparse Attention for Efficient Long Video Generation",
+arXiv:2502.21079, sec. 4. With the log-sum-exp L of every query known, the mass of a block is one exponential per pair,
+
+    W_ij = sum over r in block i, c in block j of exp(q_r . k_c / sqrt(D) - L_r)
+
+The first search computes L; later ones keep it, for it hardly changes over the steps. Every row keeps the same number
+of blocks, the heaviest. Heads differ in three levels at an unchanged mean: with sparsity s, the n heads whose kept
+blocks hold the most mass get (1 + s)/2, the n that hold the least (3s - 1)/2, n being the heads that hold over .8, at
+most half.
+
+When to search is the schedule's: ``every`` steps. The authors search at steps 10 and 30 of 50, which is
+``Schedule(dense_steps=.2, every=20)``, with sparsity .8 and blocks of 64.
+
+Differs from the authors: their pseudo-code prints log for exp. Rows of a map made with an old L need not sum to one, so
+recalls are relative to the row's own sum. Below s = 1/3, where the third level would be denser than dense, all heads
+get the same. ``rows`` looks at some queries of each block only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..grid import Blocks, Site
+from ..kernels.block_mass import block_mass, log_sum_exp
+from ..method import Method, always_kept
+from ..plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaSpa(Method):
+    """Exact block mass.
+
+    Attributes:
+        density: the authors use .2.
+        levels: whether heads get different shares.
+        rows: queries of each block that a search looks at, a divisor of the block; None: all.
+    """
+
+    levels: bool = True
+    rows: int | None = None
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        if "lse" not in memory:
+            memory["lse"] = log_sum_exp(q, k)
+        mass = block_mass(q, k, memory["lse"], site.block, rows=self.rows)
+        always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
+        rank = mass.masked_fill(always, torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        base = 0.2 if self.density is None else self.density
+        density = _by_level(mass, rank, base) if self.levels else base
+        blocks = mass.shape[-1]
+        wanted = (torch.as_tensor(density, device=q.device) * blocks).round().clamp(min=1)
+        return Plan.of((rank < wanted) | always, site.grid.tokens, site.block)
+
+
+def _by_level(mass: Tensor, rank: Tensor, density: float) -> float | Tensor:
+    """The density of every head, ``[B, H, 1, 1]``, at the mean asked for."""
+    heads, sparsity = mass.shape[1], 1 - density
+    if sparsity < 1 / 3:
+        return density
+    kept = mass.masked_fill(rank >= max(1, round(density * mass.shape[-1])), 0)
+    recall = kept.sum((-2, -1)) / mass.sum((-2, -1))
+    place = recall.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0: the head that holds the most
+    n = (recall > 0.8).sum(-1, keepdim=True).clamp(max=heads // 2)
+    level = torch.full_like(recall, density)
+    level[place < n], level[place >= heads - n] = (1 - (1 + sparsity) / 2), 1 - (3 * sparsity - 1) / 2
+    return level[..., None, None]

@@ -1,0 +1,82 @@
+"""Sparse VideoGen: every head is spatial or temporal, and a few sampled queries tell which.
+
+Source: H. Xi, S. Yang et al., "Sparse VideoGen: Accelerating Video Diffusion Transformers with Spatial-Temporal
+Sparsity", arXiv:2502.01776, sec. 3-4. A spatial head attends within its frame and the frames beside it: a band around
+the diagonal while tokens stand frame by frame. A temporal head attends to its own place in all frames: a band again,
+once tokens stand place by place. So the two patterns are one band in two orders. Online, each head takes the pattern
+that serves ``samples`` of its queries better.
+
+Differs from the authors: a pattern serves a query by the attention it keeps, not by the error of its output, because
+plans are made from queries and keys; the queries are sampled from the whole sequence (their code: its first 10,000
+tokens); they are judged under the band that is then computed (their code: one of fixed width); the density is met to a
+block pair, text and all. No sink: what their code keeps for Wan as the first frame is that only in the spatial order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import order
+from ..grid import Grid, Site
+from ..method import Method, Pattern
+from ..plan import Plan, blocks_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Band(Pattern):
+    """Blocks at most ``width`` of the sequence away, in whatever order it stands."""
+
+    knob: ClassVar[str] = "width"
+    reach: ClassVar[tuple[float, float]] = (1e-4, 1.0)
+
+    width: float = 0.25
+
+    def keep(self, grid: Grid, block: int) -> Tensor:
+        place = torch.arange(blocks_in(grid.tokens, block))
+        return (place[:, None] - place).abs() * block <= self.width * grid.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVG(Method):
+    """Spatial and temporal heads.
+
+    Attributes:
+        density: the authors use .25 for HunyuanVideo, .3 for Wan.
+        samples: queries that choose.
+        seed: of the sample.
+    """
+
+    samples: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 1:
+            raise ValueError(f"samples is how many queries choose a pattern, at least 1, not {self.samples}")
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        grid, block = site.grid, site.block
+        keep = _band(0.25 if self.density is None else self.density, grid, block).to(q.device)
+        orders = torch.stack([order.row_major(grid), order.frame_last(grid)]).to(q.device)
+        spatial, temporal = self._kept_mass(q, k, keep, orders, grid, block)
+        choice = orders[(temporal > spatial).long()]  # [B, H, N]
+        return Plan.of(keep[None, None], grid.tokens, block, choice)
+
+    def _kept_mass(self, q: Tensor, k: Tensor, keep: Tensor, orders: Tensor, grid: Grid, block: int) -> list[Tensor]:
+        """Attention that the sampled queries of each head keep in either order, ``[B, H]`` each."""
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.randint(grid.before, grid.before + grid.video, (self.samples,), generator=generator).to(q.device)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
+        weights = (q[:, :, rows].float() @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        blocks = [one.argsort() // block for one in orders]
+        return [(weights * keep[at[rows]][:, at]).sum((-2, -1)) for at in blocks]
+
+
+@cache
+def _band(density: float, grid: Grid, block: int) -> Tensor:
+    return Band(density=density).block_map(grid, block)

@@ -1,0 +1,275 @@
+"""Every paper's rule against the rule written out token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_sparse import Grid, Mass, Site, order
+from dit_sparse.kernels.block_mass import block_mass, log_sum_exp
+from dit_sparse.methods import method
+from dit_sparse.methods.adaspa import AdaSpa
+from dit_sparse.methods.asa import ASA
+from dit_sparse.methods.neighborhood import Neighborhood, neighbors, sliding_tile
+from dit_sparse.methods.sparge import Sparge, self_similarity
+from dit_sparse.methods.subblock import SubBlock
+from dit_sparse.methods.svg import SVG, Band
+from dit_sparse.methods.xattention import XAttention
+from support import assert_near, grids, plan_of, qkv
+
+GRID = Grid(5, 7, 3, after=11)  # 116 tokens: a ragged end for every block
+TOKENS = GRID.tokens
+
+
+def weights(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The whole attention map ``[B, H, N, N]``, in float64."""
+    return (q.double() @ k.double().mT * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def block_sums(table: torch.Tensor, block: int) -> torch.Tensor:
+    short = -table.shape[-1] % block
+    table = F.pad(table, (0, short, 0, short))
+    return table.unflatten(-1, (-1, block)).sum(-1).unflatten(-2, (-1, block)).sum(-2)
+
+
+def scores(what, q, k, block=16, grid=GRID) -> torch.Tensor:
+    return what.score(q, k, Site(grid, block), {})
+
+
+# --- exact where the finest setting makes them exact
+
+
+def test_xattention_with_stride_1_adds_up_the_attention_map():
+    q, k, _ = qkv(TOKENS, batch=2)
+    assert_near(scores(XAttention(stride=1), q, k).exp(), block_sums(weights(q, k), 16), 1e-5)
+
+
+def test_xattention_sums_antidiagonals():
+    """Tile by tile, without the reshaping."""
+    q, k, _ = qkv(96, dim=8)
+    stride, tiles = 4, 96 // 4
+    logits = q.double() @ k.double().mT
+    sums = torch.zeros(*logits.shape[:2], tiles, tiles, dtype=torch.float64)
+    for i in range(tiles):
+        for j in range(tiles):
+            tile = logits[..., i * stride : (i + 1) * stride, j * stride : (j + 1) * stride]
+            sums[..., i, j] = tile.flip(-2).diagonal(dim1=-2, dim2=-1).sum(-1)
+    expected = (sums / (stride * 8**0.5)).softmax(-1)
+    found = scores(XAttention(stride=stride), q, k, grid=Grid(4, 4, 6))
+    assert_near(found.exp(), block_sums(expected, 16 // stride), 1e-5)
+
+
+def test_subblock_with_a_part_a_token_is_the_exact_mass():
+    q, k, _ = qkv(TOKENS, batch=2)
+    logits = q.double() @ k.double().mT * q.shape[-1] ** -0.5
+    assert_near(scores(SubBlock(parts=16), q, k), block_sums(logits.exp(), 16).log(), 1e-5)
+
+
+def test_subblock_with_one_part_is_the_product_of_means():
+    q, k, _ = qkv(96)
+    means = [x.unflatten(2, (-1, 16)).mean(3) for x in (q, k)]
+    expected = means[0] @ means[1].mT * q.shape[-1] ** -0.5 + torch.tensor(256.0).log()
+    assert_near(scores(SubBlock(parts=1), q, k, grid=Grid(4, 4, 6)), expected, 1e-5)
+
+
+def test_asa_of_every_token_is_the_best_of_every_block():
+    q, k, _ = qkv(96, batch=2)
+    logits = (q.double() @ k.double().mT * q.shape[-1] ** -0.5).unflatten(-1, (-1, 16)).amax(-1)
+    expected = (logits - logits.amax(-1, keepdim=True)).unflatten(2, (-1, 16)).amax(3)
+    assert_near(scores(ASA(samples=16), q, k, grid=Grid(4, 4, 6)), expected, 1e-5)
+
+
+def test_asa_keeps_no_fewer_and_no_more_than_it_may():
+    q, k, _ = qkv(400, dim=8)
+    for share in (0.01, 0.999):
+        plan = plan_of(ASA(budget=Mass(share, least=0.2, most=0.4)), Grid(4, 10, 10), 16, 0.01 * q, k)
+        assert ((plan.count >= 5) & (plan.count <= 10 + 1)).all()  # 25 blocks, and their own
+
+
+@pytest.mark.parametrize("name", ["xattention", "asa", "subblock", "sparge"])
+def test_chunks_change_nothing(name, monkeypatch):
+    q, k, _ = qkv(TOKENS, batch=2)
+    whole = scores(method(name), q, k)
+    monkeypatch.setattr("dit_sparse.scoring.SCORES_PER_CHUNK", 1)
+    assert_near(scores(method(name), q, k), whole, 1e-6)
+
+
+# --- sparge
+
+
+def test_self_similarity_is_the_mean_cosine():
+    x, _, _ = qkv(TOKENS)
+    for i, part in enumerate(x.split(16, 2)):
+        cosine = F.cosine_similarity(part[..., :, None, :], part[..., None, :, :], dim=-1)
+        assert_near(self_similarity(x, 16)[..., i], cosine.mean((-2, -1)), 1e-5)
+
+
+def test_what_is_not_alike_is_computed_anyway():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.ones(1, 1, 96, 8) + 0.01 * torch.randn(1, 1, 96, 8, generator=generator)
+    x[:, :, 32:48] = torch.randn(16, 8, generator=generator)
+    keep = plan_of(Sparge(similarity=0.9, curve=False, density=0.3), Grid(4, 4, 6), 16, x, x).keep()[0, 0]
+    assert keep[2].all() and keep[:, 2].all() and not keep.all()
+    assert not plan_of(Sparge(curve=False, density=0.3), Grid(4, 4, 6), 16, x, x).keep()[0, 0, 2].all()
+
+
+# --- adaspa
+
+
+def test_log_sum_exp_is_what_it_says():
+    q, k, _ = qkv(TOKENS, batch=2, heads=4, key_heads=2)
+    logits = q.double() @ k.double().repeat_interleave(2, 1).mT
+    for scale in (None, 0.3):
+        expected = (logits * (q.shape[-1] ** -0.5 if scale is None else scale)).logsumexp(-1)
+        assert_near(log_sum_exp(q, k, scale), expected, 1e-6)
+
+
+def test_adaspa_ranks_by_the_exact_map():
+    """Its block sums total one a query, and every row keeps its heaviest."""
+    q, k, _ = qkv(96, batch=2, dim=8)
+    exact = block_sums(weights(q, k), 16)
+    found = block_mass(q, k, log_sum_exp(q, k), 16)
+    assert_near(found, exact / 16, 1e-5)
+    assert_near(found.sum(-1), torch.ones_like(found[..., 0]), 1e-5)
+    keep = plan_of(AdaSpa(density=0.5, levels=False), Grid(4, 4, 6), 16, q, k).keep()
+    own = torch.eye(6, dtype=torch.bool)
+    best = exact.masked_fill(own, torch.inf).topk(3, dim=-1).indices
+    assert keep.equal(torch.zeros_like(exact, dtype=torch.bool).scatter(-1, best, True))
+
+
+def test_adaspa_gives_heads_three_levels_at_an_unchanged_mean():
+    """Two heads look at one block each, one at everything: the first two hold most of their mass."""
+    generator = torch.Generator().manual_seed(0)
+    places = F.one_hot(torch.arange(320) // 16, 20).float()
+    q = torch.stack([40 * places, 30 * places, 0 * places, 2 * torch.randn(320, 20, generator=generator)])[None]
+    k = torch.stack([places, places, places, torch.randn(320, 20, generator=generator)])[None]
+    count = AdaSpa(density=0.2).plan(q, k, Site(Grid(4, 8, 10), 16), {}).count.float().mean(-1)[0]
+    assert count.tolist() == [2, 2, 6, 6] and count.mean() == 4
+    assert (AdaSpa(density=0.8).plan(q, k, Site(Grid(4, 8, 10), 16), {}).count == 16).all(), "too dense for levels"
+
+
+def test_adaspa_keeps_the_first_log_sum_exp():
+    q, k, _ = qkv(TOKENS)
+    memory = {}
+    first = AdaSpa(density=0.3).plan(q, k, Site(GRID, 16), memory)
+    kept = memory["lse"].clone()
+    again = AdaSpa(density=0.3).plan(q * 1.01, k, Site(GRID, 16, step=7), memory)
+    assert memory["lse"].equal(kept) and again.count.equal(first.count)
+
+
+# --- svg
+
+
+def test_svg_sees_which_heads_are_temporal():
+    """One head attends to its own frame, one to its own place in every frame."""
+    grid, block = Grid(8, 6, 8), 16
+    frame, row, column, _ = grid.coordinates()
+    same_frame, same_place = F.one_hot(frame, 8).float(), F.one_hot(row * 8 + column, 48).float()
+    heads = torch.stack([F.pad(same_frame, (0, 40)), same_place])[None]
+    plan = SVG(density=0.25).plan(90 * heads, heads, Site(grid, block), {})
+    assert plan.order.shape == (1, 2, grid.tokens)
+    assert plan.order[0, 0].equal(order.row_major(grid)) and plan.order[0, 1].equal(order.frame_last(grid))
+    assert plan.keep().equal(Band(density=0.25).block_map(grid, block)[None, None])
+    kept = torch.take_along_dim(plan.keep().expand(1, 2, -1, -1), plan.query_group[..., None], 2)
+    kept = torch.take_along_dim(kept, plan.key_group[..., None, :], 3)
+    assert ((weights(90 * heads, heads) * kept).sum(-1) > 0.9).all()
+
+
+def test_svg_samples_the_whole_sequence():
+    grid = Grid(8, 6, 8, before=20)
+    q = torch.zeros(1, 1, grid.tokens, 8)
+    seen = []
+    q_spy = q.as_subclass(
+        type("Spy", (torch.Tensor,), {"__getitem__": lambda x, i: seen.append(i) or torch.Tensor.__getitem__(x, i)})
+    )
+    SVG(density=0.3, samples=500).plan(q_spy, q, Site(grid, 16), {})
+    rows = next(i[2] for i in seen if isinstance(i, tuple) and isinstance(i[2], torch.Tensor))
+    assert rows.min() >= 20 and rows.min() < 30 and rows.max() > grid.tokens - 10
+
+
+# --- neighborhood
+
+
+@given(st.integers(1, 40), st.data())
+def test_every_token_has_exactly_its_window(size, data):
+    dilation = data.draw(st.integers(1, size))
+    window = data.draw(st.integers(1, max(1, size // dilation)))
+    stride = data.draw(st.integers(1, window))
+    near = neighbors(size, window, stride, dilation)
+    assert (near.sum(-1) == window).all()
+    place = torch.arange(size)
+    assert not near[(place[:, None] - place) % dilation != 0].any()
+    if stride == 1 and dilation == 1:
+        half = window // 2
+        inside = (place >= half) & (place < size - half)
+        apart = (place[:, None] - place).abs()
+        assert near.diagonal().all() and not near[inside][:, :][apart[inside] > half].any()
+
+
+def test_windows_are_shared_by_strides():
+    near = neighbors(24, 6, stride=3)
+    assert all(near[i].equal(near[i // 3 * 3]) for i in range(24))
+    blocked = neighbors(24, 6, stride=6)
+    assert blocked.equal((torch.arange(24)[:, None] // 6) == torch.arange(24) // 6)
+
+
+@given(grids(), st.sampled_from([8, 16]), st.sampled_from([0.3, 0.6, 1.0]), st.booleans())
+def test_a_block_pair_is_kept_where_a_pair_of_its_tokens_may_be(grid, block, window, whole_tiles):
+    """Never less than the token's own rule, axis by axis."""
+    what = (sliding_tile if whole_tiles else Neighborhood)(window=window)
+    places = grid.coordinates(what.order(grid, block))
+    sides = what._tile(grid, block)
+    kept = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
+    for axis, size in enumerate((grid.frames, grid.height, grid.width)):
+        stride = sides[axis] if whole_tiles else 1
+        near = neighbors(size, -int(-window * size // 1), stride)
+        kept &= near[places[axis][:, None], places[axis]]
+    touched = block_sums(kept.float()[None], block)[0] > 0
+    keep = what.keep(grid, block)
+    assert (keep | ~touched).all()
+    if window == 1.0:
+        assert keep.all()
+
+
+def test_sliding_tiles_that_divide_the_grid_give_whole_blocks():
+    """Where tiles fill blocks and windows are odd numbers of tiles, no visited block holds anything else."""
+    grid, what = Grid(8, 16, 16), sliding_tile(window=0.75, tile=(2, 4, 4))
+    places = grid.coordinates(what.order(grid, 32))
+    kept = torch.ones(grid.tokens, grid.tokens, dtype=torch.bool)
+    for axis, size, tile in ((0, 8, 2), (1, 16, 4), (2, 16, 4)):
+        kept &= neighbors(size, int(0.75 * size), tile)[places[axis][:, None], places[axis]]
+    sums = block_sums(kept.float()[None], 32)[0]
+    assert ((sums == 0) | (sums == 32 * 32)).all() and what.keep(grid, 32).equal(sums > 0)
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        ("xattention", {"stride": 0}),
+        ("subblock", {"parts": 0}),
+        ("asa", {"samples": 0}),
+        ("svg", {"samples": 0}),
+        ("sparge", {"similarity": 1.5}),
+        ("neighborhood", {"window": 0.0}),
+        ("neighborhood", {"stride": (-1, 1, 1)}),
+        ("neighborhood", {"dilation": (1, 0, 1)}),
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_named(name, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        method(name, **bad)
+
+
+@pytest.mark.parametrize(
+    "name, bad", [("xattention", {"stride": 5}), ("subblock", {"parts": 5}), ("adaspa", {"rows": 5})]
+)
+def test_what_must_divide_the_block_says_so(name, bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must divide the block of 16 tokens, not 5"):
+        plan_of(method(name, **bad), GRID, 16)
