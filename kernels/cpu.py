@@ -17,19 +17,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dit_sparse.clusters import ClusterPlan
 from dit_sparse.plan import Plan
 
 from .cache import cache_folder
 
 LSE = True
-CLUSTERS = False
+CLUSTERS = True
 
 _SOURCE = Path(__file__).with_name("cpu_block_sparse.cpp")
+_HEADER = Path(__file__).with_name("cpu_tiles.h")
 _MOST_HEAD_DIM = 512
 _log = logging.getLogger("dit_sparse")
 
 
-def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
+def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
     """None when :func:`attend` can run, else one sentence. Builds the operator when all else is well."""
     if q.device.type != "cpu":
         return f"it runs on the CPU and the tensors are on {q.device}"
@@ -42,7 +44,9 @@ def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     return _missing_from_machine() or _build_failure()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of ``q [B, H, N, D]`` over the kept blocks of ``k, v [B, Hkv, N, D]`` (Hkv divides H).
 
     Returns:
@@ -55,32 +59,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32)
+    clusters = isinstance(plan, ClusterPlan)
+    orders = (plan.queries.order, plan.keys.order) if clusters else (plan.order, plan.order)
+    edges = (plan.queries.edges, plan.keys.edges) if clusters else (None, None)
+    by_key_head = (x for x in (orders[1], edges[1]) if x is not None and x.ndim == 3)
     torch.ops.dit_sparse_cpu.attend_into(
         out,
         lse,
         q,
         k,
         v,
-        _per_head(plan.index, batch, heads),
-        _per_head(plan.count, batch, heads),
-        _order_per_head(plan, batch, heads),
-        plan.order is not None and plan.order.ndim == 3 and plan.order.shape[1] > 1,
+        _per_head(plan.index, torch.int32, batch, heads),
+        _per_head(plan.count, torch.int32, batch, heads),
+        _per_head(orders[0], torch.int64, batch, heads),
+        _per_head(edges[0], torch.int32, batch, heads),
+        _per_head(orders[1], torch.int64, batch, heads),
+        _per_head(edges[1], torch.int32, batch, heads),
+        any(x.shape[1] > 1 for x in by_key_head),
         plan.lengths if plan.lengths is None else plan.lengths.to(torch.int32).contiguous(),
-        plan.block,
+        0 if clusters else plan.block,
         dim**-0.5 if scale is None else scale,
     )
     return out, lse
 
 
-def _per_head(x: Tensor, batch: int, heads: int) -> Tensor:
-    """A plan's ``[B|1, H|1, ...]`` int32 tensor as ``[B, H, ...]``, broadcast by stride 0."""
-    return x.to(torch.int32).contiguous().expand(batch, heads, *x.shape[2:])
-
-
-def _order_per_head(plan: Plan, batch: int, heads: int) -> Tensor | None:
-    if plan.order is None:
+def _per_head(x: Tensor | None, dtype: torch.dtype, batch: int, heads: int) -> Tensor | None:
+    """A part of a plan, ``[K]`` or ``[B|1, H|1, ..., K]``, as ``[B, H, ..., K]``, broadcast by stride 0."""
+    if x is None:
         return None
-    return plan.order.to(torch.int64).contiguous().expand(batch, heads, plan.tokens)
+    x = x.to(dtype).contiguous()
+    return x.expand(batch, heads, *x.shape[2:] if x.ndim > 1 else x.shape)
 
 
 def _missing_from_machine() -> str | None:
@@ -113,7 +121,7 @@ def _built_library() -> Path:
     """The library for this source, compiler, torch and CPU, compiled unless the cache folder has it."""
     compiler = _compiler()
     compile_flags, link_flags = _compile_flags(), _link_flags()
-    identity = [_SOURCE.read_text(), *compiler, _version(compiler), *compile_flags, *link_flags]
+    identity = [_SOURCE.read_text(), _HEADER.read_text(), *compiler, _version(compiler), *compile_flags, *link_flags]
     identity += [torch.__version__, torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     folder = cache_folder()

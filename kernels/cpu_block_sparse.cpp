@@ -1,120 +1,70 @@
-// Block-sparse attention forward for x86 CPUs.
+// Block-sparse attention forward for x86 CPUs, between blocks of one size or clusters of any.
 //
-// K and V are packed once per call: every key block becomes a panel K^T [D, columns] and a panel V [columns, D]. Then
-// each worker takes (batch item, head, query block) items from a shared counter, fullest rows first, and runs the
-// online softmax over that row's key blocks, a pass of several blocks at a time. Both products are oneDNN's brgemm,
-// which torch exports. The plan's token order is applied while tokens are packed, read and written.
-//
-// T is the element type of the tensors, C the one the products run in: float, or bfloat16 where the CPU multiplies it
-// in tiles (AMX). Elsewhere bfloat16 tensors are widened as they are packed.
+// K and V are packed once per call: every group of keys becomes pieces, each a panel K^T [D, columns] and a panel
+// V [columns, D]. Then each worker takes tiles of queries from a shared counter, those with the most keys first, and
+// runs the online softmax over the pieces that the tile's group visits, a pass of several pieces at a time. Both
+// products are oneDNN's brgemm, which torch exports. Token orders are applied while tokens are packed, read and written.
+
+#include "cpu_tiles.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/native/CPUBlas.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <atomic>
-#include <bit>
-#include <cmath>
-#include <cstdint>
-#include <numeric>
 #include <optional>
-#include <type_traits>
 #include <vector>
 
 namespace {
 
-using at::BFloat16;
-using at::Tensor;
+// Clusters are cut into pieces and tiles of few sizes, for brgemm compiles a kernel for every shape.
+constexpr int64_t kPiece = 64;
+constexpr int64_t kTileRows = 128;
 
-// Tokens and channels are padded to whole vectors, so that no inner loop has a tail.
-constexpr int64_t kLanes = 16;
-// Score columns of a softmax pass: the tile of scores stays in the L2 cache, and rescaling becomes rare.
-constexpr int64_t kPassColumns = 512;
-// Extra columns keep the rows of a score tile from falling onto the same cache sets.
-constexpr int64_t kRowSkew = 16;
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
+// The tokens of one side in the plan's order, cut into groups: blocks of one size, or clusters by their edges.
+struct Side {
+  std::optional<Heads<const int64_t>> order;  // [B, H, N]
+  std::optional<Heads<const int32_t>> edges;  // [B, H, groups + 1]
+  int64_t groups, block, tokens;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-inline float widen(float x) { return x; }
-inline float widen(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
-
-template <typename T>
-inline T narrow(float x) {
-  if constexpr (std::is_same_v<T, float>) return x;
-  else {
-    const uint32_t bits = std::bit_cast<uint32_t>(x), to_nearest_even = 0x7fffu + ((bits >> 16) & 1u);
-    return BFloat16(static_cast<uint16_t>((bits + to_nearest_even) >> 16), BFloat16::from_bits());
+  Side(const std::optional<Tensor>& order_of, const std::optional<Tensor>& edges_of, int64_t groups, int64_t block,
+       int64_t tokens)
+      : groups(groups), block(block), tokens(tokens) {
+    if (order_of) order.emplace(*order_of);
+    if (edges_of) edges.emplace(*edges_of);
   }
-}
 
-// target [padded] = source [dim] and zeros; without a source, zeros.
-template <typename T, typename C>
-void copy_row(const T* source, int64_t dim, C* target, int64_t padded) {
-  if (!source) dim = 0;
-  for (int64_t d = 0; d < dim; ++d) target[d] = narrow<C>(widen(source[d]));
-  std::fill(target + dim, target + padded, C(0.0f));
-}
+  int64_t first(int64_t b, int64_t h, int64_t group) const {
+    return edges ? *edges->row(b, h, group) : std::min(group * block, tokens);
+  }
+  int64_t size(int64_t b, int64_t h, int64_t group) const { return first(b, h, group + 1) - first(b, h, group); }
 
-// 2^x for x <= 0. Below the normal range it gives the smallest normal number, which vanishes beside the row's maximum.
-inline float exp2_nonpositive(float x) {
-  constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  x = std::max(x, -126.0f);
-  const float shifted = x + kToInteger;
-  const float f = x - (shifted - kToInteger);
-  float power = ((1.326472725e-3f * f + 9.671512786e-3f) * f + 5.550733744e-2f) * f + 2.402224208e-1f;
-  power = (power * f + 6.931469776e-1f) * f + 1.0f;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(power) + (std::bit_cast<uint32_t>(shifted) << 23));
-}
+  // The token at a place of the ordered sequence.
+  int64_t token(int64_t b, int64_t h, int64_t place) const { return order ? *order->row(b, h, place) : place; }
 
-// Uninitialised memory on a cache line's boundary.
-template <typename T>
-struct Scratch {
-  Tensor storage;
-  T* data;
-
-  explicit Scratch(int64_t size)
-      : storage(at::empty({size}, c10::CppTypeToScalarType<T>::value)), data(static_cast<T*>(storage.data_ptr())) {}
-};
-
-// A tensor [B, H, N, ...] by its strides; a row is what belongs to one token.
-template <typename T>
-struct Heads {
-  T* data;
-  int64_t batch_stride, head_stride, token_stride;
-  explicit Heads(const Tensor& x)
-      : data(static_cast<T*>(x.data_ptr())), batch_stride(x.stride(0)), head_stride(x.stride(1)),
-        token_stride(x.stride(2)) {}
-
-  T* row(int64_t b, int64_t h, int64_t i) const { return data + b * batch_stride + h * head_stride + i * token_stride; }
-};
-
-struct Sizes {
-  int64_t batch, heads, kv_heads, tokens, dim, block, blocks;
-  int64_t packed_heads;  // kv_heads, or heads where every query head orders its tokens its own way
-  int64_t panel_dim, panel_columns;
-
-  int64_t tokens_in(int64_t block_number) const { return std::min(block, tokens - block_number * block); }
+  // Most tokens that are computed at once: a block, or a part of a cluster.
+  int64_t part(int64_t most) const { return edges ? most : block; }
 };
 
 struct Plan {
-  Heads<const int32_t> index;  // [B, H, Qb, K]
-  Heads<const int32_t> count;  // [B, H, Qb]
+  Heads<const int32_t> index;  // [B, H, query groups, K]
+  Heads<const int32_t> count;  // [B, H, query groups]
   int64_t width;
-  std::optional<Heads<const int64_t>> order;  // [B, H, N]
-  const int32_t* lengths;                     // [B] or null
+  Side queries, keys;
+  const int32_t* lengths;  // [B] or null; padding stands at the end of the order of the keys
 
-  // The token at a place of the blocked sequence.
-  int64_t token(int64_t b, int64_t h, int64_t place) const { return order ? *order->row(b, h, place) : place; }
-
-  int64_t valid_keys(const Sizes& sizes, int64_t b, int64_t block) const {
-    const int64_t present = sizes.tokens_in(block);
-    return lengths ? std::clamp<int64_t>(lengths[b] - block * sizes.block, 0, present) : present;
+  int64_t valid_keys(int64_t b, int64_t h, int64_t group) const {
+    const int64_t size = keys.size(b, h, group);
+    return lengths ? std::clamp<int64_t>(lengths[b] - keys.first(b, h, group), 0, size) : size;
   }
+};
+
+struct Sizes {
+  int64_t batch, heads, kv_heads, dim;
+  int64_t packed_heads;  // kv_heads, or heads where every query head groups its keys its own way
+  int64_t panel_dim;
+  int64_t piece;    // most columns of a panel
+  int64_t columns;  // that hold the keys of a head, group after group
+  int64_t rows;     // most queries of a tile
 };
 
 template <typename T>
@@ -125,125 +75,99 @@ struct Problem {
   Heads<T> out;            // [B, H, N, D]
   Heads<float> lse;        // [B, H, N]
   float scale;             // of scores, to base-2 logarithms
+
+  // Where the columns of a group start. Groups of any size leave room for rounding each up to whole vectors.
+  int64_t column(int64_t b, int64_t h, int64_t group) const {
+    return plan.keys.edges ? round_up(plan.keys.first(b, h, group), kLanes) + group * kLanes : group * sizes.piece;
+  }
 };
 
-// Where a product's right-hand side keeps element (depth, column). brgemm multiplies bfloat16 in pairs of depth, and
-// wants the two of a pair side by side ("VNNI" layout).
-template <typename C>
-int64_t place_in_panel(int64_t depth, int64_t column, int64_t columns) {
-  if constexpr (std::is_same_v<C, BFloat16>) return (depth / 2 * columns + column) * 2 + depth % 2;
-  else return depth * columns + column;
-}
-
-// c [m, columns] (+)= a [m, depth] @ b [depth, columns], b laid out by place_in_panel.
-template <typename C>
-void multiply(int64_t m, int64_t columns, int64_t depth, const C* a, int64_t a_stride, const C* b, int64_t b_stride,
-              float* c, int64_t c_stride, bool accumulate) {
-  at::native::cpublas::brgemm(m, columns, depth, a_stride, b_stride, c_stride, accumulate, a, b, c,
-                              std::is_same_v<C, BFloat16>);
-}
-
-// K^T and V of every block, panel after panel; padding is zero.
+// K^T and V of every piece, panel after panel; padding is zero.
 template <typename C>
 struct Packed {
   const Sizes& sizes;
-  int64_t panel;
   Scratch<C> keys, values;
 
-  explicit Packed(const Sizes& sizes)
-      : sizes(sizes), panel(sizes.panel_dim * sizes.panel_columns), keys(panels() * panel), values(panels() * panel) {}
+  explicit Packed(const Sizes& sizes) : sizes(sizes), keys(elements()), values(elements()) {}
 
-  int64_t panels() const { return sizes.batch * sizes.packed_heads * sizes.blocks; }
+  int64_t elements() const { return sizes.batch * sizes.packed_heads * sizes.columns * sizes.panel_dim; }
 
-  C* panel_of(const Scratch<C>& panels, int64_t b, int64_t packed_head, int64_t block) const {
-    return panels.data + ((b * sizes.packed_heads + packed_head) * sizes.blocks + block) * panel;
+  C* at(const Scratch<C>& panels, int64_t b, int64_t packed_head, int64_t column) const {
+    return panels.data + ((b * sizes.packed_heads + packed_head) * sizes.columns + column) * sizes.panel_dim;
   }
 
   template <typename T>
-  void pack_block(const Problem<T>& problem, int64_t b, int64_t packed_head, int64_t block, C* staged) {
+  void pack_group(const Problem<T>& problem, int64_t b, int64_t packed_head, int64_t group, C* staged) {
+    const int64_t valid = problem.plan.valid_keys(b, packed_head, group);
+    const int64_t column = problem.column(b, packed_head, group);
+    for (int64_t done = 0; done < valid; done += sizes.piece)
+      pack_piece(problem, b, packed_head, problem.plan.keys.first(b, packed_head, group) + done,
+                 std::min(valid - done, sizes.piece), column + done, staged);
+  }
+
+  template <typename T>
+  void pack_piece(const Problem<T>& problem, int64_t b, int64_t packed_head, int64_t first, int64_t valid,
+                  int64_t column, C* staged) {
     const int64_t head = packed_head / (sizes.packed_heads / sizes.kv_heads);
-    const int64_t valid = problem.plan.valid_keys(sizes, b, block);
-    const int64_t dim = sizes.panel_dim, columns = sizes.panel_columns;
-    C* key_panel = panel_of(keys, b, packed_head, block);
-    C* value_panel = panel_of(values, b, packed_head, block);
+    const int64_t dim = sizes.panel_dim, columns = round_up(valid, kLanes);
+    C* key_panel = at(keys, b, packed_head, column);
+    C* value_panel = at(values, b, packed_head, column);
     auto stage = [&](const Heads<const T>& x, int64_t place, C* row) {
-      const int64_t token = place < valid ? problem.plan.token(b, packed_head, block * sizes.block + place) : -1;
+      const int64_t token = place < valid ? problem.plan.keys.token(b, packed_head, first + place) : -1;
       copy_row(token < 0 ? nullptr : x.row(b, head, token), sizes.dim, row, dim);
     };
-    for (int64_t first = 0; first < round_up(valid, kLanes); first += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) stage(problem.k, first + lane, staged + lane * dim);
+    for (int64_t from = 0; from < columns; from += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) stage(problem.k, from + lane, staged + lane * dim);
       for (int64_t d = 0; d < dim; ++d)
         for (int64_t lane = 0; lane < kLanes; ++lane)
-          key_panel[place_in_panel<C>(d, first + lane, columns)] = staged[lane * dim + d];
+          key_panel[place_in_panel<C>(d, from + lane, columns)] = staged[lane * dim + d];
       for (int64_t lane = 0; lane < kLanes; ++lane) {
-        stage(problem.v, first + lane, staged);
-        for (int64_t d = 0; d < dim; ++d) value_panel[place_in_panel<C>(first + lane, d, dim)] = staged[d];
+        stage(problem.v, from + lane, staged);
+        for (int64_t d = 0; d < dim; ++d) value_panel[place_in_panel<C>(from + lane, d, dim)] = staged[d];
       }
     }
   }
 
   template <typename T>
   void pack(const Problem<T>& problem) {
-    at::parallel_for(0, panels(), 1, [&](int64_t begin, int64_t end) {
+    const int64_t groups = problem.plan.keys.groups;
+    at::parallel_for(0, sizes.batch * sizes.packed_heads * groups, 1, [&](int64_t begin, int64_t end) {
       Scratch<C> staged(kLanes * sizes.panel_dim);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t block = i % sizes.blocks, head = i / sizes.blocks % sizes.packed_heads;
-        pack_block(problem, i / sizes.blocks / sizes.packed_heads, head, block, staged.data);
-      }
+      for (int64_t i = begin; i < end; ++i)
+        pack_group(problem, i / groups / sizes.packed_heads, i / groups % sizes.packed_heads, i % groups, staged.data);
     });
   }
 };
 
-// What the online softmax knows of a query after some passes.
-struct Running {
-  float maximum = -INFINITY, sum = 0.0f;
+// A tile of queries: some of one group's.
+struct Tile {
+  int64_t b, h, group, first, rows;
+  int64_t keys;  // that it visits
 };
 
-// Turns a row of scores into weights 2^(score * scale - maximum). Returns the factor that brings what was accumulated
-// before to the new maximum.
-template <typename C>
-float softmax_row(const float* scores, C* weights, int64_t columns, float scale, Running& running) {
-  float highest = -INFINITY;  // by ?:, as GCC leaves std::max scalar
-#pragma omp simd reduction(max : highest)
-  for (int64_t i = 0; i < columns; ++i) highest = scores[i] > highest ? scores[i] : highest;
-  const float maximum = std::max(running.maximum, highest * scale);
-  const float rescale = exp2_nonpositive(running.maximum - maximum);
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < columns; ++i) {
-    const float weight = exp2_nonpositive(scores[i] * scale - maximum);
-    total += weight;
-    weights[i] = narrow<C>(weight);
-  }
-  running = {maximum, running.sum * rescale + total};
-  return rescale;
-}
-
-// A key block's place in the score tile: ``valid`` of its ``columns`` hold keys.
+// A piece's place in the score tile: ``valid`` of its ``columns`` hold keys.
 struct Span {
-  int64_t block, column, valid, columns;
+  int64_t packed, column, valid, columns;
 };
 
 template <typename T, typename C>
 class Worker {
  public:
   Worker(const Problem<T>& problem, const Packed<C>& packed)
-      : problem_(problem), packed_(packed), pass_columns_(std::max(kPassColumns, sizes_.panel_columns)),
-        queries_(sizes_.block * sizes_.panel_dim), scores_(sizes_.block * row_stride_),
-        narrow_weights_(kInPlace ? 0 : sizes_.block * row_stride_), output_(sizes_.block * sizes_.panel_dim) {}
+      : problem_(problem), packed_(packed), pass_columns_(std::max(kPassColumns, sizes_.piece)),
+        queries_(sizes_.rows * sizes_.panel_dim), scores_(sizes_.rows * row_stride_),
+        narrow_weights_(kInPlace ? 0 : sizes_.rows * row_stride_), output_(sizes_.rows * sizes_.panel_dim) {}
 
-  void attend(int64_t b, int64_t h, int64_t query_block) {
-    b_ = b, h_ = h, first_ = query_block * sizes_.block, rows_ = sizes_.tokens_in(query_block);
-    packed_head_ = h / (sizes_.heads / sizes_.packed_heads);
-    running_.assign(rows_, Running{});
+  void attend(const Tile& tile) {
+    tile_ = tile, packed_head_ = tile.h / (sizes_.heads / sizes_.packed_heads);
+    padded_rows_ = round_up(tile.rows, kLanes);
+    running_.assign(tile.rows, Running{});
     load_queries();
-    const int32_t* next = plan_.index.row(b, h, query_block);
-    const int32_t* end = next + std::min<int64_t>(*plan_.count.row(b, h, query_block), plan_.width);
-    for (bool first_pass = true;; first_pass = false) {
-      next = gather_pass(next, end);
-      if (spans_.empty()) break;
+    next_ = plan_.index.row(tile.b, tile.h, tile.group), done_ = 0;
+    end_ = next_ + std::min<int64_t>(*plan_.count.row(tile.b, tile.h, tile.group), plan_.width);
+    for (bool first_pass = true; gather_pass(); first_pass = false) {
       const int64_t columns = score();
-      for (int64_t i = 0; i < rows_; ++i) {
+      for (int64_t i = 0; i < tile.rows; ++i) {
         const float rescale = softmax_row(scores(i), weights(i), columns, problem_.scale, running_[i]);
         if (first_pass || rescale == 1.0f) continue;
         float* output = output_.data + i * sizes_.panel_dim;
@@ -264,63 +188,70 @@ class Worker {
     else return narrow_weights_.data + i * row_stride_;
   }
 
+  // Rows beyond the tile's are zeros: they make the shapes of products few, and nobody reads what becomes of them.
   void load_queries() {
-    for (int64_t i = 0; i < rows_; ++i) {
-      const int64_t token = plan_.token(b_, h_, first_ + i);
-      copy_row(problem_.q.row(b_, h_, token), sizes_.dim, queries_.data + i * sizes_.panel_dim, sizes_.panel_dim);
+    for (int64_t i = 0; i < padded_rows_; ++i) {
+      const T* row = i < tile_.rows ? problem_.q.row(tile_.b, tile_.h, token(i)) : nullptr;
+      copy_row(row, sizes_.dim, queries_.data + i * sizes_.panel_dim, sizes_.panel_dim);
     }
+    if constexpr (!kInPlace)
+      for (int64_t i = tile_.rows; i < padded_rows_; ++i) std::fill(weights(i), weights(i) + row_stride_, C(0.0f));
   }
 
-  // Fills spans_ with as many of the row's key blocks as a pass holds; blocks without a valid key are left out.
-  const int32_t* gather_pass(const int32_t* next, const int32_t* end) {
+  int64_t token(int64_t row) const { return plan_.queries.token(tile_.b, tile_.h, tile_.first + row); }
+
+  // Fills spans_ with as many pieces of the groups that are left as a pass holds. Whether there are any.
+  bool gather_pass() {
     spans_.clear();
-    for (int64_t column = 0; next != end; ++next) {
-      TORCH_CHECK_INDEX(0 <= *next && *next < sizes_.blocks, "the plan names key block ", *next, " of ", sizes_.blocks);
-      const int64_t valid = plan_.valid_keys(sizes_, b_, *next), columns = round_up(valid, kLanes);
-      if (valid == 0) continue;
+    for (int64_t column = 0; next_ != end_;) {
+      TORCH_CHECK_INDEX(0 <= *next_ && *next_ < plan_.keys.groups, "the plan names key group ", *next_, " of ",
+                        plan_.keys.groups);
+      const int64_t left = plan_.valid_keys(tile_.b, tile_.h, *next_) - done_;
+      if (left <= 0) {
+        ++next_, done_ = 0;
+        continue;
+      }
+      const int64_t valid = std::min(left, sizes_.piece), columns = round_up(valid, kLanes);
       if (column + columns > pass_columns_) break;
-      spans_.push_back({*next, column, valid, columns});
-      column += columns;
+      spans_.push_back({problem_.column(tile_.b, tile_.h, *next_) + done_, column, valid, columns});
+      column += columns, done_ += valid;
     }
-    return next;
+    return !spans_.empty();
   }
 
-  // Scores of the pass, with -inf in the columns that pad a block. Returns their number.
+  // Scores of the pass, with -inf in the columns that pad a piece. Returns their number.
   int64_t score() {
     for (const Span& span : spans_) {
-      multiply<C>(rows_, span.columns, sizes_.panel_dim, queries_.data, sizes_.panel_dim,
-                  packed_.panel_of(packed_.keys, b_, packed_head_, span.block), sizes_.panel_columns,
+      multiply<C>(padded_rows_, span.columns, sizes_.panel_dim, queries_.data, sizes_.panel_dim,
+                  packed_.at(packed_.keys, tile_.b, packed_head_, span.packed), span.columns,
                   scores_.data + span.column, row_stride_, false);
-      for (int64_t i = 0; i < rows_; ++i)
+      for (int64_t i = 0; i < tile_.rows; ++i)
         std::fill(scores(i) + span.column + span.valid, scores(i) + span.column + span.columns, -INFINITY);
     }
     return spans_.back().column + spans_.back().columns;
   }
 
-  // output (+)= weights @ V, with blocks that lie one after another in memory in one product.
+  // output (+)= weights @ V, with pieces that lie one after another in memory in one product.
   void accumulate(bool onto_output) {
     for (size_t i = 0; i < spans_.size();) {
       const Span& first = spans_[i];
       int64_t depth = spans_[i].columns;
-      while (++i < spans_.size() && spans_[i].block == spans_[i - 1].block + 1 &&
-             spans_[i - 1].columns == sizes_.panel_columns)
-        depth += spans_[i].columns;
-      multiply<C>(rows_, sizes_.panel_dim, depth, weights(0) + first.column, row_stride_,
-                  packed_.panel_of(packed_.values, b_, packed_head_, first.block), sizes_.panel_dim, output_.data,
+      while (++i < spans_.size() && spans_[i].packed == first.packed + depth) depth += spans_[i].columns;
+      multiply<C>(padded_rows_, sizes_.panel_dim, depth, weights(0) + first.column, row_stride_,
+                  packed_.at(packed_.values, tile_.b, packed_head_, first.packed), sizes_.panel_dim, output_.data,
                   sizes_.panel_dim, onto_output);
       onto_output = true;
     }
   }
 
   void store() {
-    for (int64_t i = 0; i < rows_; ++i) {
+    for (int64_t i = 0; i < tile_.rows; ++i) {
       const auto [maximum, sum] = running_[i];
       const bool seen = sum > 0.0f;
-      const int64_t token = plan_.token(b_, h_, first_ + i);
       const float* output = output_.data + i * sizes_.panel_dim;
-      T* target = problem_.out.row(b_, h_, token);
+      T* target = problem_.out.row(tile_.b, tile_.h, token(i));
       for (int64_t d = 0; d < sizes_.dim; ++d) target[d] = narrow<T>(seen ? output[d] / sum : 0.0f);
-      *problem_.lse.row(b_, h_, token) = seen ? (maximum + std::log2(sum)) * kLn2 : -INFINITY;
+      *problem_.lse.row(tile_.b, tile_.h, token(i)) = seen ? (maximum + std::log2(sum)) * kLn2 : -INFINITY;
     }
   }
 
@@ -329,57 +260,70 @@ class Worker {
   const Plan& plan_ = problem_.plan;
   const Packed<C>& packed_;
   const int64_t pass_columns_, row_stride_ = pass_columns_ + kRowSkew;
-  Scratch<C> queries_;            // [block, panel_dim]
-  Scratch<float> scores_;         // [block, row_stride]
-  Scratch<C> narrow_weights_;     // [block, row_stride], empty where weights replace scores
-  Scratch<float> output_;         // [block, panel_dim]
-  std::vector<Running> running_;  // [block]
+  Scratch<C> queries_;            // [rows, panel_dim]
+  Scratch<float> scores_;         // [rows, row_stride]
+  Scratch<C> narrow_weights_;     // [rows, row_stride], empty where weights replace scores
+  Scratch<float> output_;         // [rows, panel_dim]
+  std::vector<Running> running_;  // [rows]
   std::vector<Span> spans_;
-  int64_t b_, h_, packed_head_, first_, rows_;
+  Tile tile_;
+  int64_t packed_head_, padded_rows_;
+  const int32_t *next_, *end_;  // the key groups that are left
+  int64_t done_;                // keys of the next of them that earlier passes took
 };
 
-// Item numbers of all (batch item, head, query block), those with the most key blocks first.
-std::vector<int64_t> fullest_first(const Sizes& sizes, const Plan& plan) {
-  std::vector<int64_t> items(sizes.batch * sizes.heads * sizes.blocks);
-  std::iota(items.begin(), items.end(), 0);
-  auto keys = [&](int64_t item) {
-    const int64_t head = item / sizes.blocks;
-    return *plan.count.row(head / sizes.heads, head % sizes.heads, item % sizes.blocks);
-  };
-  std::stable_sort(items.begin(), items.end(), [&](int64_t a, int64_t b) { return keys(a) > keys(b); });
-  return items;
+// All tiles, those with the most keys first.
+std::vector<Tile> fullest_first(const Sizes& sizes, const Plan& plan) {
+  std::vector<Tile> tiles;
+  const int64_t part = plan.queries.part(kTileRows);
+  for (int64_t b = 0; b < sizes.batch; ++b)
+    for (int64_t h = 0; h < sizes.heads; ++h)
+      for (int64_t group = 0; group < plan.queries.groups; ++group) {
+        const int64_t first = plan.queries.first(b, h, group), size = plan.queries.size(b, h, group);
+        const int32_t* kept = plan.index.row(b, h, group);
+        int64_t keys = 0;
+        for (int64_t i = 0; i < std::min<int64_t>(*plan.count.row(b, h, group), plan.width); ++i)
+          if (0 <= kept[i] && kept[i] < plan.keys.groups) keys += plan.keys.size(b, h, kept[i]);
+        for (int64_t done = 0; done < size; done += part)
+          tiles.push_back({b, h, group, first + done, std::min(part, size - done), keys});
+      }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.keys > b.keys; });
+  return tiles;
 }
 
 template <typename T, typename C>
 void run(const Problem<T>& problem) {
-  const Sizes& sizes = problem.sizes;
-  Packed<C> packed(sizes);
+  Packed<C> packed(problem.sizes);
   packed.pack(problem);
-  const std::vector<int64_t> items = fullest_first(sizes, problem.plan);
+  const std::vector<Tile> tiles = fullest_first(problem.sizes, problem.plan);
   std::atomic<size_t> taken{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     Worker<T, C> worker(problem, packed);
-    for (size_t i; (i = taken.fetch_add(1)) < items.size();) {
-      const int64_t head = items[i] / sizes.blocks;
-      worker.attend(head / sizes.heads, head % sizes.heads, items[i] % sizes.blocks);
-    }
+    for (size_t i; (i = taken.fetch_add(1)) < tiles.size();) worker.attend(tiles[i]);
     at::native::cpublas::brgemm_release(std::is_same_v<C, BFloat16>);
   });
 }
 
-// q, out [B, H, N, D]; k, v [B, Hkv, N, D]; index [B, H, Qb, K] and count [B, H, Qb] int32; order [B, H, N] int64;
-// lengths [B] int32; lse [B, H, N]. The last dimension of each is contiguous.
+// q, out [B, H, N, D]; k, v [B, Hkv, N, D]; index [B, H, Q, K] and count [B, H, Q] int32; orders [B, H, N] int64;
+// edges [B, H, groups + 1] int32, without which groups are blocks; lengths [B] int32; lse [B, H, N]. The last dimension
+// of each is contiguous.
 void attend_into(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                 const Tensor& index, const Tensor& count, const std::optional<Tensor>& order, bool order_per_head,
-                 const std::optional<Tensor>& lengths, int64_t block, double scale) {
+                 const Tensor& index, const Tensor& count, const std::optional<Tensor>& query_order,
+                 const std::optional<Tensor>& query_edges, const std::optional<Tensor>& key_order,
+                 const std::optional<Tensor>& key_edges, bool keys_per_head, const std::optional<Tensor>& lengths,
+                 int64_t block, double scale) {
   TORCH_CHECK_VALUE(scale > 0, "scale must be positive, not ", scale);
-  Sizes sizes{q.size(0), q.size(1), k.size(1), q.size(2), q.size(3), block, count.size(2)};
-  sizes.packed_heads = order_per_head ? sizes.heads : sizes.kv_heads;
+  const int64_t tokens = q.size(2), key_groups = key_edges ? key_edges->size(2) - 1 : count.size(2);
+  const Plan plan{Heads<const int32_t>(index), Heads<const int32_t>(count), index.size(3),
+                  Side(query_order, query_edges, count.size(2), block, tokens),
+                  Side(key_order, key_edges, key_groups, block, tokens),
+                  lengths ? lengths->const_data_ptr<int32_t>() : nullptr};
+  Sizes sizes{q.size(0), q.size(1), k.size(1), q.size(3)};
+  sizes.packed_heads = keys_per_head ? sizes.heads : sizes.kv_heads;
   sizes.panel_dim = round_up(sizes.dim, kLanes);
-  sizes.panel_columns = round_up(block, kLanes);
-  Plan plan{Heads<const int32_t>(index), Heads<const int32_t>(count), index.size(3)};
-  if (order) plan.order.emplace(*order);
-  plan.lengths = lengths ? lengths->const_data_ptr<int32_t>() : nullptr;
+  sizes.piece = round_up(plan.keys.part(kPiece), kLanes);
+  sizes.columns = key_edges ? round_up(tokens, kLanes) + (key_groups + 1) * kLanes : key_groups * sizes.piece;
+  sizes.rows = round_up(plan.queries.part(kTileRows), kLanes);
   auto problem = [&]<typename T>(T) {
     using In = Heads<const T>;
     const float to_log2 = static_cast<float>(scale) * kLog2E;
@@ -395,6 +339,7 @@ void attend_into(const Tensor& out, const Tensor& lse, const Tensor& q, const Te
 TORCH_LIBRARY(dit_sparse_cpu, library) {
   library.def(
       "attend_into(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, "
-      "Tensor? order, bool order_per_head, Tensor? lengths, int block, float scale) -> ()",
+      "Tensor? query_order, Tensor? query_edges, Tensor? key_order, Tensor? key_edges, bool keys_per_head, "
+      "Tensor? lengths, int block, float scale) -> ()",
       torch::dispatch(c10::DispatchKey::CPU, &attend_into));
 }

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from dit_sparse.kernels import cpu, reference
 from dit_sparse.plan import Plan, blocks_in
+from support import random_cluster_plan
 
 REFUSAL = cpu.why_not(torch.zeros(1, 1, 16, 64), torch.zeros(1, 1, 16, 64), Plan.full(16, 16))
 needs_build = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
@@ -129,6 +130,19 @@ def test_bfloat16_is_as_exact_as_torch(dim, density):
 
 
 @needs_build
+@pytest.mark.parametrize("dim", [24, 64])
+def test_clusters_in_bfloat16(dim):
+    """Clusters of more rows than a tile and of more keys than a pass holds among them."""
+    q, k, v = inputs(tokens=1500, batch=2, dim=dim, dtype=torch.bfloat16)
+    for queries, keys in ((2, 2), (30, 60)):
+        plan = random_cluster_plan(1500, batch=2, heads=2, queries=queries, keys=keys)
+        expected, expected_lse = reference.attend(q, k, v, plan)
+        out, lse = cpu.attend(q, k, v, plan)
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@needs_build
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_uninitialised_memory_is_read_or_left(dtype):
     """With every allocation filled with NaN, scratch included."""
@@ -165,7 +179,7 @@ def test_threads_do_not_change_the_result():
 def test_bad_block_numbers_and_scales_raise():
     q, k, v = inputs()
     plan = Plan.full(300, 64)
-    with pytest.raises(IndexError, match="key block 7 of 5"):
+    with pytest.raises(IndexError, match="key group 7 of 5"):
         cpu.attend(q, k, v, replace(plan, index=torch.full_like(plan.index, 7)))
     with pytest.raises(ValueError, match="scale"):
         cpu.attend(q, k, v, plan, scale=-1.0)
@@ -237,6 +251,6 @@ def build_and_read(_):
 
 
 def test_import_builds_nothing(fresh_build):
-    spec = importlib.util.spec_from_file_location("imported_again", cpu.__file__)
+    spec = importlib.util.spec_from_file_location("dit_sparse.kernels.imported_again", cpu.__file__)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert not list(fresh_build.iterdir())

@@ -44,7 +44,7 @@ RULES = {  # the first pattern that fits a module is its row
     "schedule": May(FLOOR_1),
     "scoring": May(FLOOR_0),
     "methods": May("method methods.*"),
-    "methods.*": May(f"{FLOOR_1} method scoring kernels.block_mass"),
+    "methods.*": May(f"{FLOOR_1} method scoring kernels.block_mass kernels.cluster"),
     "kernels.cache": May(),
     "kernels.trial": May(f"{FLOOR_1} kernels.cache kernels.reference", lazily="kernels.*"),
     "kernels.pick": May(f"{FLOOR_1} kernels.trial", lazily="kernels.*"),

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse import Grid, Mass, Site, order
+from dit_sparse import Grid, Mass, Site, attention, order
 from dit_sparse.kernels.block_mass import block_mass, log_sum_exp
+from dit_sparse.kernels.cluster import kmeans
 from dit_sparse.methods import method
 from dit_sparse.methods.adaspa import AdaSpa
 from dit_sparse.methods.asa import ASA
@@ -17,6 +18,7 @@ from dit_sparse.methods.neighborhood import Neighborhood, neighbors, sliding_til
 from dit_sparse.methods.sparge import Sparge, self_similarity
 from dit_sparse.methods.subblock import SubBlock
 from dit_sparse.methods.svg import SVG, Band
+from dit_sparse.methods.svg2 import SVG2
 from dit_sparse.methods.xattention import XAttention
 from support import assert_near, grids, plan_of, qkv
 
@@ -190,6 +192,55 @@ def test_svg_samples_the_whole_sequence():
     assert rows.min() >= 20 and rows.min() < 30 and rows.max() > grid.tokens - 10
 
 
+# --- svg2
+
+
+def test_svg2_with_a_cluster_a_token_is_dense():
+    """Every token its own cluster and all of the mass: nothing is left out, and the estimate is the attention map."""
+    q, k, v = qkv(TOKENS, batch=2, dim=16)
+    what = SVG2(queries=1, keys=1, share=1.0)
+    out, lse = attention(q, k, v, grid=GRID, method=what, executor="gather")
+    assert_near(out, F.scaled_dot_product_attention(q, k, v), 1e-3)
+    assert_near(lse, log_sum_exp(q, k), 1e-3)
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 16, 24), Grid(4, 16, 24, after=33), Grid(4, 16, 24, before=33)], ids=str)
+@pytest.mark.parametrize("density", [0.15, 0.25, 0.5])
+def test_svg2_meets_the_density_to_a_cluster(grid, density):
+    q, k, _ = qkv(grid.tokens, batch=2, dim=16)
+    plan = SVG2(queries=64, keys=16, first=5, density=density).plan(q, k, Site(grid), {})
+    text = grid.before + grid.after
+    asked = density + (1 - density) * text / grid.tokens  # rows of text are dense
+    assert plan.density == pytest.approx(asked, abs=0.01)
+
+
+def test_svg2_keeps_the_fewest_clusters_that_reach_the_share():
+    q, k, _ = qkv(GRID.tokens, dim=16)
+    grid = Grid(4, 29, 1)
+    memory = {}
+    plan = SVG2(queries=20, keys=10, share=0.7, least=0.0, first=5).plan(q, k, Site(grid), memory)
+    centers = [memory[f"{side} centroids"].double() for side in ("query", "key")]
+    mass = (centers[0] @ centers[1].mT / 4).exp() * plan.keys.sizes[..., None, :]
+    mass = mass / mass.sum(-1, keepdim=True)
+    keep = plan.keep()
+    kept = (mass * keep).sum(-1)
+    least = mass.masked_fill(~keep, torch.inf).amin(-1)
+    assert (kept >= 0.7 - 1e-6).all() and (kept - least < 0.7).all()
+    assert (least >= mass.masked_fill(keep, 0).amax(-1)).all(), "what is kept is the heaviest"
+
+
+def test_svg2_starts_from_the_centroids_of_the_step_before():
+    q, k, _ = qkv(GRID.tokens, batch=2, dim=16)
+    grid, memory, what = Grid(4, 29, 1), {}, SVG2(queries=20, keys=10, first=3, then=1, density=0.3)
+    first = what.plan(q, k, Site(grid), memory)
+    before = {name: x.clone() for name, x in memory.items()}
+    again = what.plan(q, k, Site(grid, step=1), memory)
+    clusters, centroids = kmeans(k, 11, 1, before["key centroids"])
+    assert memory["key centroids"].equal(centroids) and again.keys.order.equal(clusters.order)
+    alone = [what.plan(q[b : b + 1], k[b : b + 1], Site(grid), {}) for b in range(2)]
+    assert all(one.keep().equal(first.keep()[b : b + 1]) for b, one in enumerate(alone))
+
+
 # --- neighborhood
 
 
@@ -255,6 +306,8 @@ def test_sliding_tiles_that_divide_the_grid_give_whole_blocks():
         ("subblock", {"parts": 0}),
         ("asa", {"samples": 0}),
         ("svg", {"samples": 0}),
+        ("svg2", {"then": 0}),
+        ("svg2", {"share": 1.5}),
         ("sparge", {"similarity": 1.5}),
         ("neighborhood", {"window": 0.0}),
         ("neighborhood", {"stride": (-1, 1, 1)}),

@@ -12,6 +12,7 @@ from .random_blocks import RandomBlocks
 from .sparge import Sparge
 from .subblock import SubBlock
 from .svg import SVG
+from .svg2 import SVG2
 from .window import Window
 from .xattention import XAttention
 
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method]] = {
     "neighborhood": Neighborhood,
     "radial": Radial,
     "svg": SVG,
+    "svg2": SVG2,
     "adaspa": AdaSpa,
     "asa": ASA,
     "sparge": Sparge,
