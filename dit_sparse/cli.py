@@ -163,6 +163,8 @@ def show(
             writable_folder(png.parent)
         nothing = torch.zeros(1, 1, where.tokens, 8)
         plan = chosen.plan(nothing, nothing, Site(where, block), {}) or Plan.full(where.tokens, block)
+        if not isinstance(plan, Plan):
+            raise ValueError(f"{method} clusters tokens by what they hold, so there is no mask to draw without a video")
         if png:
             save_picture(png, mask_picture(plan, where, method))
     console.print(terminal_map(plan), highlight=False, markup=False)

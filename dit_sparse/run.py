@@ -200,7 +200,8 @@ class Run:
         if call not in self._choices:
             choice = pick(self._settings.executor, q, k, plan, or_dense=self._settings.min_tokens is None)
             self._choices[call] = choice
-            self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
+            if self._settings.executor == "auto":
+                self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
             if choice.name == "dense":
                 self._stay_dense[site.grid, site.layer] = "faster here, by what was measured"
         return self._choices[call]

@@ -150,9 +150,6 @@ def _relative_rms(found: Tensor, expected: Tensor) -> float:
 
 def _circumstances(device: torch.device) -> list[str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return [
-        name,
-        f"{torch.get_num_threads()} threads",
-        f"torch {torch.__version__}",
-        f"dit-sparse {version('dit-sparse')}",
-    ]
+    versions = f"torch {torch.__version__}", f"dit-sparse {version('dit-sparse')}"
+    tokens, heads = TIMED.get(device.type, TIMED["cpu"])
+    return [name, f"{torch.get_num_threads()} threads", *versions, f"{tokens} tokens, {heads} heads"]

@@ -207,7 +207,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel_holds_the_files_on_disk(wheel):
-    shipped = re.compile(r".*\.(py|cpp)|profiles/.*\.json|dit_sparse/(py\.typed|assets/.*)")
+    shipped = re.compile(r".*\.(py|cpp|h)|profiles/.*\.json|dit_sparse/(py\.typed|assets/.*)")
     relative = (
         path.relative_to(ROOT)
         for name in ("dit_sparse", *MAPPED)

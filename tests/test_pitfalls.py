@@ -364,12 +364,12 @@ def test_short_sequences_stay_dense(stock):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_auto_stays_dense_where_that_is_faster(name, dynamic, monkeypatch):
     """By measured costs, which are set here; unless a length from which on to be sparse is given."""
-    stock, method = built(name), Drifting() if dynamic else "radial"
+    stock, method, plain = built(name), Drifting() if dynamic else "radial", dense_latents(name)
     costs = {"dense": Cost(0.0, 1e-9)}
     monkeypatch.setattr("dit_sparse.kernels.pick.cost", lambda name, kind: costs.get(name, Cost(1.0, 1e-9)))
     settings = dict(dense_steps=0, block=16)
     with ds.enable(stock.pipe, method, **settings) as run:
-        assert latents(stock).equal(dense_latents(stock.name))
+        assert latents(stock).equal(plain)
     report, reason = run.report(), "faster here, by what was measured"
     assert report.sparse_calls == 0 and report.dense_calls == {reason: STEPS * calls_per_step(stock)}
     assert reason in str(report) and all(choice.startswith("dense: estimated") for choice in report.choices)
