@@ -79,3 +79,17 @@ class Above:
 
 
 Budget = Top | Mass | Above
+
+
+def up_to(scores: Tensor, sizes: Tensor, tokens: float) -> Tensor:
+    """Of groups of any size the best of each row, up to so many tokens, to the nearest group; at least one.
+
+    Args:
+        scores: ``[B, H, Q, K]``; +inf is always kept, -inf never.
+        sizes: tokens of each key group, broadcast to the scores.
+    """
+    ranked, place = scores.sort(dim=-1, descending=True, stable=True)
+    held = torch.take_along_dim(sizes.expand_as(scores), place, -1)
+    wanted = (held.cumsum(-1) - held / 2 <= tokens) | ranked.isposinf()
+    wanted[..., 0] = True
+    return torch.zeros_like(wanted).scatter_(-1, place, wanted & ~ranked.isneginf())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .grid import Grid
 from .plan import Lists, compact
 
 
@@ -30,6 +31,16 @@ class Clusters:
         labels, order = labels.sort(dim=-1, stable=True)
         bounds = torch.arange(clusters + 1, device=labels.device, dtype=labels.dtype).expand(*labels.shape[:-1], -1)
         return cls(order, torch.searchsorted(labels, bounds.contiguous(), out_int32=True))
+
+    @classmethod
+    def beside_text(cls, labels: Tensor, clusters: int, grid: Grid) -> Clusters:
+        """As `of`, from the clusters of the video tokens alone, ``[B|1, H|1, F * h * w]``; all text of the grid is one
+        more cluster, the last, so that padding stays at the end."""
+        if grid.tokens == grid.video:
+            return cls.of(labels, clusters)
+        of_all = labels.new_full((*labels.shape[:-1], grid.tokens), clusters)
+        of_all[..., grid.before : grid.before + grid.video] = labels
+        return cls.of(of_all, clusters + 1)
 
     @property
     def sizes(self) -> Tensor:

@@ -30,7 +30,7 @@ def test_methods_as_table_and_as_json():
     assert all(row["source"].startswith("https://") and row["summary"] for row in rows)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "svg2"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("svg2", "pbs")])
 def test_show_draws_in_the_terminal_and_to_a_file(method, tmp_path):
     result = call(
         "show", method, "--grid", "226+3x9x10", "--density", "0.5", "--block", "32", "--png", tmp_path / "m.png"

@@ -38,7 +38,7 @@ USER = "public report methods kernels.pick kernels.trial pipelines.family"
 
 RULES = {  # the first pattern that fits a module is its row
     "grid plan": May(),
-    "clusters": May("plan"),
+    "clusters": May("grid plan"),
     "order budget": May(FLOOR_0),
     "method": May(f"{FLOOR_1} kernels.selection"),
     "schedule": May(FLOOR_1),

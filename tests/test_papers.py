@@ -15,6 +15,7 @@ from dit_sparse.methods import method
 from dit_sparse.methods.adaspa import AdaSpa
 from dit_sparse.methods.asa import ASA
 from dit_sparse.methods.neighborhood import Neighborhood, neighbors, sliding_tile
+from dit_sparse.methods.pbs import PBS
 from dit_sparse.methods.sparge import Sparge, self_similarity
 from dit_sparse.methods.subblock import SubBlock
 from dit_sparse.methods.svg import SVG, Band
@@ -241,6 +242,32 @@ def test_svg2_starts_from_the_centroids_of_the_step_before():
     assert all(one.keep().equal(first.keep()[b : b + 1]) for b, one in enumerate(alone))
 
 
+# --- pbs
+
+
+@pytest.mark.parametrize("grid", [Grid(4, 16, 24), Grid(4, 16, 24, after=33), Grid(4, 16, 24, before=33)], ids=str)
+@pytest.mark.parametrize("density", [0.15, 0.25, 0.5])
+def test_pbs_meets_the_density_to_a_block(grid, density):
+    q, k, _ = qkv(grid.tokens, batch=2, dim=16)
+    plan = PBS(density=density).plan(q, k, Site(grid, 32), {})
+    text = grid.before + grid.after
+    assert plan.density == pytest.approx(density + (1 - density) * text / grid.tokens, abs=0.01)
+
+
+def test_pbs_brings_the_keys_together_that_everyone_wants():
+    """Sixteen keys, spread over the video, hold nearly all attention: one block of sixteen does."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 320, 16, generator=generator)
+    wanted = torch.randperm(320, generator=generator)[:16]
+    q[..., 0], k[..., 0] = 8.0, 0.0
+    k[:, :, wanted, 0] = 8.0
+    plan = PBS(share=0.9).plan(q, k, Site(Grid(5, 8, 8), 16), {})
+    assert (plan.count == 1).all() and plan.keys.order[..., :16].sort(-1).values.equal(
+        wanted.sort().values.expand(1, 2, -1)
+    )
+    assert plan.queries.order.flatten().equal(torch.arange(320))
+
+
 # --- neighborhood
 
 
@@ -307,6 +334,8 @@ def test_sliding_tiles_that_divide_the_grid_give_whole_blocks():
         ("asa", {"samples": 0}),
         ("svg", {"samples": 0}),
         ("svg2", {"then": 0}),
+        ("pbs", {"probes": 0}),
+        ("pbs", {"share": 0.0}),
         ("svg2", {"share": 1.5}),
         ("sparge", {"similarity": 1.5}),
         ("neighborhood", {"window": 0.0}),

@@ -7,6 +7,7 @@ from .adaspa import AdaSpa
 from .asa import ASA
 from .dense import Dense
 from .neighborhood import Neighborhood
+from .pbs import PBS
 from .radial import Radial
 from .random_blocks import RandomBlocks
 from .sparge import Sparge
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "svg2": SVG2,
     "adaspa": AdaSpa,
     "asa": ASA,
+    "pbs": PBS,
     "sparge": Sparge,
     "subblock": SubBlock,
     "xattention": XAttention,

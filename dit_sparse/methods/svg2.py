@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..budget import Mass
+from ..budget import Mass, up_to
 from ..clusters import ClusterPlan, Clusters
 from ..grid import Grid, Site
 from ..kernels.cluster import kmeans
@@ -68,7 +68,7 @@ class SVG2(Method):
         if self.density is None:
             keep = Mass(self.share, self.least).keep(logits)
         else:
-            keep = _best(logits, sizes, self.density * site.grid.tokens)
+            keep = up_to(logits, sizes, self.density * site.grid.tokens)
         return ClusterPlan.of(keep, queries, keys)
 
     def _clusters(self, x: Tensor, size: int, grid: Grid, memory: dict, name: str) -> tuple[Clusters, Tensor]:
@@ -79,17 +79,5 @@ class SVG2(Method):
         found, memory[name] = kmeans(video, count, steps, memory.get(name))
         if grid.before + grid.after == 0:
             return found, memory[name]
-        labels = torch.full(x.shape[:3], count, device=x.device)
-        labels[:, :, grid.before : grid.before + grid.video] = found.labels
         text = memory[name].new_zeros(*memory[name].shape[:2], 1, x.shape[-1])
-        return Clusters.of(labels, count + 1), torch.cat([memory[name], text], 2)
-
-
-def _best(logits: Tensor, sizes: Tensor, tokens: float) -> Tensor:
-    """The best key clusters of each row, up to so many tokens, to the nearest cluster; at least one."""
-    ranked, place = logits.sort(dim=-1, descending=True, stable=True)
-    held = torch.take_along_dim(sizes.expand_as(logits), place, -1)
-    middle = held.cumsum(-1) - held / 2
-    wanted = (middle <= tokens) | ranked.isposinf()
-    wanted[..., 0] = True
-    return torch.zeros_like(wanted).scatter_(-1, place, wanted & ~ranked.isneginf())
+        return Clusters.beside_text(found.labels, count, grid), torch.cat([memory[name], text], 2)
