@@ -17,6 +17,7 @@ from dit_sparse.methods.asa import ASA
 from dit_sparse.methods.neighborhood import Neighborhood, neighbors, sliding_tile
 from dit_sparse.methods.pbs import PBS
 from dit_sparse.methods.sparge import Sparge, self_similarity
+from dit_sparse.methods.sparsed import SparseD
 from dit_sparse.methods.subblock import SubBlock
 from dit_sparse.methods.svg import SVG, Band
 from dit_sparse.methods.svg2 import SVG2
@@ -161,6 +162,25 @@ def test_adaspa_keeps_the_first_log_sum_exp():
     kept = memory["lse"].clone()
     again = AdaSpa(density=0.3).plan(q * 1.01, k, Site(GRID, 16, step=7), memory)
     assert memory["lse"].equal(kept) and again.count.equal(first.count)
+
+
+# --- sparsed
+
+
+def test_sparsed_chooses_once_and_from_every_group():
+    grid = Grid(6, 8, 8)  # 24 blocks of 16, in three groups of eight
+    q, k, _ = qkv(grid.tokens, batch=2, dim=16)
+    k[:, :, :128] *= 3  # the first frames draw nearly all attention
+    memory, what = {}, SparseD(density=0.25)
+    plan = what.plan(q, k, Site(grid, 16), memory)
+    exact = block_sums(weights(q, k), 16)
+    own = torch.eye(24, dtype=torch.bool)
+    for group in (slice(0, 8), slice(8, 16), slice(16, 24)):
+        part = exact.masked_fill(own, torch.inf)[..., group]
+        expected = torch.zeros_like(part, dtype=torch.bool).scatter(-1, part.topk(2, dim=-1).indices, True)
+        assert plan.keep()[..., group].equal(expected)
+    assert what.plan(k, q, Site(grid, 16, step=9), memory) is plan
+    assert what.plan(k, q, Site(grid, 16), {}) is not plan
 
 
 # --- svg
@@ -335,6 +355,7 @@ def test_sliding_tiles_that_divide_the_grid_give_whole_blocks():
         ("svg", {"samples": 0}),
         ("svg2", {"then": 0}),
         ("pbs", {"probes": 0}),
+        ("sparsed", {"groups": 0}),
         ("pbs", {"share": 0.0}),
         ("svg2", {"share": 1.5}),
         ("sparge", {"similarity": 1.5}),

@@ -11,6 +11,7 @@ from .pbs import PBS
 from .radial import Radial
 from .random_blocks import RandomBlocks
 from .sparge import Sparge
+from .sparsed import SparseD
 from .subblock import SubBlock
 from .svg import SVG
 from .svg2 import SVG2
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "svg": SVG,
     "svg2": SVG2,
     "adaspa": AdaSpa,
+    "sparsed": SparseD,
     "asa": ASA,
     "pbs": PBS,
     "sparge": Sparge,

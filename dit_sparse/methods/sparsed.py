@@ -1,0 +1,57 @@
+"""SparseD: the mask of every head is found once, after the dense steps, and kept to the end.
+
+Source: Z. Wang et al., "SparseD: Sparse Attention for Diffusion Language Models", arXiv:2509.24014, sec. 4. Heads
+differ, but over the denoising steps a head hardly changes. So one exact attention map, averaged over the queries of
+each block and the keys of each block, decides for the whole generation. Selection is isolated: every group of columns
+keeps the same fraction of its best blocks, so that none starves.
+
+Differs from the authors: their groups are prompt and answer; here text is always kept, and the video is cut into
+``groups`` runs of frames. Scores are divided by the square root of head_dim (their code: of the number of heads).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..grid import Blocks, Site
+from ..kernels.block_mass import block_mass, log_sum_exp
+from ..method import Method, always_kept
+from ..plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseD(Method):
+    """One exact map, kept.
+
+    Attributes:
+        density: the authors use .3.
+        groups: runs of frames that are chosen from apart.
+        rows: queries of each block that are looked at, a divisor of the block; None: all.
+    """
+
+    groups: int = 3
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.groups < 1:
+            raise ValueError(f"groups is how many runs of frames are chosen from apart, at least 1, not {self.groups}")
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        if "plan" not in memory:
+            mass = block_mass(q, k, log_sum_exp(q, k), site.block, rows=self.rows)
+            always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
+            parts = mass.masked_fill(always, torch.inf).tensor_split(self.groups, -1)
+            density = 0.3 if self.density is None else self.density
+            keep = torch.cat([_best(part, density) for part in parts], -1) | always
+            memory["plan"] = Plan.of(keep, site.grid.tokens, site.block)
+        return memory["plan"]
+
+
+def _best(mass: Tensor, density: float) -> Tensor:
+    """The given fraction of the columns, the heaviest of each row."""
+    best = mass.topk(round(density * mass.shape[-1]), dim=-1).indices
+    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best, True)
