@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dit_sparse.plan import Plan
 
+from . import launching
+
 LSE = True
 CLUSTERS = False
 THIRD_PARTY = True
@@ -22,18 +24,14 @@ BLOCKS = {9: (128,), 10: (256,), 11: (256,)}  # tokens, by major compute capabil
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     if not _installed():
         return "the package flash-attn-4 is not installed"
-    if q.device.type != "cuda":
-        return f"FlashAttention-4 runs on a GPU and the tensors are on {q.device}"
+    if reason := launching.why_not_elsewhere("FlashAttention-4", q, k):
+        return reason
     major = torch.cuda.get_device_capability(q.device)[0]
     if plan.block not in BLOCKS.get(major, ()):
         blocks = "; ".join(f"{sizes[0]} on compute capability {major}" for major, sizes in BLOCKS.items())
         return f"FlashAttention-4 takes sparse blocks of {blocks}, not {plan.block} on {major}"
-    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
-        return f"FlashAttention-4 computes in bfloat16 or float16, one for all inputs, not {q.dtype} with {k.dtype}"
     if plan.lengths is not None:
         return "FlashAttention-4 takes no padding together with sparse blocks"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "it is called without its backward pass and the inputs require grad"
     return None
 
 

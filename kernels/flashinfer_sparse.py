@@ -19,6 +19,8 @@ from torch import Tensor
 from dit_sparse.clusters import ClusterPlan
 from dit_sparse.plan import Plan, arranged
 
+from . import launching
+
 LSE = True
 CLUSTERS = True
 THIRD_PARTY = True
@@ -28,16 +30,12 @@ _WORKSPACE = 128 << 20  # bytes, as its documentation recommends
 def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer-python is not installed"
-    if q.device.type != "cuda":
-        return f"FlashInfer runs on a GPU and the tensors are on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
-        return f"FlashInfer computes in bfloat16 or float16, one for all inputs, not {q.dtype} with {k.dtype}"
+    if reason := launching.why_not_elsewhere("FlashInfer", q, k):
+        return reason
     if q.shape[-1] not in (64, 128, 256):
         return f"FlashInfer takes a head_dim of 64, 128 or 256, not {q.shape[-1]}"
     if plan.lengths is not None:
         return "FlashInfer's block-sparse wrappers take no padding"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "FlashInfer has no backward pass and the inputs require grad"
     return None
 
 

@@ -34,6 +34,17 @@ def why_not(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
+def why_not_elsewhere(who: str, q: Tensor, k: Tensor) -> str | None:
+    """Why another package's attention cannot take these tensors, or None: what all such packages have in common."""
+    if q.device.type != "cuda":
+        return f"{who} runs on a GPU and the tensors are on {q.device}"
+    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
+        return f"{who} computes in bfloat16 or float16, one for all inputs, not {q.dtype} with {k.dtype}"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        return f"{who} is called without a backward pass and the inputs require grad"
+    return None
+
+
 def preferred(x: Tensor) -> bool:
     """Whether a function that has a plain form too takes its Triton form: on a GPU. The interpreter is for tests."""
     return x.is_cuda

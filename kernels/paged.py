@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_sparse.plan import Plan
 
+from . import launching
 from .pages import FLASH_2_PAGE, paged
 
 LSE = True
@@ -18,14 +19,10 @@ THIRD_PARTY = True
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
-    if q.device.type != "cuda":
-        return f"FlashAttention runs on a GPU and the tensors are on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
-        return f"FlashAttention computes in bfloat16 or float16, one for all inputs, not {q.dtype} with {k.dtype}"
+    if reason := launching.why_not_elsewhere("FlashAttention", q, k):
+        return reason
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return f"FlashAttention takes a head_dim that is a multiple of 8 up to 256, not {q.shape[-1]}"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "paged attention has no backward pass and the inputs require grad"
     return _missing_from_torch() or _page_size(plan)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
 from torch import Tensor
 
 from dit_sparse.plan import Plan
 
+from . import launching
 from .pages import FLASH_2_PAGE, paged
 
 LSE = True
@@ -20,13 +20,7 @@ THIRD_PARTY = True
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     if importlib.util.find_spec("xformers") is None:
         return "the package xformers is not installed (pip install 'dit-sparse[xformers]')"
-    if q.device.type != "cuda":
-        return f"xFormers' paged attention runs on a GPU and the tensors are on {q.device}"
-    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
-        return f"it computes in bfloat16 or float16, one for all inputs, not {q.dtype} with {k.dtype}"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "paged attention has no backward pass and the inputs require grad"
-    return None
+    return launching.why_not_elsewhere("xFormers' paged attention", q, k)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ block pair, text and all. No sink: what their code keeps for Wan as the first fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
@@ -61,11 +61,11 @@ class SVG(Method):
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         grid, block = site.grid, site.block
-        keep = _band(0.25 if self.density is None else self.density, grid, block).to(q.device)
+        plan = _band(0.25 if self.density is None else self.density, grid, block).to(q.device)
         orders = torch.stack([order.row_major(grid), order.frame_last(grid)]).to(q.device)
-        spatial, temporal = self._kept_mass(q, k, keep, orders, grid, block)
+        spatial, temporal = self._kept_mass(q, k, plan.keep()[0, 0], orders, grid, block)
         choice = orders[(temporal > spatial).long()]  # [B, H, N]
-        return Plan.of(keep[None, None], grid.tokens, block, choice)
+        return replace(plan, order=choice)
 
     def _kept_mass(self, q: Tensor, k: Tensor, keep: Tensor, orders: Tensor, grid: Grid, block: int) -> list[Tensor]:
         """Attention that the sampled queries of each head keep in either order, ``[B, H]`` each."""
@@ -78,5 +78,6 @@ class SVG(Method):
 
 
 @cache
-def _band(density: float, grid: Grid, block: int) -> Tensor:
-    return Band(density=density).block_map(grid, block)
+def _band(density: float, grid: Grid, block: int) -> Plan:
+    """Made once: only the orders differ from head to head and step to step."""
+    return Plan.of(Band(density=density).block_map(grid, block)[None, None], grid.tokens, block)
