@@ -49,7 +49,7 @@ with gr.Blocks(title="dit-sparse") as page:
             prompt = gr.Textbox(BUNDLED_PROMPT, label="Prompt", max_length=500)
             method = gr.Dropdown(list(METHODS), value="radial", label="Method")
             density = gr.Slider(0.05, 1.0, 0.25, step=0.05, label="Density: fraction of the pairs computed")
-            dense_steps = gr.Slider(0.0, 1.0, 0.2, step=0.05, label="First steps kept dense, as a fraction")
+            dense_steps = gr.Slider(0.0, 1.0, 0.25, step=0.05, label="First steps kept dense, as a fraction")
             steps = gr.Slider(4, 30, STEPS, step=1, label="Denoising steps")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
             start = gr.Button("Draw both", variant="primary")

@@ -10,16 +10,18 @@ if not (_here / "kernels").is_dir():
 from .budget import Above, Mass, Top  # noqa: E402
 from .call import attention  # noqa: E402
 from .clusters import ClusterPlan, Clusters  # noqa: E402
+from .composition import Cached, PerHead  # noqa: E402
 from .engine import SparseAttnProcessor, enable, prepare  # noqa: E402
 from .grid import Grid, Site  # noqa: E402
 from .method import Method, Pattern, Scorer  # noqa: E402
 from .methods import METHODS  # noqa: E402
 from .plan import Plan  # noqa: E402
+from .presets import Profile  # noqa: E402
 from .run import Run  # noqa: E402
 from .schedule import Schedule  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
-    "METHODS", "Above", "ClusterPlan", "Clusters", "Grid", "Mass", "Method", "Pattern", "Plan", "Run", "Schedule",
-    "Scorer", "Site", "SparseAttnProcessor", "Top", "attention", "enable", "prepare",
+    "METHODS", "Above", "Cached", "ClusterPlan", "Clusters", "Grid", "Mass", "Method", "Pattern", "PerHead", "Plan",
+    "Profile", "Run", "Schedule", "Scorer", "Site", "SparseAttnProcessor", "Top", "attention", "enable", "prepare",
 ]  # fmt: skip

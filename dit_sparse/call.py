@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .grid import Grid, Site
 from .kernels.pick import pick
-from .method import Method
+from .method import Computed, Method
 from .methods import method as method_named
 from .plan import Plan
 
@@ -52,12 +54,14 @@ def attention(
     if not isinstance(method, Method):
         raise ValueError(f"a method is a name or a dit_sparse.Method, not {type(method).__name__}")
     site, memory = Site(grid, block), {}
+    method.begin(q, site)
     plan = method.plan(q, k, site, memory) or Plan.full(grid.tokens, block, q.device)
     if lengths is not None and plan.order is not None and lengths.min() < grid.tokens - grid.after:
         raise ValueError("padding must be text at the end of the sequence: this method reorders the video tokens")
     plan = plan.padded(lengths)
-    out, lse = pick(executor, q, k, plan).executor.attend(q, k, v, plan, scale)
-    return method.correct(out, lse, site, memory), lse
+    attend = partial(pick(executor, q, k, plan, lse=method.needs_lse).executor.attend, q, k, v, scale=scale)
+    done = Computed(q, k, v, plan, scale, *attend(plan=plan), lambda: attend(plan=plan.whole()))
+    return method.correct(done, site, memory)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, grid: Grid, lengths: Tensor | None, block: int) -> None:

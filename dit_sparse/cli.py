@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli_bench import bench
+from .cli_measure import compare, count_or_fraction, profile
 from .terminal import console, one_sentence, progress_bars
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+app.command(epilog="Example: dit-sparse compare --methods radial,svg,adaspa --density 0.25 --prompts 2")(compare)
+app.command(epilog="Example: dit-sparse profile shapes-wan --target-density 0.25 --out profiles/mine.json")(profile)
 
 MethodName = Annotated[str, typer.Option("--method", "-m", help="One of `dit-sparse methods`.")]
 Density = Annotated[float | None, typer.Option("--density", "-d", help="Fraction of the pairs to compute, 0 to 1.")]
@@ -54,7 +57,11 @@ def demo(
         from dit_sparse.eval.generate import BUNDLED_PROMPT
 
         processor = SparseAttnProcessor(
-            method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
+            method,
+            density=density,
+            dense_steps=count_or_fraction(dense_steps),
+            executor=executor,
+            block=block,
         )
         call = {} if steps is None else {"num_inference_steps": steps}
         task = Demo(prompt or BUNDLED_PROMPT, processor, out, seed, call)
@@ -95,7 +102,11 @@ def generate(
         from dit_sparse.eval.files import save_video, writable_folder
 
         processor = SparseAttnProcessor(
-            method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
+            method,
+            density=density,
+            dense_steps=count_or_fraction(dense_steps),
+            executor=executor,
+            block=block,
         )
         if out.suffix != ".mp4":
             raise ValueError(f"--out names the video file and ends in .mp4, not {out}")
@@ -142,7 +153,7 @@ def show(
     method: Annotated[str, typer.Argument(help="One of `dit-sparse methods`.")],
     grid: Annotated[
         str, typer.Option(help="frames x height x width in tokens, text before or after: 226+13x30x45.")
-    ] = "16x24x24",
+    ] = "21x20x20",
     density: Density = 0.25,
     block: Annotated[int, typer.Option(help="Tokens in a block.")] = 128,
     png: Annotated[Path | None, typer.Option(help="Draw it into this file as well.")] = None,
@@ -194,16 +205,6 @@ def doctor(
 
 def main() -> None:
     app()
-
-
-def count_or_fraction(text: str | None) -> int | float | None:
-    """``"3"`` is a count, ``"0.2"`` a fraction."""
-    if text is None:
-        return None
-    try:
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
-    except ValueError:
-        raise ValueError(f"--dense-steps is a count such as 3 or a fraction such as 0.2, not {text!r}") from None
 
 
 def _print_comparison(result: dict) -> None:

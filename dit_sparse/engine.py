@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -13,6 +14,7 @@ from .kernels.pick import executor as executor_named
 from .method import Method
 from .methods import method as method_named
 from .pipelines.family import Family, SetAttnProcessor, family_of
+from .presets import Profile
 from .run import Run, Settings
 from .schedule import Schedule
 
@@ -58,20 +60,52 @@ class SparseAttnProcessor:
         if block is not None and (block < 16 or block > 256 or block % 16):
             raise ValueError(f"block is a multiple of 16 from 16 to 256 tokens, not {block}")
         self.settings = Settings(_resolve(method, density, settings), schedule, executor, block, min_tokens, steps)
+        self._made_for: Profile | None = None
+
+    @classmethod
+    def from_profile(cls, profile: str | Path | Profile, **settings: Any) -> SparseAttnProcessor:
+        """What a profile says: a name of ``profiles/``, or a file. ``settings`` are those of the constructor that do
+        not concern methods; steps and layers to keep dense come from the profile where they are not given.
+
+        Raises:
+            ValueError: no such profile, a damaged or newer one.
+        """
+        profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+        made = cls(profile.mixture(), **{"schedule": profile.when()} | settings)
+        made._made_for = profile
+        return made
 
     def attach(self, model: Any) -> Run:
-        """Make ``model``, a diffusers pipeline or transformer, sparse."""
+        """Make ``model``, a diffusers pipeline or transformer, sparse.
+
+        Raises:
+            ValueError: nobody knows its family, or the profile is made for another model.
+        """
+        transformers = list(_transformers(model))
+        for _, part, _ in transformers if self._made_for else ():
+            if self._made_for.transformer not in (cls.__name__ for cls in type(part).__mro__):
+                raise ValueError(
+                    f"the profile {self._made_for.model} is made for a {self._made_for.transformer}, "
+                    f"not a {type(part).__name__}"
+                )
         timesteps = lambda: getattr(getattr(model, "scheduler", None), "timesteps", None)  # it may be exchanged later
-        return Run(self.settings, timesteps, _transformers(model))
+        return Run(self.settings, timesteps, transformers)
 
 
-def enable(model: Any, method: str | Method = "radial", **settings: Any) -> Run:
+def enable(
+    model: Any, method: str | Method = "radial", *, profile: str | Path | Profile | None = None, **settings: Any
+) -> Run:
     """Make a diffusers pipeline, or a bare transformer, sparse.
 
-    Takes the arguments of :class:`SparseAttnProcessor`. The returned run reports, and ``run.disable()`` (or leaving
-    ``with``) restores the model bit for bit. A run that is active on the model already is ended first.
+    Takes the arguments of :class:`SparseAttnProcessor`, or a ``profile`` in the place of a method. The returned run
+    reports, and ``run.disable()`` (or leaving ``with``) restores the model bit for bit. A run that is active on the
+    model already is ended first.
     """
-    processor = SparseAttnProcessor(method, **settings)
+    processor = (
+        SparseAttnProcessor(method, **settings)
+        if profile is None
+        else SparseAttnProcessor.from_profile(profile, **settings)
+    )
     if not hasattr(model, "components"):
         return processor.attach(model)
     prepare(model).set_attn_processor(processor)

@@ -7,16 +7,39 @@ remember from step to step goes into the ``memory`` they are handed, which belon
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .budget import Budget, Top, check_density
+from .clusters import ClusterPlan
 from .grid import Blocks, Grid, Site
 from .kernels.selection import kept
 from .plan import Plan, blocks_in
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A sparse call as an executor computed it, for a method that wants the last word.
+
+    Attributes:
+        q, k, v: ``[B, H, N, D]``, and ``[B, Hkv, N, D]`` twice.
+        plan, scale: what the executor was told.
+        out, lse: what it returned, ``[B, H, N, D]`` and float32 ``[B, H, N]``; lse None where it has none.
+        dense: computes the same call densely, by the same executor: ``(out, lse)``. A run counts these pairs too.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: Plan | ClusterPlan
+    scale: float | None
+    out: Tensor
+    lse: Tensor | None
+    dense: Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +52,7 @@ class Method:
     """
 
     static: ClassVar[bool] = False  # the plan depends on the grid alone: made once, shared by all layers and steps
+    needs_lse: ClassVar[bool] = False  # the correction asks for the log-sum-exp, which not all executors return
     density: float | None = None
 
     def __post_init__(self) -> None:
@@ -39,18 +63,37 @@ class Method:
         """The token order the blocks are cut from, ``[N]``; None: as given."""
         return None
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
+    def fits(self, layers: int, heads: int) -> None:
+        """Called when a model is made sparse. Raises ValueError where the method is made for another one."""
+
+    def begin(self, q: Tensor, site: Site) -> None:
+        """Called at the first attention call of every branch of a generation, dense or not. Raises RuntimeError for
+        what would fail later, after long work."""
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | ClusterPlan | None:
         """The blocks to visit for ``q, k [B, H, N, D]`` (after RoPE); None: compute this call densely."""
         raise NotImplementedError
 
-    def correct(self, out: Tensor, lse: Tensor | None, site: Site, memory: dict) -> Tensor:
-        """A last word on the sparse output ``[B, H, N, D]``; by default none."""
-        return out
+    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        """A last word on what was computed: out ``[B, H, N, D]`` and lse ``[B, H, N]``; by default none."""
+        return done.out, done.lse
 
     def settings(self) -> dict:
-        """The method as plain values, for JSON: its fields, nothing else. A budget becomes ``{"Top": {...}}``."""
-        plain = lambda x: {type(x).__name__: asdict(x)} if is_dataclass(x) else x
-        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        """The method as plain values, for JSON: its fields, nothing else. A budget becomes ``{"Top": {...}}``, a
+        method inside it likewise."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def __or__(self, other: Method) -> Union:
+        """All that either of two patterns keeps."""
+        return Union(density=self.density, parts=(replace(self, density=None), other))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    if is_dataclass(value):
+        return {type(value).__name__: {f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +117,7 @@ class Pattern(Method):
         return None
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        keep = self.block_map(site.grid, site.block)
-        order = self.order(site.grid, site.block)
-        return Plan.of(keep[None, None], site.grid.tokens, site.block, order).to(q.device)
+        return _planned(self, site.grid, site.block).to(q.device)
 
     def block_map(self, grid: Grid, block: int) -> Tensor:
         """The pattern with what is always kept, at the density asked for, bool ``[Qb, Qb]``."""
@@ -125,6 +166,48 @@ class Scorer(Method):
         budget = self.budget or (self.usual if self.density is None else Top(self.density))
         index, count = kept(scores.masked_fill(always, torch.inf), budget)
         return Plan(index, count, site.grid.tokens, site.block, order if order is None else order.to(q.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Union(Pattern):
+    """All that any of some patterns keeps: ``Radial() | Sink()``. A density widens the first one, the others stay."""
+
+    parts: tuple[Pattern, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.parts or not all(isinstance(part, Pattern) for part in self.parts):
+            raise ValueError("only patterns, which know the geometry alone, can be united with |")
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        return self.parts[0].reach
+
+    def order(self, grid: Grid, block: int) -> Tensor | None:
+        first, *others = (part.order(grid, block) for part in self.parts)
+        same = lambda other: other is first or (first is not None and other is not None and first.equal(other))
+        if not all(map(same, others)):
+            raise ValueError("patterns that cut their blocks from different token orders cannot be united")
+        return first
+
+    def keep(self, grid: Grid, block: int) -> Tensor:
+        first, *others = (part.block_map(grid, block) for part in self.parts)
+        return torch.stack([first, *others]).any(0)
+
+    def sparser(self) -> Union | None:
+        relative = self.parts[0].sparser()
+        return relative and replace(self, parts=(relative, *self.parts[1:]))
+
+    def _at(self, value: float, grid: Grid, block: int) -> Tensor:
+        others = (part.block_map(grid, block) for part in self.parts[1:])
+        return torch.stack([self.parts[0]._at(value, grid, block), *others]).any(0)
+
+
+@lru_cache(maxsize=16)
+def _planned(pattern: Pattern, grid: Grid, block: int) -> Plan:
+    """One for all layers, also where a pattern is a part of something that is planned layer by layer."""
+    keep = pattern.block_map(grid, block)
+    return Plan.of(keep[None, None], grid.tokens, block, pattern.order(grid, block))
 
 
 def always_kept(blocks: Blocks) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -35,12 +36,17 @@ class Lists:
         return torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
 
     @cached_property
-    def share(self) -> Tensor:
-        """Fraction of all query-key token pairs that is computed, groups weighing what they hold: a float64 scalar on
-        the plan's device, so that counting it waits for nothing."""
+    def share_by_head(self) -> Tensor:
+        """Fraction of the query-key token pairs that each head computes, groups weighing what they hold: float64
+        ``[B|1, H|1]``."""
         kept_sizes = torch.take_along_dim(self.key_sizes[:, :, None], self.index.long(), -1)
         keys = (kept_sizes * self.live).sum(-1)
-        return (keys * self.query_sizes).sum(-1).double().mean() / self.tokens**2
+        return (keys * self.query_sizes).sum(-1).double() / self.tokens**2
+
+    @property
+    def share(self) -> Tensor:
+        """The mean over the heads, a scalar on the plan's device, so that counting it waits for nothing."""
+        return self.share_by_head.mean()
 
     @property
     def density(self) -> float:
@@ -52,6 +58,18 @@ class Lists:
         groups = self.key_sizes.shape[-1]
         empty = torch.zeros(*self.index.shape[:-1], groups, dtype=torch.bool, device=self.index.device)
         return empty.scatter_reduce(-1, self.index.long(), self.live, "amax")
+
+    def kept_by(self, queries: Tensor) -> Tensor:
+        """Which keys some queries ``[R]`` see, padding or not: bool ``[B|1, H|1, R, N]``."""
+        kept = torch.take_along_dim(self.keep(), self.query_group[..., queries, None], 2)
+        return torch.take_along_dim(kept, self.key_group[..., None, :], 3)
+
+    def whole(self) -> Lists:
+        """The same groups, each visiting all of them: dense attention, as a plan."""
+        rows, columns = self.query_sizes.shape[-1], self.key_sizes.shape[-1]
+        index = torch.arange(columns, dtype=torch.int32, device=self.index.device)
+        count = torch.tensor(columns, dtype=torch.int32, device=self.index.device)
+        return replace(self, index=index.expand(1, 1, rows, -1), count=count.expand(1, 1, rows))
 
     def padded(self, lengths: Tensor | None) -> Lists:
         """The same plan for a batch whose items end in padding: ``lengths [B]`` real tokens each."""
@@ -104,6 +122,34 @@ class Plan(Lists):
         return cls(*compact(keep), tokens, block, order)
 
     @classmethod
+    def by_head(cls, plans: Sequence[Plan], choice: Tensor) -> Plan:
+        """One plan out of several for the same blocks: head h of item b follows ``plans[choice[b, h]]``.
+
+        Args:
+            plans: each for one head or for all, of one item or of all.
+            choice: int64 ``[B|1, H]``.
+        """
+        lead = (max([choice.shape[0], *(plan.index.shape[0] for plan in plans)]), choice.shape[1])
+        width = max(plan.index.shape[-1] for plan in plans)
+        fill = lambda index: torch.cat([index, index[..., :1].expand(*index.shape[:-1], width - index.shape[-1])], -1)
+        index = _chosen([fill(plan.index) for plan in plans], choice, lead)
+        count = _chosen([plan.count for plan in plans], choice, lead)
+        order = None
+        if any(plan.order is not None for plan in plans):
+            given = torch.arange(plans[0].tokens, device=choice.device)
+            orders = (given if plan.order is None else plan.order for plan in plans)
+            order = _chosen([o.expand(1, 1, -1) if o.ndim == 1 else o for o in orders], choice, lead)
+        return cls(index, count, plans[0].tokens, plans[0].block, order)
+
+    def spread(self, heads: Tensor, total: int) -> Plan:
+        """The same plan for all ``total`` heads of a layer, where it was made for some of them: ``heads [H']``. What
+        the others get is not meant to be used."""
+        place = torch.zeros(total, dtype=torch.long, device=self.index.device)
+        place[heads] = torch.arange(len(heads), device=place.device)
+        lift = lambda x: x if x is None or x.ndim == 1 or x.shape[1] == 1 else x.index_select(1, place)
+        return replace(self, index=lift(self.index), count=lift(self.count), order=lift(self.order))
+
+    @classmethod
     def full(cls, tokens: int, block: int, device: torch.device | str = "cpu") -> Plan:
         """Every block visits every block: dense attention, as a plan."""
         blocks = blocks_in(tokens, block)
@@ -138,6 +184,16 @@ class Plan(Lists):
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`arrange`."""
         return x if self.order is None else arranged(x, self.order.argsort(-1))
+
+
+def _chosen(values: Sequence[Tensor], choice: Tensor, lead: tuple[int, int]) -> Tensor:
+    """Item and head ``[b, h]`` of ``values[choice[b, h]]``, each ``[B|1, H|1, ...]``."""
+    shape = (*lead, *values[0].shape[2:])
+    number = choice.view(*choice.shape, *(1,) * (len(shape) - 2))
+    result = values[0].expand(shape)
+    for i, value in enumerate(values[1:], 1):
+        result = torch.where(number == i, value, result)
+    return result
 
 
 def arranged(x: Tensor, order: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .grid import Grid, Site
 from .kernels.pick import Choice, pick
-from .method import Method
+from .method import Computed, Method
 from .methods import name_of
 from .pipelines.family import Family, Shape
 from .plan import Plan
@@ -81,6 +81,7 @@ class Run:
         self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
         self._turns: Counter[nn.Module] = Counter()  # Mochi attends one batch item at a time: which one is this?
         self._warned: set[str] = set()
+        self._begun: set[str] = set()  # branches of this generation
         self._undo: list = []
         self._observers: list[Observer] = []
         self._clock = Whereabouts(timesteps, settings.steps, self._forget)
@@ -137,6 +138,7 @@ class Run:
 
         self._undo.append(watch(transformer, RootHook(self._clock, entered)))
         sites = [(path, module) for path, module in transformer.named_modules() if re.fullmatch(family.sites, path)]
+        self._settings.method.fits(len(sites), getattr(sites[0][1], "heads", 0) if sites else 0)
         for layer, (_, module) in enumerate(sites):
             place = Place(name, layer, len(sites), family.text, module)
             self._undo.append(divert(module, partial(self._decide, place)))
@@ -171,6 +173,9 @@ class Run:
             return dense(self._warn_once(reason))
         site = self._site(place, grid)
         self._turns[place.module] += 1
+        if site.branch not in self._begun:
+            self._settings.method.begin(query, site)
+            self._begun.add(site.branch)
         if self._settings.schedule.dense(site):
             return dense("the schedule")
         if reason := self._settings.too_short(grid) or self._stay_dense.get((site.grid, site.layer)):
@@ -191,14 +196,21 @@ class Run:
         self._tally.computed(grid, pairs, plan.share)
         with self._tally.attention.running(query.device):
             self._tally.executors[choice.name] += 1
-            out, lse = choice.executor.attend(query, key, value, plan, scale)
-            return self._settings.method.correct(out, lse, site, self._memory[site.layer, site.branch, site.grid])
+            attend = partial(choice.executor.attend, query, key, value, scale=scale)
+
+            def whole() -> tuple[Tensor, Tensor]:
+                self._tally.computed_in_sparse += pairs
+                return attend(plan=plan.whole())
+
+            done = Computed(query, key, value, plan, scale, *attend(plan=plan), whole)
+            return self._settings.method.correct(done, site, self._memory[site.layer, site.branch, site.grid])[0]
 
     def _choice(self, plan: Plan, q: Tensor, k: Tensor, site: Site) -> Choice:
         """Who computes such calls of this layer. Found at the first of them, for on a GPU it waits for the device."""
         call = (site.grid, site.layer, q.shape, q.dtype, type(plan), plan.lengths is None)
         if call not in self._choices:
-            choice = pick(self._settings.executor, q, k, plan, or_dense=self._settings.min_tokens is None)
+            or_dense, lse = self._settings.min_tokens is None, self._settings.method.needs_lse
+            choice = pick(self._settings.executor, q, k, plan, or_dense=or_dense, lse=lse)
             self._choices[call] = choice
             if self._settings.executor == "auto":
                 self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
@@ -233,6 +245,7 @@ class Run:
         """A generation is over: what was learnt from its tokens goes; static plans know only the grid, and stay."""
         self._memory.clear()
         self._lengths.clear()
+        self._begun.clear()
         if not self._settings.method.static:
             self._plans.clear()
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .grid import Grid
 from .plan import blocks_in
 
 SCORES_PER_CHUNK = 1 << 23
@@ -30,3 +31,20 @@ def by_query_blocks(score: Callable[[slice], Tensor], blocks: int, per_block: in
     makes ``per_block`` numbers on the way, which bounds the memory of a chunk."""
     step = max(1, SCORES_PER_CHUNK // per_block)
     return torch.cat([score(slice(first, min(first + step, blocks))) for first in range(0, blocks, step)], 2)
+
+
+def sampled_attention(q: Tensor, k: Tensor, grid: Grid, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Some random queries of the video ``[S]`` and what they attend to, float32 ``[B, H, S, N]``."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(grid.before, grid.before + grid.video, (samples,), generator=generator).to(q.device)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
+    return rows, (q[:, :, rows].float() @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from attention over each: out ``[B, H, N, D]`` and lse ``[B, H, N]``, in
+    float32. A set without keys has lse -inf."""
+    total = torch.logaddexp(lse, other_lse)
+    safe = total.nan_to_num(neginf=0.0)
+    first, second = ((one - safe).exp()[..., None] for one in (lse, other_lse))
+    return first * out.float() + second * other.float(), total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,8 +36,9 @@ def mask_picture(plan: Plan, grid: Grid, title: str) -> Image.Image:
     return picture
 
 
-def heat_map(values: Tensor, title: str) -> Image.Image:
-    """``values [rows, columns]`` in 0..1 as a picture with its numbers: layers down, heads across."""
+def heat_map(values: Tensor, title: str, labels: Sequence[str] | None = None) -> Image.Image:
+    """``values [rows, columns]`` in 0..1 as a picture with its numbers: layers down, heads across. ``labels`` stand
+    before the numbers: a string a layer, a letter a head."""
     rows, columns = values.shape
     cell_width, cell_height, left, top = 64, 34, 84, 64
     size = (max(left + columns * cell_width + MARGIN, 460), top + rows * cell_height + MARGIN)
@@ -51,7 +54,9 @@ def heat_map(values: Tensor, title: str) -> Image.Image:
             value, x = float(values[row, column]), left + column * cell_width
             draw.rectangle((x, y, x + cell_width - 3, y + cell_height - 3), fill=_blend(value))
             ink = PAPER if value > 0.5 else INK
-            draw.text((x + cell_width / 2 - 1, y + cell_height / 2 - 1), f"{value:.2f}", ink, _font(13), anchor="mm")
+            label = f"{labels[row][column]} " if labels else ""
+            middle = (x + cell_width / 2 - 1, y + cell_height / 2 - 1)
+            draw.text(middle, f"{label}{value:.2f}", ink, _font(13), anchor="mm")
     return picture
 
 

@@ -24,13 +24,7 @@ def retained_mass(
     if plan.lengths is not None:
         keys = torch.arange(tokens, device=q.device)
         scores = scores.masked_fill((keys >= plan.lengths[:, None])[:, None, None], -torch.inf)
-    return (scores.softmax(-1) * kept_pairs(plan, looked_at)).sum(-1).mean(-1)
-
-
-def kept_pairs(plan: Plan | ClusterPlan, queries: Tensor) -> Tensor:
-    """Which keys some queries ``[R]`` see by the plan, padding or not: bool ``[B|1, H|1, R, N]``."""
-    kept = torch.take_along_dim(plan.keep(), plan.query_group[..., queries, None], 2)
-    return torch.take_along_dim(kept, plan.key_group[..., None, :], 3)
+    return (scores.softmax(-1) * plan.kept_by(looked_at)).sum(-1).mean(-1)
 
 
 def at_step(step: int, found: dict[int, Tensor]) -> Callable[[Site, Tensor, Tensor, Plan | ClusterPlan], None]:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from dit_sparse import METHODS
+from dit_sparse import METHODS, Method
+from dit_sparse.methods import name_of
 from dit_sparse.pipelines.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,11 +27,15 @@ def method_rows() -> list[dict]:
         {
             "name": name,
             "summary": _first_sentence(_paper(cls)),
-            "settings": {f.name: f.default for f in fields(cls) if f.name != "density"},
+            "settings": {f.name: _shown(f.default) for f in fields(cls) if f.name != "density"},
             "source": _source(_paper(cls)),
         }
         for name, cls in METHODS.items()
     ]
+
+
+def _shown(default: object) -> object:
+    return name_of(default) if isinstance(default, Method) else default
 
 
 def _source(doc: str) -> str:

@@ -70,9 +70,14 @@ def retained_mass(
     return (mass * plan.keep()).sum(-1)
 
 
-def log_sum_exp(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    """Natural-log-sum-exp of all scores of every query: ``q [B, H, N, D]``, ``k [B, Hkv, N, D]`` to float32
-    ``[B, H, N]``. One more pass over the scores, for those who have none at hand."""
+def log_sum_exp(q: Tensor, k: Tensor, scale: float | None = None, every: int = 1) -> Tensor:
+    """Natural-log-sum-exp of the scores of every query, or of each ``every``-th and 0 for the others: of
+    ``q [B, H, N, D]`` and ``k [B, Hkv, N, D]``, float32 ``[B, H, N]``. One more pass over the scores, for those who
+    have none at hand."""
+    if every > 1:
+        result = torch.zeros(q.shape[:3], device=q.device)
+        result[:, :, ::every] = log_sum_exp(q[:, :, ::every], k, scale)
+        return result
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # what no public function of PyTorch returns
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, scale=scale)[1]

@@ -43,9 +43,11 @@ def executor(name: str) -> ModuleType:
     return importlib.import_module(f"dit_sparse.kernels.{name}")
 
 
-def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
-    """Why an executor cannot run this call, in words; None when it can."""
+def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool = False) -> str | None:
+    """Why an executor cannot run this call, in words; None when it can. ``lse``: it has to return one."""
     module = executor(name)
+    if lse and not module.LSE:
+        return "it returns no log-sum-exp, which the method's correction needs"
     if isinstance(plan, ClusterPlan) and not module.CLUSTERS:
         return "it computes blocks of one size, and the method made clusters of any size"
     reason = module.why_not(q, k, plan)
@@ -54,18 +56,21 @@ def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | 
     return reason
 
 
-def pick(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, or_dense: bool = False) -> Choice:
+def pick(
+    name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, *, or_dense: bool = False, lse: bool = False
+) -> Choice:
     """The executor for this call: ``name`` itself, or for ``auto`` the cheapest of the device's list, where
-    ``or_dense`` puts dense attention beside them. Reads the plan's density, which waits for the device once.
+    ``or_dense`` puts dense attention beside them and ``lse`` leaves out those that return no log-sum-exp. Reads the
+    plan's density, which waits for the device once.
 
     Raises:
         RuntimeError: the named executor cannot run this call; the message says why not.
     """
     if name != "auto":
-        if reason := why_not(name, q, k, plan):
+        if reason := why_not(name, q, k, plan, lse):
             raise RuntimeError(f"the executor {name!r} cannot run here: {reason}")
         return Choice(name, "named")
-    able = [name for name in AUTO.get(q.device.type, ("gather",)) if _able(name, q, k, plan)]
+    able = [name for name in AUTO.get(q.device.type, ("gather",)) if _able(name, q, k, plan, lse)]
     if len(able) == 1 and not or_dense:
         return Choice(able[0], "the only one that can")
     kind, pairs = Kind.of(q, plan), q.shape[0] * q.shape[1] * q.shape[2] ** 2
@@ -77,8 +82,8 @@ def pick(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, or_dense: bo
     return Choice(ranked[0], f"estimated for a call at density {plan.density:.2f}: {told}")
 
 
-def _able(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> bool:
+def _able(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool) -> bool:
     """Whether ``auto`` may take it: one that compiles must have shown on this machine that it is right."""
-    if why_not(name, q, k, plan) is not None:
+    if why_not(name, q, k, plan, lse) is not None:
         return False
     return name == "gather" or verdict(name, Kind.of(q, plan)) is None

@@ -122,6 +122,7 @@ def test_other_grid_other_plan(name):
     same = plans[0].keep().equal(plans[1].keep())
     reordered = plans[0].order is not None and not plans[0].order.equal(plans[1].order)
     looks_at_the_grid = isinstance(what, Pattern) or what.order(first, 16) is not None
+    looks_at_the_grid &= name != "sink"  # the first third of the keys is the same on any grid
     assert (not same or reordered) == looks_at_the_grid
     assert plan_of(what, Grid(4, 8, 7), 16).tokens == 224
     assert len(plan_of(what, first, 32, q, k).query_sizes[0, 0]) == (1 if name == "svg2" else 6)

@@ -281,11 +281,25 @@ def test_pbs_brings_the_keys_together_that_everyone_wants():
     wanted = torch.randperm(320, generator=generator)[:16]
     q[..., 0], k[..., 0] = 8.0, 0.0
     k[:, :, wanted, 0] = 8.0
-    plan = PBS(share=0.9).plan(q, k, Site(Grid(5, 8, 8), 16), {})
+    plan = PBS(share=0.9, segment=20).plan(q, k, Site(Grid(5, 8, 8), 16), {})
     assert (plan.count == 1).all() and plan.keys.order[..., :16].sort(-1).values.equal(
         wanted.sort().values.expand(1, 2, -1)
     )
     assert plan.queries.order.flatten().equal(torch.arange(320))
+
+
+def test_pbs_sorts_inside_segments_and_ranks_exactly():
+    grid = Grid(4, 8, 10)  # 20 blocks of 16, in five segments of four
+    q, k, _ = qkv(grid.tokens, batch=2, dim=16)
+    plan = PBS(density=0.1, segment=4, probes=320, rows=16).plan(q, k, Site(grid, 16), {})
+    segment = torch.arange(320) // 64
+    assert (plan.keys.order // 64).equal(segment.expand(2, 2, -1))
+    received = weights(q, k).mean(2)
+    ranked = torch.take_along_dim(received, plan.keys.order, -1).unflatten(-1, (5, 4, 16))
+    assert (ranked[:, :, :, :-1].amin(-1) >= ranked[:, :, :, 1:].amax(-1) - 1e-6).all()
+    mass = torch.take_along_dim(weights(q, k), plan.keys.order[:, :, None], -1)
+    best = block_sums(mass, 16).topk(2, dim=-1).indices
+    assert plan.keep().equal(torch.zeros(2, 2, 20, 20, dtype=torch.bool).scatter(-1, best, True))
 
 
 # --- neighborhood

@@ -10,12 +10,12 @@ of blocks, the heaviest. Heads differ in three levels at an unchanged mean: with
 blocks hold the most mass get (1 + s)/2, the n that hold the least (3s - 1)/2, n being the heads that hold over .8, at
 most half.
 
-When to search is the schedule's: ``every`` steps. The authors search at steps 10 and 30 of 50, which is
-``Schedule(dense_steps=.2, every=20)``, with sparsity .8 and blocks of 64.
+Between searches the plan stays. The authors search at steps 10 and 30 of 50, with sparsity .8 and blocks of 64.
 
 Differs from the authors: their pseudo-code prints log for exp. Rows of a map made with an old L need not sum to one, so
 recalls are relative to the row's own sum. Below s = 1/3, where the third level would be denser than dense, all heads
-get the same. ``rows`` looks at some queries of each block only.
+get the same. A search looks at every fourth query (``rows``): theirs gets L for nothing from a dense step, and looks at
+all.
 """
 
 from __future__ import annotations
@@ -38,16 +38,30 @@ class AdaSpa(Method):
     Attributes:
         density: the authors use .2.
         levels: whether heads get different shares.
-        rows: queries of each block that a search looks at, a divisor of the block; None: all.
+        every: steps from one search to the next: a count, or a fraction of all steps.
+        rows: queries of each block that a search looks at, a divisor of the block; None, or more than it has: all.
     """
 
     levels: bool = True
-    rows: int | None = None
+    every: int | float = 0.4
+    rows: int | None = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every <= 0 or (self.rows is not None and self.rows < 1):
+            raise ValueError(f"every is positive and rows at least 1, not {self.every} and {self.rows}")
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        every = self.every * (site.steps or 50) if isinstance(self.every, float) else self.every
+        if "plan" not in memory or site.step - memory["step"] >= max(1, int(every)):
+            memory.update(plan=self._search(q, k, site, memory), step=site.step)
+        return memory["plan"]
+
+    def _search(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        rows = min(self.rows or site.block, site.block)
         if "lse" not in memory:
-            memory["lse"] = log_sum_exp(q, k)
-        mass = block_mass(q, k, memory["lse"], site.block, rows=self.rows)
+            memory["lse"] = log_sum_exp(q, k, every=site.block // rows)
+        mass = block_mass(q, k, memory["lse"], site.block, rows=rows)
         always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
         rank = mass.masked_fill(always, torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
         base = 0.2 if self.density is None else self.density

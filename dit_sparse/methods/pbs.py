@@ -1,17 +1,16 @@
 """PBS-Attn: keys that many queries want are moved together, then blocks are chosen.
 
 Source: X. Wang et al., "Sparser Block-Sparse Attention via Token Permutation", arXiv:2510.21270, sec. 3. Attention does
-not care in which order keys and values come. A few probe queries give each key an importance, the attention it
-receives on average; keys are sorted by it, so that the heavy ones share blocks, and few blocks hold most of a query
-block's attention. Queries stay where they are, and nothing has to be put back.
+not care in which order keys and values come. A few probe queries give each key an importance, the attention it receives
+on average; keys are sorted by it, so that the heavy ones share blocks, and few blocks hold most of a query block's
+attention. Queries stay where they are, and nothing has to be put back.
 
-Differs from the authors: they sort inside segments, for their attention is causal; here one sort takes all video keys.
-The probes are queries evenly spaced over the sequence, not its last block. Sorted keys of one block may lie anywhere,
-so their mean says little: blocks are ranked by the mean query's attention to every key,
+Keys are sorted inside segments of the sequence only, so that they stay near where they were.
 
-    s_ij = log sum over c in block j of exp(mean(Q_i) . k_c / sqrt(D))
-
-Text is a group of its own that attends to and is attended by all; no own block is kept, for sorted keys have none.
+Differs from the authors: the segments serve causality there and nearness here. The probes are queries evenly spaced
+over the sequence, not its last block. Sorted keys of one block have little in common, so that their mean says nothing:
+blocks are ranked by the attention that ``rows`` queries of the query block pay to them, exactly. Text is a group of its
+own that attends to and is attended by all; no block is forced.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from ..budget import Mass, up_to
 from ..clusters import ClusterPlan, Clusters
 from ..grid import Site
 from ..method import Method
-from ..scoring import by_query_blocks, pool
+from ..plan import blocks_in
+from ..scoring import by_query_blocks, in_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +35,22 @@ class PBS(Method):
 
     Attributes:
         probes: queries that tell the importance of keys.
+        segment: tokens that are sorted together, in blocks (the authors: 2 of 128).
+        rows: queries of each block that choose.
         share: of the estimated attention that is kept, where no density is given.
     """
 
     probes: int = 128
+    segment: int = 4
+    rows: int = 4
     share: float = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.probes < 1:
-            raise ValueError(f"probes is how many queries tell the importance of keys, at least 1, not {self.probes}")
+        if min(self.probes, self.segment, self.rows) < 1:
+            raise ValueError(
+                f"probes, segment and rows are at least 1, not {self.probes}, {self.segment} and {self.rows}"
+            )
         Mass(self.share)
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
@@ -53,16 +59,17 @@ class PBS(Method):
         q, k = (x[:, :, grid.before : grid.before + grid.video].float() for x in (q, k))
         probes = q[:, :, :: max(1, grid.video // self.probes)]
         importance = (probes @ k.mT * scale).softmax(-1).mean(2)
-        rank = importance.argsort(dim=-1, descending=True, stable=True)
-        means, k = pool(q, block), torch.take_along_dim(k, rank[..., None], 2)
-        blocks = means.shape[2]
-
-        def estimate(part: slice) -> Tensor:
-            logits = F.pad(means[:, :, part] @ k.mT * scale, (0, -grid.video % block), value=-torch.inf)
-            return logits.unflatten(-1, (blocks, block)).logsumexp(-1)
-
-        scores = by_query_blocks(estimate, blocks, q.shape[0] * q.shape[1] * grid.video)
         in_place = torch.arange(grid.video, device=q.device)
+        segment = in_place // (self.segment * block)
+        rank = (segment - importance).argsort(dim=-1, stable=True)  # an importance is at most 1
+        k, blocks = torch.take_along_dim(k, rank[..., None], 2), blocks_in(grid.video, block)
+        rows = in_blocks(q, block)[..., :: max(1, block // self.rows), :]
+
+        def asked(part: slice) -> Tensor:
+            weights = F.pad((rows[:, :, part] @ k.mT[:, :, None] * scale).softmax(-1), (0, -grid.video % block))
+            return weights.unflatten(-1, (blocks, block)).sum((-1, -3)).log()
+
+        scores = by_query_blocks(asked, blocks, q.shape[0] * q.shape[1] * rows.shape[3] * grid.video)
         queries = Clusters.beside_text((in_place // block)[None, None], blocks, grid)
         keys = Clusters.beside_text(rank.argsort(-1) // block, blocks, grid)
         if grid.tokens > grid.video:

@@ -40,7 +40,7 @@ class Radial(Pattern):
         decay: width of the windows; the authors use 0.2 for Wan 2.1, 0.8 for Wan 2.2, 0.95 for HunyuanVideo.
         near: frames at most this far apart attend to each other whole; -1: not even a frame to itself.
         floor: the narrowest window, in blocks (the authors: 1).
-        sink: every query keeps frame 0 (the authors: Wan yes, HunyuanVideo no).
+        sink: every query keeps frame 0 (the authors: HunyuanVideo no, like the default decay; Wan yes).
     """
 
     knob: ClassVar[str] = "decay"
@@ -49,7 +49,7 @@ class Radial(Pattern):
     decay: float = 0.95
     near: int = 1
     floor: float = 1.0
-    sink: bool = True
+    sink: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

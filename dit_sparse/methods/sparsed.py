@@ -6,7 +6,8 @@ each block and the keys of each block, decides for the whole generation. Selecti
 keeps the same fraction of its best blocks, so that none starves.
 
 Differs from the authors: their groups are prompt and answer; here text is always kept, and the video is cut into
-``groups`` runs of frames. Scores are divided by the square root of head_dim (their code: of the number of heads).
+``groups`` runs of frames. The map is that of every fourth query (``rows``). Scores are divided by the square root of
+head_dim (their code: of the number of heads).
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ class SparseD(Method):
     Attributes:
         density: the authors use .3.
         groups: runs of frames that are chosen from apart.
-        rows: queries of each block that are looked at, a divisor of the block; None: all.
+        rows: queries of each block that are looked at, a divisor of the block; None, or more than it has: all.
     """
 
     groups: int = 3
-    rows: int | None = None
+    rows: int | None = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +43,8 @@ class SparseD(Method):
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         if "plan" not in memory:
-            mass = block_mass(q, k, log_sum_exp(q, k), site.block, rows=self.rows)
+            rows = min(self.rows or site.block, site.block)
+            mass = block_mass(q, k, log_sum_exp(q, k, every=site.block // rows), site.block, rows=rows)
             always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
             parts = mass.masked_fill(always, torch.inf).tensor_split(self.groups, -1)
             density = 0.3 if self.density is None else self.density

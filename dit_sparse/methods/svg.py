@@ -25,6 +25,7 @@ from .. import order
 from ..grid import Grid, Site
 from ..method import Method, Pattern
 from ..plan import Plan, blocks_in
+from ..scoring import sampled_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,14 @@ class Band(Pattern):
     def keep(self, grid: Grid, block: int) -> Tensor:
         place = torch.arange(blocks_in(grid.tokens, block))
         return (place[:, None] - place).abs() * block <= self.width * grid.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temporal(Band):
+    """The band of the temporal heads."""
+
+    def order(self, grid: Grid, block: int) -> Tensor:
+        return order.frame_last(grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +78,7 @@ class SVG(Method):
 
     def _kept_mass(self, q: Tensor, k: Tensor, keep: Tensor, orders: Tensor, grid: Grid, block: int) -> list[Tensor]:
         """Attention that the sampled queries of each head keep in either order, ``[B, H]`` each."""
-        generator = torch.Generator().manual_seed(self.seed)
-        rows = torch.randint(grid.before, grid.before + grid.video, (self.samples,), generator=generator).to(q.device)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
-        weights = (q[:, :, rows].float() @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+        rows, weights = sampled_attention(q, k, grid, self.samples, self.seed)
         blocks = [one.argsort() // block for one in orders]
         return [(weights * keep[at[rows]][:, at]).sum((-2, -1)) for at in blocks]
 

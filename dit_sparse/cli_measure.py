@@ -1,0 +1,160 @@
+"""``dit-sparse compare`` and ``dit-sparse profile``: methods measured on a model, side by side or head by head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .terminal import console, one_sentence, progress_bars
+
+Model = Annotated[str, typer.Option(help="shapes-wan, a local diffusers folder, or a name on the hub.")]
+Prompts = Annotated[str, typer.Option(help="How many of the bundled prompts, or a file with one prompt a line.")]
+DenseSteps = Annotated[str, typer.Option(help="First steps kept dense: a count or a fraction.")]
+Steps = Annotated[int | None, typer.Option(min=2, help="Denoising steps.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames to ask the pipeline for.")]
+Side = Annotated[int | None, typer.Option(min=1, help="In pixels.")]
+Block = Annotated[int | None, typer.Option(help="Tokens in a block.")]
+
+
+def compare(
+    methods: Annotated[
+        str, typer.Option(help="Names, separated by commas: all, radial, radial|sink, rettention(svg2), profile:NAME.")
+    ] = "all",
+    density: Annotated[float, typer.Option("--density", "-d", help="Fraction of the pairs to compute.")] = 0.25,
+    prompts: Prompts = "4",
+    model: Model = "shapes-wan",
+    dense_steps: DenseSteps = "0.25",
+    executor: Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")] = "auto",
+    block: Block = None,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Side = None,
+    width: Side = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for compare.json.")] = Path("out/compare"),
+) -> None:
+    """Compare methods with dense attention and with each other, at one density."""
+    with one_sentence():
+        from dit_sparse import Schedule
+        from dit_sparse.eval.compare import Comparison
+
+        task = Comparison(
+            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            prompts=read_prompts(prompts),
+            density=density,
+            out=out,
+            schedule=Schedule(dense_steps=count_or_fraction(dense_steps)),
+            executor=executor,
+            block=block,
+            model=model,
+            call=given(num_inference_steps=steps, num_frames=frames, height=height, width=width),
+        )
+        with progress_bars() as stage:
+            result = task.run(stage)
+    console.print(_comparison(result["rows"]))
+    console.print(f"{len(result['prompts'])} prompts, {result['device']}; {escape(str(out / 'compare.json'))}")
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="shapes-wan, a local diffusers folder, or a name on the hub.")],
+    prompts: Prompts = "2",
+    candidates: Annotated[
+        str, typer.Option(help="Methods to try on every head, separated by commas; vdit stands for its four modes.")
+    ] = "svg.spatial,svg.temporal,radial,vdit.vertical",
+    target_density: Annotated[float | None, typer.Option(help="Mean density of the heads.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Or: root mean square of the heads' relative errors.")] = None,
+    dense_steps: DenseSteps = "0.25",
+    block: Block = None,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Side = None,
+    width: Side = None,
+    check: Annotated[Path | None, typer.Option(help="Do not search: does this profile still fit?")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write.")] = Path("out/profile.json"),
+) -> None:
+    """Find a method for every head of a model, and write it down as a profile."""
+    with one_sentence():
+        from dit_sparse import Profile, Schedule
+        from dit_sparse.eval.profiling import Profiling, drifted
+
+        call = given(num_inference_steps=steps, num_frames=frames, height=height, width=width)
+        if check is not None:
+            checked = Profile.load(check)
+            with progress_bars() as stage:
+                then, now = drifted(checked, model, read_prompts(prompts), call, stage)
+            verdict = "it fits" if now <= 1.25 * then else "it has drifted: search again with these prompts or sizes"
+            console.print(f"relative error {now:.3f}, {then:.3f} when it was made: {verdict}")
+            return
+        if target_density is None and max_error is None:
+            target_density = 0.25
+        task = Profiling(
+            model=model,
+            prompts=read_prompts(prompts),
+            candidates=candidates,
+            out=out,
+            target_density=target_density,
+            max_error=max_error,
+            schedule=Schedule(dense_steps=count_or_fraction(dense_steps)),
+            block=block,
+            call=call,
+        )
+        with progress_bars() as stage:
+            made = task.run(stage)
+    for letter, entry in made.methods.items():
+        settings = ", ".join(f"{name}={value}" for name, value in entry.settings.items())
+        console.print(f"  {letter}  {entry.method} {settings}", highlight=False, markup=False)
+    console.print("  " + " ".join(made.layers), markup=False)
+    told = made.measured
+    console.print(f"density {told['density']}, relative error {told['error']}: {escape(str(out))} and its .png")
+
+
+def read_prompts(text: str) -> list[str]:
+    """``"4"``: so many prompts of the bundled model; else the lines of a file.
+
+    Raises:
+        ValueError: neither.
+    """
+    from dit_sparse.shapes.judge import held_out_tasks
+
+    if text.isdigit() and int(text):
+        return [task.text for task in held_out_tasks(int(text))]
+    if not Path(text).is_file():
+        raise ValueError(f"--prompts is a number, at least 1, or a file with one prompt a line, not {text!r}")
+    return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
+
+
+def count_or_fraction(text: str | None) -> int | float | None:
+    """``"3"`` is a count, ``"0.2"`` a fraction."""
+    if text is None:
+        return None
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--dense-steps is a count such as 3 or a fraction such as 0.2, not {text!r}") from None
+
+
+def given(**values: object) -> dict:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _comparison(rows: list[dict]) -> Table:
+    table = Table(
+        "method", "density", "error", "retained", "PSNR, dB", "SSIM", "seconds", "attention, s", "planning", box=None
+    )
+    number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+    for row in sorted(rows, key=lambda row: -(row["psnr"] or 99)):
+        table.add_row(
+            escape(row["method"]),
+            number(row["density_achieved"], 3),
+            number(row["error"], 2),
+            number(row["retained"], 2),
+            number(row["psnr"], 1),
+            number(row["ssim"], 3),
+            number(row["seconds"], 1),
+            number(row["attention_seconds"], 1),
+            f"{row['planning_share']:.0%}",
+        )
+    return table

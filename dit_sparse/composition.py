@@ -1,0 +1,167 @@
+"""Methods made of methods: around one, from step to step, head by head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .grid import Grid, Site
+from .method import Computed, Method
+from .plan import Plan
+from .scoring import pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Around(Method):
+    """A method that adds something to another one. A density given here is that of the inner one.
+
+    Attributes:
+        inner: the method that plans. It may not correct its outputs itself.
+    """
+
+    inner: Method
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.inner, Method):
+            raise ValueError(f"inner is a dit_sparse.Method, not {type(self.inner).__name__}")
+        if corrects(self) and corrects(self.inner):
+            raise ValueError(f"{type(self).__name__} and {type(self.inner).__name__} would both correct the output")
+        density = self.inner.density if self.density is None else self.density
+        object.__setattr__(self, "density", density)
+        object.__setattr__(self, "inner", replace(self.inner, density=density))
+
+    @property
+    def static(self) -> bool:
+        return self.inner.static
+
+    def fits(self, layers: int, heads: int) -> None:
+        self.inner.fits(layers, heads)
+
+    def begin(self, q: Tensor, site: Site) -> None:
+        self.inner.begin(q, site)
+
+    def order(self, grid: Grid, block: int) -> Tensor | None:
+        return self.inner.order(grid, block)
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
+        return self.inner.plan(q, k, site, memory.setdefault("inner", {}))
+
+
+def corrects(method: Method) -> bool:
+    """Whether a method changes what the executor computed."""
+    return type(method).correct is not Method.correct
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cached(Around):
+    """Keeps a plan over several steps: for a fixed number of them, and as long as the queries stay what they were.
+
+    Source of the second rule: W. Wu et al., "TokenSelect", arXiv:2411.02886, who reuse a selection while the cosine of
+    a query with the one that it was made for stays above a threshold. Here the queries are means of blocks.
+
+    Attributes:
+        every: plan anew after so many steps at the latest; None: never for that reason.
+        drift: plan anew when 1 - cosine, averaged over blocks, exceeds it; None: never for that reason. Comparing
+            waits for the device once a call.
+    """
+
+    static = False
+    every: int | None = None
+    drift: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.every is not None and self.every < 1) or (self.drift is not None and not 0 <= self.drift <= 2):
+            raise ValueError(f"every is at least 1 and drift from 0 to 2, not {self.every} and {self.drift}")
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
+        means = None if self.drift is None else pool(q, site.block)
+        if "plan" not in memory or self._stale(means, site, memory):
+            memory.update(plan=super().plan(q, k, site, memory), step=site.step, means=means)
+        return memory["plan"]
+
+    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        return self.inner.correct(done, site, memory["inner"])
+
+    def _stale(self, means: Tensor | None, site: Site, memory: dict) -> bool:
+        if self.every is not None and site.step - memory["step"] >= self.every:
+            return True
+        return means is not None and float(1 - F.cosine_similarity(means, memory["means"], -1).mean()) > self.drift
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerHead(Method):
+    """A method of its own for every head, all in one launch: what a profile says.
+
+    Attributes:
+        methods: letter and method, one pair for each. Those that make clusters cannot share a launch with others.
+        layers: a string a layer, a letter a head.
+    """
+
+    methods: tuple[tuple[str, Method], ...]
+    layers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = [letter for letter, _ in self.methods]
+        if self.density is not None:
+            raise ValueError("the methods of the heads have a density each; the mixture has none to give")
+        if len(set(known)) < len(known) or any(len(letter) != 1 for letter in known):
+            raise ValueError(f"every method has one letter of its own, not {known}")
+        if unknown := set("".join(self.layers)) - set(known):
+            raise ValueError(f"the layers name {sorted(unknown)}, but the methods are {known}")
+
+    @property
+    def needs_lse(self) -> bool:
+        return any(method.needs_lse for _, method in self.methods)
+
+    def fits(self, layers: int, heads: int) -> None:
+        if layers != len(self.layers):
+            raise ValueError(f"this is made for {len(self.layers)} layers of self-attention; the model has {layers}")
+        if wrong := [len(line) for line in self.layers if len(line) != heads]:
+            raise ValueError(f"this is made for {wrong[0]} heads a layer; the model has {heads}")
+        for _, method in self.methods:
+            method.fits(layers, heads)
+
+    def begin(self, q: Tensor, site: Site) -> None:
+        for _, method in self.methods:
+            method.begin(q, site)
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        line = self._line(q, site)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        plans, choice = [], torch.zeros(1, len(line), dtype=torch.long, device=q.device)
+        for letter, method in self._used(line):
+            heads = _places(line, letter, q.device)
+            plan = method.plan(q[:, heads], k[:, heads], site, memory.setdefault(letter, {}))
+            plan = Plan.full(site.grid.tokens, site.block, q.device) if plan is None else plan
+            if not isinstance(plan, Plan):
+                raise ValueError(f"{type(method).__name__} makes clusters, which heads with blocks cannot share")
+            choice[:, heads] = len(plans)
+            plans.append(plan.spread(heads, len(line)))
+        return Plan.by_head(plans, choice)
+
+    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        line, (out, lse) = self._line(done.q, site), (done.out, done.lse)
+        for letter, method in self._used(line):
+            if corrects(method):
+                mine = torch.tensor([one == letter for one in line], device=out.device)[:, None]
+                better, its_lse = method.correct(done, site, memory[letter])
+                out = torch.where(mine[..., None], better, out)
+                lse = lse if lse is None or its_lse is None else torch.where(mine, its_lse, lse)
+        return out, lse
+
+    def _used(self, line: str) -> list[tuple[str, Method]]:
+        return [(letter, method) for letter, method in self.methods if letter in line]
+
+    def _line(self, q: Tensor, site: Site) -> str:
+        self.fits(site.layers, q.shape[1])
+        return self.layers[site.layer]
+
+
+def _places(line: str, letter: str, device: torch.device) -> Tensor:
+    return torch.tensor([place for place, one in enumerate(line) if one == letter], device=device)

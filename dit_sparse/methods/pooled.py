@@ -1,0 +1,81 @@
+"""Pooled: what a plan drops is not forgotten but seen from afar, a group of keys as one.
+
+Source: H. Ren et al., "Combiner: Full Attention Transformer with Sparse Computation Cost", arXiv:2107.05768, whose
+direct and pooled regions share one softmax; the global branch of Video-BLADE (P. Gu et al., arXiv:2508.10774) is a
+relative. A dropped group j of n keys with mean m and variance s (of each channel) joins the softmax of query q as
+
+    logit  q.m / sqrt(D) + log n + (q^2 . s) / 2D,        value  the mean of its values,
+
+the last summand because the mean of exponentials exceeds the exponential of the mean (a Gaussian's second cumulant).
+
+Differs from the authors: nothing is trained, only dropped groups are pooled (BLADE pools all, and so counts the kept
+ones twice), and the variance is ours. The kept part and the pooled one are merged by their log-sum-exps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..clusters import ClusterPlan
+from ..composition import Around
+from ..grid import Site
+from ..method import Computed, Method
+from ..plan import Plan
+from ..scoring import SCORES_PER_CHUNK, merged
+from .radial import Radial
+
+USUAL = Radial()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooled(Around):
+    """A correction around any plan, for blocks and clusters alike. Costs two products a query and group.
+
+    Attributes:
+        variance: whether the variance of the keys counts.
+    """
+
+    needs_lse = True
+    inner: Method = USUAL
+    variance: bool = True
+
+    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor]:
+        q, plan = done.q.float(), done.plan
+        heads, tokens, dim = q.shape[1:]
+        scale = dim**-0.5 if done.scale is None else done.scale
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1).float() for x in (done.k, done.v))
+        size, key, value, spread = _pooled(k, v, plan)
+        keep, row = plan.keep(), plan.query_group
+        parts = []
+        for some in torch.arange(tokens, device=q.device).split(max(1, SCORES_PER_CHUNK // size.numel())):
+            logits = q[:, :, some] @ key.mT * scale + size.log()[:, :, None]
+            if self.variance:
+                logits += q[:, :, some].square() @ spread.mT * (scale**2 / 2)
+            logits = logits.masked_fill(torch.take_along_dim(keep, row[..., some, None], 2), -torch.inf)
+            lse = logits.logsumexp(-1)
+            parts.append(((logits - lse.nan_to_num(neginf=0.0)[..., None]).exp() @ value, lse))
+        out, lse = merged(done.out, done.lse, *(torch.cat(part, 2) for part in zip(*parts, strict=True)))
+        return out.to(done.out.dtype), lse
+
+
+def _pooled(k: Tensor, v: Tensor, plan: Plan | ClusterPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Size ``[B, H, G]``, mean key, mean value and variance of the keys ``[B, H, G, D]`` of every group of keys.
+    Padding belongs to none; an empty group has size 0."""
+    lead, groups = k.shape[:2], plan.key_sizes.shape[-1]
+    real = torch.ones(1, plan.tokens, device=k.device)
+    if plan.lengths is not None:
+        real = (torch.arange(plan.tokens, device=k.device) < plan.lengths[:, None]).float()
+    weight = real[:, None].expand(*lead, -1)
+    label = plan.key_group.expand(*lead, -1)
+    size = weight.new_zeros(*lead, groups).scatter_add_(2, label, weight)
+
+    def mean(x: Tensor) -> Tensor:
+        total = x.new_zeros(*lead, groups, x.shape[-1])
+        total.scatter_add_(2, label[..., None].expand_as(x), x * weight[..., None])
+        return total / size.clamp(min=1)[..., None]
+
+    key = mean(k)
+    return size, key, mean(v), (mean(k.square()) - key.square()).clamp(min=0)

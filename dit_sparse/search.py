@@ -1,0 +1,199 @@
+"""Which method for which head: candidates are measured while a pipeline runs densely, then chosen under a budget.
+
+Measured is the relative error of a head's output, ``|O_m - O| / |O|``, for attention mass explains only a part of it.
+Choosing is a Lagrangian: with a price on density every head takes the candidate with the least ``error^2 + price *
+density``, and the price is bisected until the mean meets the target. Sparse-vDiT (arXiv:2506.03065) fixes the price and
+an absolute error instead; here both follow from what is asked for.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .composition import PerHead
+from .engine import enable
+from .grid import Site
+from .kernels.pick import pick
+from .kernels.trial import Kind, cost
+from .method import Computed, Method
+from .methods import method
+from .methods.dense import Dense
+from .methods.rettention import Rettention
+from .schedule import Schedule
+
+DEFAULT = "svg.spatial,svg.temporal,radial,vdit.vertical"
+VDIT = ("svg.spatial", "svg.temporal", "vdit.vertical", "vdit.skip")
+SPREAD = (0.4, 0.7, 1.0, 1.5, 2.5)  # densities at which every candidate is tried, as multiples of the target
+STEPS_MEASURED = 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method by its name, as it is tried."""
+
+    name: str
+    method: Method
+
+
+@dataclass
+class Measured:
+    """What was seen, ``[candidates, layers, heads]`` each: squared relative error, density, and seconds a call by the
+    cost that was measured for the executor; and where."""
+
+    error: Tensor
+    density: Tensor
+    seconds: Tensor
+    grids: set[str] = field(default_factory=set)
+    steps: set[int] = field(default_factory=set)
+
+
+def candidates(names: str, density: float) -> list[Candidate]:
+    """All methods named, separated by commas, at several densities around the target; dense attention beside them.
+
+    Raises:
+        ValueError: an unknown name, or a method that cannot be judged by single calls or share a launch.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    wanted = [part for name in wanted for part in (VDIT if name == "vdit" else (name,))]
+    tried = [Candidate("dense", Dense())]
+    for name in dict.fromkeys(wanted):
+        if isinstance(method(name), Rettention | PerHead):
+            raise ValueError(f"{name} cannot be a candidate: it is not judged by single calls")
+        if name in ("dense", "svg2"):
+            raise ValueError(f"{name} cannot be a candidate: " + {
+                "dense": "it is one always", "svg2": "clusters cannot share a launch with blocks"}[name])  # fmt: skip
+        some = (1.0,) if name == "vdit.skip" else [factor for factor in SPREAD if factor * density < 1]
+        tried += [Candidate(name, method(name, density=factor * density)) for factor in some]
+    return tried
+
+
+def measure(
+    pipe: Any, generate: Callable[[], None], tried: Sequence[Candidate], schedule: Schedule, block: int | None = None
+) -> Measured:
+    """Run ``generate()``, which makes clips with ``pipe``, densely, and try the candidates on some of its calls.
+
+    Args:
+        pipe: a pipeline, as for ``enable``.
+        generate: makes one clip or several.
+        tried: the candidates.
+        schedule: only calls that it would make sparse are looked at: the first, the last and one between.
+        block: tokens in a block.
+    """
+    sums: dict[int, list] = {}
+    seen = Measured(torch.empty(0), torch.empty(0), torch.empty(0))
+
+    def note(site: Site, rows: tuple[Tensor, Tensor, Tensor]) -> None:
+        seen.grids.add(str(site.grid))
+        seen.steps.add(site.step)
+        sums.setdefault(site.layer, []).append(torch.stack(rows))
+
+    probe = _Probe(tried=tuple(one.method for one in tried), note=note, schedule=schedule)
+    run = enable(pipe, probe, dense_steps=0, min_tokens=0, block=block)
+    try:
+        generate()
+    finally:
+        run.disable()
+    if not sums:
+        raise ValueError("no call of this pipeline could be made sparse, so there is nothing to choose")
+    layers = [torch.stack(sums[layer]).mean(0) for layer in sorted(sums)]  # [3, candidates, heads]
+    seen.error, seen.density, seen.seconds = torch.stack(layers, 2).unbind(0)
+    return seen
+
+
+def choose(
+    error: Tensor, density: Tensor, target_density: float | None = None, max_error: float | None = None
+) -> Tensor:
+    """Number of the candidate for every layer and head, int64 ``[L, H]``.
+
+    Args:
+        error: squared relative errors, ``[candidates, L, H]``.
+        density: of every candidate, likewise; one of them is dense, with density 1 and error 0.
+        target_density: the mean density may not exceed it; or
+        max_error: the root of the mean squared error may not exceed it.
+
+    Raises:
+        ValueError: not exactly one of the two is given, or no choice meets it.
+    """
+    if (target_density is None) == (max_error is None):
+        raise ValueError("give a target density or a maximal error, one of the two")
+    at = lambda price: (error + price * density).argmin(0)
+    taken = lambda table, choice: table.gather(0, choice[None])[0].mean()
+    fits = (
+        (lambda choice: taken(density, choice) <= target_density + 1e-6)
+        if max_error is None
+        else lambda choice: taken(error, choice) > max_error**2
+    )
+    low, high = 1e-9, 1e9  # cheap: everything is dense; dear: everything is as sparse as can be
+    if max_error is None and not fits(at(high)):
+        raise ValueError(f"no candidate is sparse enough for a mean density of {target_density}")
+    for _ in range(80):
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if fits(at(middle)) else (middle, high)
+    return _filled(error, density, at(high), target_density) if max_error is None else at(low)
+
+
+def _filled(error: Tensor, density: Tensor, choice: Tensor, target: float) -> Tensor:
+    """Spend what the Lagrangian left: head by head the change that removes most error for its density."""
+    choice, (layers, heads) = choice.clone(), choice.shape
+    while True:
+        here = choice[None]
+        gain, price = error.gather(0, here) - error, (density - density.gather(0, here)) / (layers * heads)
+        room = target + 1e-6 - density.gather(0, here).mean()
+        worth = torch.where((gain > 0) & (price <= room), gain / price.clamp(min=1e-9), -1.0)
+        best = int(worth.argmax())
+        if worth.flatten()[best] <= 0:
+            return choice
+        candidate, place = divmod(best, layers * heads)
+        choice.view(-1)[place] = candidate
+
+
+def letters(tried: Sequence[Candidate], choice: Tensor) -> tuple[dict[str, Candidate], list[str]]:
+    """A letter for every candidate that was chosen, and a string for every layer."""
+    alphabet = string.ascii_lowercase + string.ascii_uppercase + string.digits
+    used = dict(zip(choice.unique().tolist(), alphabet, strict=False))
+    lines = ["".join(used[number] for number in layer) for layer in choice.tolist()]
+    return {letter: tried[number] for number, letter in used.items()}, lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probe(Method):
+    """Dense attention that tries other methods on the side."""
+
+    tried: tuple[Method, ...]
+    note: Callable[[Site, tuple[Tensor, Tensor, Tensor]], None]
+    schedule: Schedule
+
+    def plan(self, q, k, site, memory):
+        return method("svg.spatial", density=1.0).plan(q, k, site, memory)
+
+    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        first = self.schedule.first_sparse_step(site.steps)
+        looked_at = torch.linspace(first, (site.steps or first + 1) - 1, STEPS_MEASURED).round().tolist()
+        if site.step in looked_at:
+            rows = [self._try(one, done, site, memory.setdefault(i, {})) for i, one in enumerate(self.tried)]
+            self.note(site, tuple(torch.stack(row).cpu() for row in zip(*rows, strict=True)))
+        return done.out, done.lse
+
+    def _try(self, one: Method, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared relative error, density and predicted seconds of every head, ``[H]`` each."""
+        heads, pairs = done.q.shape[1], done.q.shape[2] ** 2
+        plan = one.plan(done.q, done.k, site, memory)
+        if plan is None:
+            seconds = cost("dense", Kind.of(done.q, done.plan)).seconds(pairs)
+            return torch.zeros(heads), torch.ones(heads), torch.full((heads,), seconds)
+        plan = plan.padded(done.plan.lengths)
+        choice = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
+        out, lse = choice.executor.attend(done.q, done.k, done.v, plan, scale=done.scale)
+        dense = lambda: (done.out, done.lse)
+        out, _ = one.correct(Computed(done.q, done.k, done.v, plan, done.scale, out, lse, dense), site, memory)
+        wrong = (out.float() - done.out.float()).square().sum((0, 2, 3))
+        density = plan.share_by_head.mean(0).float().cpu().expand(heads)
+        price = cost(choice.name, Kind.of(done.q, plan))
+        seconds = price.fixed / heads + price.per_pair * pairs * density
+        return wrong.cpu() / done.out.float().square().sum((0, 2, 3)).cpu(), density, seconds

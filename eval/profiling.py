@@ -1,0 +1,145 @@
+"""Making a profile: a few clips, every candidate on every head, a choice, a JSON file and a picture of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_sparse import Profile, Schedule, prepare, search
+from dit_sparse.pipelines.family import family_of
+
+from .environment import conditions
+from .files import aside, save_picture, writable_folder
+from .generate import BUNDLED, BUNDLED_CALL, Progress, generate, load
+from .pictures import heat_map
+
+Stage = Callable[[str], Progress]
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """What is searched for; everything is checked before any long work.
+
+    Attributes:
+        model: the bundled one, a local diffusers folder, or a name on the hub.
+        prompts: one clip each, seeds 0, 1, ...
+        candidates: names of methods, separated by commas.
+        out: the JSON file; a picture of the same name stands beside it.
+        target_density, max_error: one of the two, see ``search.choose``.
+        schedule: which steps and layers stay dense.
+        call: arguments of the pipeline.
+    """
+
+    model: str
+    prompts: Sequence[str]
+    candidates: str
+    out: Path
+    target_density: float | None = None
+    max_error: float | None = None
+    schedule: Schedule = Schedule()  # noqa: RUF009
+    block: int | None = None
+    call: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("there are no prompts to measure candidates on")
+        if (self.target_density is None) == (self.max_error is None):
+            raise ValueError("give a target density or a maximal error, one of the two")
+        if self.target_density is not None and not 0 < self.target_density < 1:
+            raise ValueError(f"the target density lies between 0 and 1, not at {self.target_density}")
+        if self.max_error is not None and self.max_error <= 0:
+            raise ValueError(f"the maximal error is a positive relative error, not {self.max_error}")
+        if self.out.suffix != ".json":
+            raise ValueError(f"--out names the profile and ends in .json, not {self.out}")
+        self.tried()
+        writable_folder(self.out.parent)
+        object.__setattr__(self, "call", (BUNDLED_CALL if self.model == BUNDLED else {}) | self.call)
+
+    def tried(self) -> list[search.Candidate]:
+        return search.candidates(self.candidates, self.target_density or 0.25)
+
+    def run(self, stage: Stage) -> Profile:
+        """Measure, choose, write the JSON and the picture."""
+        pipe, tried = prepare(load(self.model)), self.tried()
+        seen = search.measure(pipe, lambda: self._generate(pipe, stage), tried, self.schedule, self.block)
+        choice = search.choose(seen.error, seen.density, self.target_density, self.max_error)
+        used, layers = search.letters(tried, choice)
+        taken = lambda table: table.gather(0, choice[None])[0]
+        error = taken(seen.error).sqrt()
+        profile = Profile(
+            model=self.model,
+            transformer=_transformer(pipe),
+            source="measured",
+            schedule={name: getattr(self.schedule, name) for name in ("dense_steps", "dense_layers", "every")},
+            methods={letter: {"method": one.name, "settings": _given(one)} for letter, one in used.items()},
+            layers=layers,
+            measured={
+                "density": _short(taken(seen.density).mean()),
+                "error": _short(taken(seen.error).mean().sqrt()),
+                "seconds_of_dense": _short(taken(seen.seconds).sum() / seen.seconds[0].sum()),
+                "grids": sorted(seen.grids),
+                "steps": sorted(seen.steps),
+                "prompts": list(self.prompts),
+                "call": self.call,
+                "asked": {"target_density": self.target_density, "max_error": self.max_error},
+                "errors": [[_short(x) for x in row] for row in error],
+                "candidates": [_told(one, *rows) for one, *rows in zip(tried, seen.error, seen.density, strict=True)],
+                **conditions(),
+            },
+        )
+        with aside(self.out) as draft:
+            draft.write_text(profile.dumps())
+        title = f"{self.model}: relative error by layer and head, density {float(taken(seen.density).mean()):.3f}"
+        save_picture(self.out.with_suffix(".png"), heat_map(error.clamp(max=1), title, layers))
+        return profile
+
+    def _generate(self, pipe: Any, stage: Stage) -> None:
+        progress = stage("measuring")
+        for number, prompt in enumerate(self.prompts):
+            told = lambda done, steps, n=number: progress(n * steps + done, len(self.prompts) * steps)
+            generate(pipe, prompt, number, self.call, told)
+
+
+def drifted(profile: Profile, model: str, prompts: Sequence[str], call: dict, stage: Stage) -> tuple[float, float]:
+    """The relative error that a measured profile had when it was made, and the one it has on these prompts and sizes.
+
+    Raises:
+        ValueError: the profile was not measured, or is made for another model.
+    """
+    if not profile.measured:
+        raise ValueError(f"the profile {profile.model} was not measured, so there is nothing to compare with")
+    pipe = prepare(load(model))
+    mixture = profile.mixture()
+    call = (BUNDLED_CALL if model == BUNDLED else {}) | call
+
+    def clips() -> None:
+        progress = stage("checking")
+        for number, prompt in enumerate(prompts):
+            told = lambda done, steps, n=number: progress(n * steps + done, len(prompts) * steps)
+            generate(pipe, prompt, number, call, told)
+
+    seen = search.measure(pipe, clips, [search.Candidate("profile", mixture)], profile.when())
+    return profile.measured["error"], float(seen.error[0].mean().sqrt())
+
+
+def _transformer(pipe: Any) -> str:
+    parts = [part for name, part in pipe.components.items() if name.startswith("transformer") and family_of(part)]
+    return type(parts[0]).__name__
+
+
+def _given(one: search.Candidate) -> dict:
+    """Only the settings that differ from the usual ones."""
+    usual = type(one.method)().settings() if one.name != "random_blocks" else {}
+    return {name: value for name, value in one.method.settings().items() if usual.get(name) != value}
+
+
+def _told(one: search.Candidate, error: torch.Tensor, density: torch.Tensor) -> dict:
+    return {"method": one.name, "density": _short(density.mean()), "error": _short(error.mean().sqrt())}
+
+
+def _short(value: torch.Tensor) -> float:
+    return round(float(value), 4)
