@@ -19,7 +19,7 @@ class Around(Method):
     """A method that adds something to another one. A density given here is that of the inner one.
 
     Attributes:
-        inner: the method that plans. It may not correct its outputs itself.
+        inner: the method that plans.
     """
 
     inner: Method
@@ -28,8 +28,6 @@ class Around(Method):
         super().__post_init__()
         if not isinstance(self.inner, Method):
             raise ValueError(f"inner is a dit_sparse.Method, not {type(self.inner).__name__}")
-        if corrects(self) and corrects(self.inner):
-            raise ValueError(f"{type(self).__name__} and {type(self.inner).__name__} would both correct the output")
         density = self.inner.density if self.density is None else self.density
         object.__setattr__(self, "density", density)
         object.__setattr__(self, "inner", replace(self.inner, density=density))
@@ -37,6 +35,10 @@ class Around(Method):
     @property
     def static(self) -> bool:
         return self.inner.static
+
+    @property
+    def needs_lse(self) -> bool:
+        return self.inner.needs_lse
 
     def fits(self, layers: int, heads: int) -> None:
         self.inner.fits(layers, heads)
@@ -50,9 +52,26 @@ class Around(Method):
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
         return self.inner.plan(q, k, site, memory.setdefault("inner", {}))
 
+    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        return self.inner.correct(done, site, memory.setdefault("inner", {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction(Around):
+    """A method that changes what the executor computed, by any plan."""
+
+    needs_lse = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if corrects(self.inner):
+            raise ValueError(f"{type(self).__name__} and {type(self.inner).__name__} would both correct the output")
+
 
 def corrects(method: Method) -> bool:
     """Whether a method changes what the executor computed."""
+    if type(method).correct is Around.correct:
+        return corrects(method.inner)
     return type(method).correct is not Method.correct
 
 
@@ -83,9 +102,6 @@ class Cached(Around):
         if "plan" not in memory or self._stale(means, site, memory):
             memory.update(plan=super().plan(q, k, site, memory), step=site.step, means=means)
         return memory["plan"]
-
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        return self.inner.correct(done, site, memory["inner"])
 
     def _stale(self, means: Tensor | None, site: Site, memory: dict) -> bool:
         if self.every is not None and site.step - memory["step"] >= self.every:

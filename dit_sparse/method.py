@@ -170,7 +170,8 @@ class Scorer(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Union(Pattern):
-    """All that any of some patterns keeps: ``Radial() | Sink()``. A density widens the first one, the others stay."""
+    """All that any of some patterns keeps: ``Radial() | Sink()``. A density widens the first one, and the others stay
+    where they leave room for it."""
 
     parts: tuple[Pattern, ...] = field(default=())
 

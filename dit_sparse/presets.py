@@ -51,7 +51,7 @@ class Profile(BaseModel):
     model: str
     transformer: str
     source: str
-    schedule: dict[str, float] = Field(default_factory=dict)
+    schedule: dict[str, int | float] = Field(default_factory=dict)
     methods: dict[str, Entry]
     layers: list[str]
     measured: dict[str, Any] | None = None
@@ -96,9 +96,8 @@ class Profile(BaseModel):
         return PerHead(methods=tuple(made), layers=tuple(self.layers))
 
     def when(self) -> Schedule:
-        """The schedule that goes with it: whole numbers above 1 are counts of steps or layers, others fractions."""
-        whole = lambda x: int(x) if x == int(x) and x != 1.0 else float(x)
-        return Schedule(**{name: int(x) if name == "every" else whole(x) for name, x in self.schedule.items()})
+        """The schedule that goes with it."""
+        return Schedule(**self.schedule)
 
 
 def names() -> list[str]:
@@ -120,11 +119,11 @@ def _find(name_or_path: str | Path) -> Path:
 
 
 def _pretty(value: Any, indent: str = "") -> str:
-    """JSON whose lists and dicts of plain values stay on one line."""
+    """JSON with a line for every string of a list, and one for every list of numbers."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    flat = json.dumps(value)
-    if not any(isinstance(part, dict | list) for part in inside) and (len(flat) < 100 or not isinstance(value, list)):
-        return flat
+    words = isinstance(value, list) and len(value) > 1 and any(isinstance(part, str) for part in inside)
+    if not words and not any(isinstance(part, dict | list) for part in inside):
+        return json.dumps(value)
     deeper = indent + " "
     if isinstance(value, dict):
         lines = [f"{deeper}{json.dumps(key)}: {_pretty(part, deeper)}" for key, part in value.items()]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..clusters import ClusterPlan
-from ..composition import Around
+from ..composition import Correction
 from ..grid import Site
 from ..method import Computed, Method
 from ..plan import Plan
@@ -31,14 +31,13 @@ USUAL = Radial()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pooled(Around):
+class Pooled(Correction):
     """A correction around any plan, for blocks and clusters alike. Costs two products a query and group.
 
     Attributes:
         variance: whether the variance of the keys counts.
     """
 
-    needs_lse = True
     inner: Method = USUAL
     variance: bool = True
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..composition import Around
+from ..composition import Correction
 from ..grid import Site
 from ..method import Computed, Method
 from ..plan import Plan
@@ -36,7 +36,7 @@ log = logging.getLogger("dit_sparse")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rettention(Around):
+class Rettention(Correction):
     """A correction around any plan.
 
     Needs ``H * N * (D * bytes + 4)`` bytes for every layer, branch and batch item, says so, and refuses to begin where
@@ -49,7 +49,6 @@ class Rettention(Around):
     """
 
     static = False
-    needs_lse = True
     inner: Method = USUAL
     every: int = 5
     ramp: float = 0.04

@@ -1,0 +1,418 @@
+"""Methods made of methods, and methods that correct what was computed."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_sparse import Cached, ClusterPlan, Grid, PerHead, Plan, Site, attention, enable
+from dit_sparse.kernels import reference
+from dit_sparse.method import Computed
+from dit_sparse.methods import METHODS, PARTS, method, name_of
+from dit_sparse.methods.pooled import Pooled
+from dit_sparse.methods.radial import Radial
+from dit_sparse.methods.rettention import Rettention
+from dit_sparse.methods.sink import Sink
+from dit_sparse.methods.vdit import VDiT, Vertical
+from dit_sparse.methods.window import Window
+from support import assert_near, cluster_token_mask, plan_of, qkv, random_cluster_plan, random_plan, token_mask
+from tiny import ALL
+
+GRID = Grid(5, 7, 3, after=11)  # 116 tokens
+BLOCK = 16
+
+
+def dense(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+# --- plans, head by head
+
+
+def test_by_head_takes_each_head_from_its_plan():
+    order = torch.randperm(116, generator=torch.Generator().manual_seed(0))
+    plans = [random_plan(116, BLOCK, density=d, seed=i, order=o, heads=h) for i, (d, o, h) in enumerate(
+        [(0.2, None, 1), (0.7, order, 1), (0.4, None, 3)]
+    )]  # fmt: skip
+    choice = torch.tensor([[0, 1, 2], [2, 2, 1]])
+    masks = [token_mask(plan, 2, 3) for plan in plans]
+    mixed = token_mask(Plan.by_head(plans, choice), 2, 3)
+    for b in range(2):
+        for h in range(3):
+            assert mixed[b, h].equal(masks[choice[b, h]][b, h])
+
+
+@pytest.mark.parametrize("plan", [random_plan(116, BLOCK, heads=2), random_cluster_plan(116, heads=2)], ids=["b", "c"])
+def test_whole_keeps_everything(plan):
+    assert plan.whole().keep().all() and plan.whole().density == pytest.approx(1)
+    q, k, v = qkv(116, batch=2)
+    for lengths in (None, torch.tensor([116, 116])):
+        assert_near(reference.attend(q, k, v, plan.whole().padded(lengths))[0], dense(q, k, v), 1e-5)
+
+
+def test_kept_by_is_the_token_mask():
+    for plan, mask in (
+        (random_plan(116, BLOCK, heads=2), token_mask),
+        (random_cluster_plan(116, heads=2), cluster_token_mask),
+    ):
+        rows = torch.tensor([0, 7, 115, 7])
+        assert plan.kept_by(rows).expand(1, 2, -1, -1).equal(mask(plan, 1, 2)[:, :, rows])
+
+
+# --- union
+
+
+@given(st.floats(0.4, 0.9), st.floats(0.5, 2))
+def test_a_union_keeps_what_either_keeps(density, frames):
+    first, second = Radial(density=density), Sink(frames=frames)
+    both = plan_of(Radial(decay=0.7) | second, GRID, BLOCK).keep()
+    assert both.equal(plan_of(Radial(decay=0.7), GRID, BLOCK).keep() | plan_of(second, GRID, BLOCK).keep())
+    sunk, grid = plan_of(second, Grid(9, 8, 10), 32), Grid(9, 8, 10)
+    united = plan_of(first | second, grid, 32)
+    assert (united.keep() | ~sunk.keep()).all()
+    pair = (32 / grid.tokens) ** 2
+    assert united.density == pytest.approx(max(density, sunk.density), abs=pair + 1e-9)
+
+
+def test_a_union_refuses_what_it_cannot_unite():
+    with pytest.raises(ValueError, match="only patterns"):
+        Radial() | method("svg")
+    with pytest.raises(ValueError, match="different token orders"):
+        plan_of(Radial() | Window(), GRID, BLOCK)
+
+
+# --- names and JSON
+
+
+NAMES = ["radial|sink", "rettention(adaspa)", "pooled(svg2)", "cached(xattention)", "cached(radial|sink)", "pooled"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_composition_has_a_name_that_makes_it(name):
+    what = method(name, density=0.4)
+    assert what.density == 0.4 and name_of(what) == name and method(name_of(what), density=0.4) == what
+    q, k, v = qkv(GRID.tokens)
+    out, lse = attention(q, k, v, grid=GRID, method=name, density=1.0, block=BLOCK, executor="reference")
+    assert_near(out, dense(q, k, v), 1e-5)
+    assert_near(lse, torch.logsumexp(q @ k.mT * 32**-0.5, -1), 1e-5)
+
+
+@pytest.mark.parametrize("name", [*PARTS, *NAMES[1:]])
+def test_settings_of_a_composition_travel_as_json(name):
+    given = dict(methods=(("a", Radial(density=0.3)),), layers=("aa",)) if name == "per_head" else {"density": 0.3}
+    given |= {"inner": method("svg")} if name == "cached" else {}
+    what = method(name, **given)
+    settings = json.loads(json.dumps(what.settings()))
+    assert method(name.split("(")[0], **settings) == what
+
+
+def test_wrong_compositions_are_named():
+    for name, words in (
+        ("radial|nope", "no method 'nope'"),
+        ("radial(window)", "radial has no setting 'inner'"),
+        ("rettention(pooled)", "would both correct"),
+        ("rettention(cached(pooled))", "would both correct"),
+    ):
+        with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+            method(name, density=0.3)
+
+
+# --- plans kept over steps
+
+
+def test_cached_plans_anew_after_so_many_steps():
+    what, memory = Cached(inner=method("adaspa", every=1, density=0.3), every=3), {}
+    plans = []
+    for step in range(2, 9):
+        q, k, _ = qkv(GRID.tokens, seed=step)
+        plans.append(what.plan(q, k, Site(GRID, BLOCK, step=step), memory))
+    assert [plan is plans[max(0, i - 1)] for i, plan in enumerate(plans)] == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_cached_plans_anew_when_the_queries_drift():
+    what, memory = Cached(inner=method("xattention", stride=4, density=0.3), drift=0.1), {}
+    q, k, _ = qkv(GRID.tokens)
+    site = Site(GRID, BLOCK)
+    first = what.plan(q, k, site, memory)
+    assert what.plan(1.5 * q + 0.01, k, site, memory) is first
+    other = what.plan(-q, k, site, memory)
+    assert other is not first and what.plan(-q, k, site, memory) is other
+
+
+def test_cached_lets_the_inner_method_correct():
+    q, k, v = qkv(GRID.tokens)
+    got, plain = (
+        attention(q, k, v, grid=GRID, method=name, density=0.3, block=BLOCK)[0] for name in ("cached(pooled)", "pooled")
+    )
+    assert got.equal(plain)
+
+
+# --- a method for every head
+
+
+def mixture(**given) -> PerHead:
+    made = dict(
+        r=Radial(density=0.3), x=method("xattention", stride=4, density=0.4), t=method("svg.temporal", density=0.3)
+    )
+    return PerHead(**({"methods": tuple(made.items()), "layers": ("rxtx", "tttt")} | given))
+
+
+def test_every_head_follows_its_own_method():
+    q, k, _ = qkv(GRID.tokens, heads=4, key_heads=2)
+    site = Site(GRID, BLOCK, layer=0, layers=2)
+    mixed = token_mask(mixture().plan(q, k, site, {}), 1, 4)
+    for head, letter in enumerate("rxtx"):
+        alone = dict(mixture().methods)[letter].plan(q, k, site, {})
+        assert mixed[0, head].equal(token_mask(alone, 1, 4)[0, head])
+    temporal = mixture().plan(q, k, Site(GRID, BLOCK, layer=1, layers=2), {})
+    assert temporal.order is not None and token_mask(temporal, 1, 4)[0, 0].equal(mixed[0, 2])
+
+
+def test_only_its_own_heads_are_corrected():
+    methods = (("s", method("vdit.skip")), ("p", Pooled(inner=Radial(density=0.3))), ("r", Radial(density=0.3)))
+    what = PerHead(methods=methods, layers=("srp",))
+    q, k, v = qkv(GRID.tokens, heads=3)
+    out, lse = attention(q, k, v, grid=GRID, method=what, block=BLOCK)
+    plain, _ = attention(q, k, v, grid=GRID, method=Radial(density=0.3), block=BLOCK)
+    pooled, pooled_lse = attention(q, k, v, grid=GRID, method=methods[1][1], block=BLOCK)
+    assert (out[:, 0] == 0).all() and what.needs_lse
+    assert_near(out[:, 1], plain[:, 1], 1e-6)
+    assert_near(out[:, 2], pooled[:, 2], 1e-6)
+    assert_near(lse[:, 2], pooled_lse[:, 2], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"layers": ("rq",)}, r"the layers name \['q'\]"),
+        ({"methods": (("r", Radial()), ("r", Window()))}, "one letter of its own"),
+        ({"methods": (("rx", Radial()),), "layers": ()}, "one letter of its own"),
+        ({"density": 0.3}, "has none to give"),
+    ],
+)
+def test_wrong_mixtures_are_named(given, words):
+    with pytest.raises(ValueError, match=words):
+        mixture(**given)
+
+
+def test_a_mixture_knows_which_model_it_is_for():
+    tiny = ALL["wan"]()
+    for layers, words in ((("rr",) * 3, "made for 3 layers of self-attention; the model has 2"),
+                          (("rrr",) * 2, "made for 3 heads a layer; the model has 2")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            enable(tiny.pipe, mixture(layers=layers))
+        assert not any(hasattr(m, "_sparse") for m in tiny.pipe.transformer.modules())
+    clusters = PerHead(methods=(("s", method("svg2", density=0.3)),), layers=("ss",))
+    with pytest.raises(ValueError, match="makes clusters"):
+        plan_of(clusters, GRID, BLOCK)
+
+
+# --- Re-ttention
+
+
+def steps_of(what: Rettention, inputs, grid=GRID):
+    """Outputs of several steps with one memory, and what the plan alone gives."""
+    memory, outs = {}, []
+    for step, (q, k, v) in inputs:
+        site = Site(grid, BLOCK, step=step)
+        plan = what.plan(q, k, site, memory)
+        dense_again = partial(reference.attend, q, k, v, plan.whole())
+        done = Computed(q, k, v, plan, None, *reference.attend(q, k, v, plan), dense_again)
+        outs.append((done, what.correct(done, site, memory)))
+    return outs
+
+
+@pytest.mark.parametrize("inner", ["window", "svg2", "adaspa"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_rettention_is_dense_while_nothing_changes(inner, offload):
+    q, k, v = qkv(GRID.tokens, batch=2)
+    what = Rettention(inner=method(inner, density=0.2), ramp=0.0, offload=offload)
+    for _, (out, lse) in steps_of(what, [(step, (q, k, v)) for step in (3, 4, 5)]):
+        assert_near(out, dense(q, k, v), 1e-5)
+        assert_near(lse, torch.logsumexp(q @ k.mT * 32**-0.5, -1), 1e-5)
+
+
+def test_rettention_between_refreshes_is_the_formula():
+    what, first, other = Rettention(density=0.2, every=4, ramp=0.3), qkv(GRID.tokens), qkv(GRID.tokens, seed=1)
+    outs = steps_of(what, [(3, first), (4, other), (5, other), (6, other), (7, other)])
+    (at_refresh, _), *later, (_, (last, _)) = outs
+    full, full_lse = reference.attend(*first, at_refresh.plan.whole())
+    ratio = (at_refresh.lse - full_lse).exp()[..., None]
+    residual = full - ratio * at_refresh.out
+    for number, (done, (out, _)) in enumerate(later):
+        assert_near(out, (ratio + 0.3 * number).clamp(max=1) * done.out + residual, 1e-5)
+    assert_near(last, dense(*other), 1e-5)  # step 7 refreshes
+
+
+def test_rettention_says_what_it_keeps_and_refuses_what_does_not_fit(monkeypatch, caplog):
+    from dit_sparse.methods import rettention
+
+    q, _, _ = qkv(GRID.tokens)
+    need = 4 * 2 * 116 * (32 * 4 + 4)
+    with caplog.at_level("INFO", "dit_sparse"):
+        Rettention().begin(q, Site(GRID, layers=4))
+    assert "4 layers" in caplog.text
+    monkeypatch.setattr(rettention, "_free", lambda device: need)
+    Rettention().begin(q, Site(GRID, layers=4))
+    monkeypatch.setattr(rettention, "_free", lambda device: need - 1)
+    with pytest.raises(RuntimeError, match="offload=True"):
+        Rettention().begin(q, Site(GRID, layers=4))
+
+
+def test_rettention_refuses_before_the_dense_steps(monkeypatch):
+    from dit_sparse.methods import rettention
+
+    monkeypatch.setattr(rettention, "_free", lambda device: 0)
+    tiny, calls = ALL["wan"](), []
+    with enable(tiny.pipe, "rettention", density=0.3, dense_steps=1, min_tokens=0, block=16):
+        tiny.pipe.transformer.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+        with pytest.raises(RuntimeError, match="are free"):
+            tiny.pipe(**tiny.kwargs())
+    assert not calls
+
+
+def test_a_run_counts_the_dense_refreshes():
+    tiny = ALL["wan"]()
+    with enable(tiny.pipe, "rettention", density=0.3, dense_steps=0, min_tokens=0, block=16, every=100) as run:
+        tiny.pipe(**tiny.kwargs())
+        once = run.report().density_achieved
+    with enable(tiny.pipe, "window", density=0.3, dense_steps=0, min_tokens=0, block=16) as run:
+        tiny.pipe(**tiny.kwargs())
+        plain, calls = run.report().density_achieved, run.report().sparse_calls
+    steps = calls / (2 * tiny.calls)
+    assert once == pytest.approx(plain + 1 / steps)
+
+
+def test_a_correction_needs_an_executor_with_a_log_sum_exp():
+    from dit_sparse.kernels import flex
+
+    if flex.LSE:
+        pytest.skip("flex returns one here")
+    q, k, v = qkv(GRID.tokens)
+    with pytest.raises(RuntimeError, match="log-sum-exp"):
+        attention(q, k, v, grid=GRID, method="pooled", executor="flex", block=BLOCK)
+
+
+# --- pooled tails
+
+
+def tail_by_hand(q, k, v, mask, group, lengths, variance):
+    """Query by query, group by group: kept keys as they are, every dropped group as one key."""
+    batch, heads, tokens, dim = q.shape
+    out = torch.zeros_like(q, dtype=torch.float64)
+    q, k, v = q.double(), k.double(), v.double()
+    for b, h, n in torch.cartesian_prod(torch.arange(batch), torch.arange(heads), torch.arange(tokens)).tolist():
+        logits, values = [], []
+        for g in group[b, h].unique():
+            members = [m for m in (group[b, h] == g).nonzero().flatten().tolist() if m < lengths[b]]
+            if not members:
+                continue
+            each = k[b, h, members] @ q[b, h, n] * dim**-0.5
+            if mask[b, h, n, members[0]]:
+                logits += each.tolist()
+                values += list(v[b, h, members])
+            else:
+                spread = k[b, h, members].var(0, unbiased=False) @ q[b, h, n].square() / (2 * dim) if variance else 0.0
+                logits.append(float(each.mean() + torch.tensor(float(len(members))).log() + spread))
+                values.append(v[b, h, members].mean(0))
+        out[b, h, n] = torch.tensor(logits, dtype=torch.float64).softmax(-1) @ torch.stack(values)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["blocks", "clusters"])
+@pytest.mark.parametrize("variance", [True, False])
+def test_pooled_sees_dropped_groups_as_one_key(kind, variance):
+    q, k, v = qkv(50, batch=2, dim=8)
+    lengths = [50, 41]
+    make, mask = random_cluster_plan, cluster_token_mask
+    if kind == "blocks":
+        make, mask = partial(random_plan, block=8), token_mask
+    plan = make(50, batch=2, heads=2, lengths=lengths)
+    done = Computed(q, k, v, plan, None, *reference.attend(q, k, v, plan), lambda: None)
+    out, _ = Pooled(variance=variance).correct(done, Site(Grid(1, 5, 10), 8), {})
+    group = plan.key_group.expand(2, 2, -1)
+    assert_near(out, tail_by_hand(q, k, v, mask(plan, 2, 2), group, lengths, variance), 1e-5)
+    assert isinstance(plan, ClusterPlan if kind == "clusters" else Plan)
+
+
+def test_pooled_is_dense_where_keys_of_a_group_are_equal():
+    q, k, v = qkv(96)
+    k = k.unflatten(2, (-1, 16)).mean(3).repeat_interleave(16, 2)
+    out, lse = attention(q, k, v, grid=Grid(4, 4, 6), method="pooled", density=0.2, block=16)
+    assert_near(out, dense(q, k, v), 1e-5)
+    assert_near(lse, torch.logsumexp(q @ k.mT * 32**-0.5, -1), 1e-5)
+
+
+def test_sol_is_pooled_by_block_means_of_queries():
+    """Where all queries of a block are equal, the two tails are one."""
+    q, k, v = qkv(90)
+    q = F.pad(q, (0, 0, 0, 6)).unflatten(2, (-1, 16))[:, :, :, :1].expand(-1, -1, -1, 16, -1).flatten(2, 3)[:, :, :90]
+    sol, site = method("sol", density=0.5), Site(Grid(3, 5, 6), 16)
+    for lengths in (None, torch.tensor([85])):
+        plan = sol.plan(q, k, site, {}).padded(lengths)
+        done = Computed(q, k, v, plan, None, *reference.attend(q, k, v, plan), lambda: None)
+        for got, expected in zip(
+            sol.correct(done, site, {}), Pooled(variance=False).correct(done, site, {}), strict=True
+        ):
+            assert_near(got, expected, 1e-5)
+
+
+def test_sol_keeps_what_stands_out():
+    q, k, _ = qkv(96 * 4)
+    keep = plan_of(method("sol"), Grid(4, 8, 12), 16, q, k).keep()
+    mean = lambda x: x.double().unflatten(2, (-1, 16)).mean(3)
+    queries, keys = mean(q), mean(k)
+    keys = keys - keys.mean(2, keepdim=True)
+    deviation = torch.einsum("bhqd,bhd->bhq", queries**2, (keys**2).mean(2)).sqrt()[..., None]
+    place = torch.arange(24)
+    expected = (queries @ keys.mT > 1.3 * deviation) | ((place[:, None] - place).abs() <= 1)
+    assert keep.equal(expected) and not keep.all()
+
+
+# --- the shapes of Sparse-vDiT
+
+
+def test_vdit_finds_the_shape_of_every_head_and_stays_with_it():
+    """One head looks at its own frame, one at its own place, one at three columns of blocks."""
+    grid = Grid(8, 8, 8)
+    frame, row, column, _ = grid.coordinates()
+    frames, places = F.one_hot(frame, 64).float(), F.one_hot(row * 8 + column, 64).float()
+    asked = torch.zeros(512, 64).index_fill(1, torch.tensor([0]), 1.0)
+    stripe = torch.zeros(512, 64)
+    stripe[64:80], stripe[256:272] = asked[:16], asked[:16]
+    q, k = torch.stack([frames, places, asked])[None] * 40, torch.stack([frames, places, stripe])[None]
+    memory, what = {}, VDiT(density=0.25)
+    plan = what.plan(q, k, Site(grid, 16), memory)
+    mask = token_mask(plan, 1, 3)[0]
+    assert mask[0][frame[:, None] == frame].all()
+    same = (row * 8 + column)[:, None] == row * 8 + column
+    assert mask[1][same].all() and not mask[0][same].all()
+    assert mask[2][:, 64:80].all() and mask[2][:, 256:272].all()
+    assert what.plan(k, q, Site(grid, 16, step=5), memory) is plan
+
+
+def test_vertical_keeps_the_same_columns_for_all():
+    q, k, _ = qkv(512, batch=2)
+    keep = plan_of(Vertical(density=0.25), Grid(8, 8, 8), 16, q, k).keep()
+    own = torch.eye(32, dtype=torch.bool)
+    columns = (keep & ~own).sum(-2)
+    assert ((columns == 31).sum(-1) == 7).all() and (keep.sum(-1) == 8).all()  # and its own block, or one more
+
+
+def test_every_method_has_a_name_that_makes_it():
+    for name in METHODS:
+        assert name_of(method(name, density=0.3)) == name
