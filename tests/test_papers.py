@@ -219,7 +219,7 @@ def test_svg_samples_the_whole_sequence():
 def test_svg2_with_a_cluster_a_token_is_dense():
     """Every token its own cluster and all of the mass: nothing is left out, and the estimate is the attention map."""
     q, k, v = qkv(TOKENS, batch=2, dim=16)
-    what = SVG2(queries=1, keys=1, share=1.0)
+    what = SVG2(queries=10**6, keys=10**6, share=1.0)
     out, lse = attention(q, k, v, grid=GRID, method=what, executor="gather")
     assert_near(out, F.scaled_dot_product_attention(q, k, v), 1e-3)
     assert_near(lse, log_sum_exp(q, k), 1e-3)
@@ -229,7 +229,7 @@ def test_svg2_with_a_cluster_a_token_is_dense():
 @pytest.mark.parametrize("density", [0.15, 0.25, 0.5])
 def test_svg2_meets_the_density_to_a_cluster(grid, density):
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
-    plan = SVG2(queries=64, keys=16, first=5, density=density).plan(q, k, Site(grid), {})
+    plan = SVG2(first=5, density=density).plan(q, k, Site(grid), {})
     text = grid.before + grid.after
     asked = density + (1 - density) * text / grid.tokens  # rows of text are dense
     assert plan.density == pytest.approx(asked, abs=0.01)
@@ -239,7 +239,7 @@ def test_svg2_keeps_the_fewest_clusters_that_reach_the_share():
     q, k, _ = qkv(GRID.tokens, dim=16)
     grid = Grid(4, 29, 1)
     memory = {}
-    plan = SVG2(queries=20, keys=10, share=0.7, least=0.0, first=5).plan(q, k, Site(grid), memory)
+    plan = SVG2(queries=150, keys=281, share=0.7, least=0.0, first=5).plan(q, k, Site(grid), memory)
     centers = [memory[f"{side} centroids"].double() for side in ("query", "key")]
     mass = (centers[0] @ centers[1].mT / 4).exp() * plan.keys.sizes[..., None, :]
     mass = mass / mass.sum(-1, keepdim=True)
@@ -252,7 +252,7 @@ def test_svg2_keeps_the_fewest_clusters_that_reach_the_share():
 
 def test_svg2_starts_from_the_centroids_of_the_step_before():
     q, k, _ = qkv(GRID.tokens, batch=2, dim=16)
-    grid, memory, what = Grid(4, 29, 1), {}, SVG2(queries=20, keys=10, first=3, then=1, density=0.3)
+    grid, memory, what = Grid(4, 29, 1), {}, SVG2(queries=150, keys=281, first=3, then=1, density=0.3)
     first = what.plan(q, k, Site(grid), memory)
     before = {name: x.clone() for name, x in memory.items()}
     again = what.plan(q, k, Site(grid, step=1), memory)
@@ -275,30 +275,29 @@ def test_pbs_meets_the_density_to_a_block(grid, density):
 
 
 def test_pbs_brings_the_keys_together_that_everyone_wants():
-    """Sixteen keys, spread over the video, hold nearly all attention: one block of sixteen does."""
+    """Sixteen keys, spread over the video, hold nearly all attention: they are one block."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 2, 320, 16, generator=generator)
     wanted = torch.randperm(320, generator=generator)[:16]
     q[..., 0], k[..., 0] = 8.0, 0.0
     k[:, :, wanted, 0] = 8.0
     plan = PBS(share=0.9, segment=20).plan(q, k, Site(Grid(5, 8, 8), 16), {})
-    assert (plan.count == 1).all() and plan.keys.order[..., :16].sort(-1).values.equal(
-        wanted.sort().values.expand(1, 2, -1)
-    )
+    assert plan.keys.order[..., :16].sort(-1).values.equal(wanted.sort().values.expand(1, 2, -1))
     assert plan.queries.order.flatten().equal(torch.arange(320))
 
 
 def test_pbs_sorts_inside_segments_and_ranks_exactly():
     grid = Grid(4, 8, 10)  # 20 blocks of 16, in five segments of four
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
-    plan = PBS(density=0.1, segment=4, probes=320, rows=16).plan(q, k, Site(grid, 16), {})
+    plan = PBS(density=0.3, segment=4, probes=320, rows=16).plan(q, k, Site(grid, 16), {})
     segment = torch.arange(320) // 64
     assert (plan.keys.order // 64).equal(segment.expand(2, 2, -1))
     received = weights(q, k).mean(2)
     ranked = torch.take_along_dim(received, plan.keys.order, -1).unflatten(-1, (5, 4, 16))
     assert (ranked[:, :, :, :-1].amin(-1) >= ranked[:, :, :, 1:].amax(-1) - 1e-6).all()
     mass = torch.take_along_dim(weights(q, k), plan.keys.order[:, :, None], -1)
-    best = block_sums(mass, 16).topk(2, dim=-1).indices
+    own = torch.arange(20)[:, None] // 4 == torch.arange(20) // 4
+    best = block_sums(mass, 16).masked_fill(own, torch.inf).topk(6, dim=-1).indices
     assert plan.keep().equal(torch.zeros(2, 2, 20, 20, dtype=torch.bool).scatter(-1, best, True))
 
 

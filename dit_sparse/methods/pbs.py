@@ -10,7 +10,7 @@ Keys are sorted inside segments of the sequence only, so that they stay near whe
 Differs from the authors: the segments serve causality there and nearness here. The probes are queries evenly spaced
 over the sequence, not its last block. Sorted keys of one block have little in common, so that their mean says nothing:
 blocks are ranked by the attention that ``rows`` queries of the query block pay to them, exactly. Text is a group of its
-own that attends to and is attended by all; no block is forced.
+own that attends to and is attended by all; a query block keeps its own segment, as theirs does.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class PBS(Method):
 
     Attributes:
         probes: queries that tell the importance of keys.
-        segment: tokens that are sorted together, in blocks (the authors: 2 of 128).
+        segment: tokens that are sorted together, in blocks (the authors: 2, of 128).
         rows: queries of each block that choose.
         share: of the estimated attention that is kept, where no density is given.
     """
 
     probes: int = 128
-    segment: int = 4
+    segment: int = 2
     rows: int = 4
     share: float = 0.9
 
@@ -66,14 +66,18 @@ class PBS(Method):
         rows = in_blocks(q, block)[..., :: max(1, block // self.rows), :]
 
         def asked(part: slice) -> Tensor:
-            weights = F.pad((rows[:, :, part] @ k.mT[:, :, None] * scale).softmax(-1), (0, -grid.video % block))
-            return weights.unflatten(-1, (blocks, block)).sum((-1, -3)).log()
+            some = rows[:, :, part]
+            weights = F.pad((some.flatten(2, 3) @ k.mT * scale).softmax(-1), (0, -grid.video % block))
+            return weights.unflatten(-1, (blocks, block)).sum(-1).unflatten(2, some.shape[2:4]).sum(3).log()
 
         scores = by_query_blocks(asked, blocks, q.shape[0] * q.shape[1] * rows.shape[3] * grid.video)
+        own = segment[::block]
+        own = F.pad(own[:, None] == own, (0, grid.tokens > grid.video) * 2)
         queries = Clusters.beside_text((in_place // block)[None, None], blocks, grid)
         keys = Clusters.beside_text(rank.argsort(-1) // block, blocks, grid)
         if grid.tokens > grid.video:
             scores = F.pad(scores, (0, 1, 0, 1), value=torch.inf)
         if self.density is None:
-            return ClusterPlan.of(Mass(self.share).keep(scores), queries, keys)
+            return ClusterPlan.of(Mass(self.share).keep(scores) | own, queries, keys)
+        scores = scores.masked_fill(own, torch.inf)
         return ClusterPlan.of(up_to(scores, keys.sizes[..., None, :], self.density * grid.tokens), queries, keys)

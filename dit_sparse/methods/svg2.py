@@ -10,11 +10,11 @@ estimates the attention between clusters; each query cluster keeps the fewest ke
 and never fewer than ``least`` of them. The first k-means takes ``first`` steps, later ones start from the centroids of
 the step before and take ``then``. Text is a cluster of its own that attends to and is attended by all.
 
-Differs from the authors: the number of clusters follows the length of the sequence, at a mean size that is theirs for
-720p (Wan: 300 and 1,000 clusters of 75,600 tokens), so that any grid works; k-means starts from evenly spaced tokens,
-not random ones, and runs a fixed number of steps, for testing convergence waits for the device; centroids are kept
-apart for the two branches of guidance (theirs share). With ``density`` each query cluster keeps its best key clusters
-up to that share of the tokens, to the nearest cluster.
+Differs from the authors: the number of clusters goes with the square root of the length of the sequence and is theirs
+at 720p (Wan: 300 and 1,000 clusters of 75,600 tokens), so that any grid works; k-means starts from evenly spaced
+tokens, not random ones, and runs a fixed number of steps, for testing convergence waits for the device; centroids are
+kept apart for the two branches of guidance (theirs share). With ``density`` each query cluster keeps its best key
+clusters up to that share of the tokens, to the nearest cluster.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class SVG2(Method):
     """Semantic-aware permutation.
 
     Attributes:
-        queries, keys: mean size of a cluster, in tokens.
+        queries, keys: number of clusters of 75,600 tokens.
         share: of the estimated attention that is kept, where no density is given.
         least: of the key clusters, at least this fraction is kept, where no density is given.
         first, then: k-means steps at the first plan, and at later ones.
     """
 
-    queries: int = 256
-    keys: int = 76
+    queries: int = 300
+    keys: int = 1000
     share: float = 0.9
     least: float = 0.1
-    first: int = 50
+    first: int = 10
     then: int = 2
 
     def __post_init__(self) -> None:
@@ -71,10 +71,10 @@ class SVG2(Method):
             keep = up_to(logits, sizes, self.density * site.grid.tokens)
         return ClusterPlan.of(keep, queries, keys)
 
-    def _clusters(self, x: Tensor, size: int, grid: Grid, memory: dict, name: str) -> tuple[Clusters, Tensor]:
+    def _clusters(self, x: Tensor, usual: int, grid: Grid, memory: dict, name: str) -> tuple[Clusters, Tensor]:
         """Clusters of the video tokens of ``x [B, H, N, D]`` with text as the last one, and the centroid of each."""
         video = x[:, :, grid.before : grid.before + grid.video]
-        count = max(1, grid.video // size)
+        count = min(grid.video, round(usual * (grid.video / 75_600) ** 0.5) or 1)
         steps = self.then if name in memory else self.first
         found, memory[name] = kmeans(video, count, steps, memory.get(name))
         if grid.before + grid.after == 0:
