@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -70,10 +70,11 @@ class Comparison:
         errors = self._errors(pipe, stage("errors"))
         truth, rows = [], []
         result = {"model": self.model, "prompts": list(self.prompts), "density": self.density, "rows": rows}
-        result |= {"schedule": self.schedule.__dict__, "call": self.call} | conditions()
+        result |= {"grids": [], "schedule": asdict(self.schedule), "call": self.call} | conditions()
         for name in self.methods:
             clips, report, seen = self._clips(pipe, name, stage(name))
             truth = truth or clips
+            result["grids"] = report.grids or result["grids"]
             rows.append(_row(name, errors.get(name), clips, truth, report, seen))
             save_json(self.out / "compare.json", result)
         return result

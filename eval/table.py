@@ -93,6 +93,31 @@ def demo_table() -> str:
     return _markdown(columns, rows) + "\n\n" + _demo_conditions(results)
 
 
+def compare_table() -> str:
+    """One row a method of ``eval/results/*/compare.json``, the nearest to dense first."""
+    text = []
+    for path in sorted(RESULTS.glob("*/compare.json")):
+        result = json.loads(path.read_text())
+        told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+        rows = [
+            (
+                f"`{r['method']}`",
+                told(r["density_achieved"], 2),
+                told(r["density_run"], 2),
+                told(r["error"], 2),
+                told(r["retained"], 2),
+                told(r["psnr"], 1),
+                told(r["ssim"], 3),
+                told(r["seconds"], 0),
+                f"{r['planning_share']:.0%}",
+            )
+            for r in sorted(result["rows"], key=lambda r: -(r["psnr"] or 99))
+        ]
+        columns = ("method", "density", "whole run", "error", "kept", "PSNR, dB", "SSIM", "seconds", "planning")
+        text += [_markdown(columns, rows), "", _compare_conditions(result)]
+    return "\n".join(text)
+
+
 def executor_table() -> str:
     """Speed-up over torch's own attention in the same process, from ``eval/results/*/attention.json``."""
     rows, notes = [], []
@@ -108,7 +133,13 @@ def executor_table() -> str:
     return _markdown(columns, rows) + "\n\n" + " ".join(notes)
 
 
-TABLES = {"methods": method_table, "models": model_table, "demo": demo_table, "executors": executor_table}
+TABLES = {
+    "methods": method_table,
+    "models": model_table,
+    "demo": demo_table,
+    "compare": compare_table,
+    "executors": executor_table,
+}
 
 
 def rewritten(text: str) -> str:
@@ -133,6 +164,15 @@ def _demo_conditions(results: Sequence[dict]) -> str:
         f"commit {r['commit']}."
     )
     return told + (f" Rows differ in {', '.join(mixed)}: see their files." if mixed else "")
+
+
+def _compare_conditions(result: dict) -> str:
+    schedule, each = result["schedule"], len(result["prompts"])
+    return (
+        f"`{result['model']}`, {each} prompts, {', '.join(result['grids'])} tokens, "
+        f"{result['call'].get('num_inference_steps', 'the usual')} steps, dense_steps={schedule['dense_steps']}, {result['device']}, "
+        f"torch {result['versions']['torch']}, commit {result['commit']}."
+    )
 
 
 def _paper(cls: type) -> str:
