@@ -24,8 +24,6 @@ from dit_sparse.kernels.permute import permuted
 from dit_sparse.kernels.pick import EXECUTORS, executor, why_not
 from dit_sparse.methods import method
 
-from .retained import kept_pairs
-
 PATTERNS = ("radial", "random_blocks", "clusters")
 DENSITIES = (1.0, 0.5, 0.25, 0.1)
 GPU_GRIDS = (Grid(16, 32, 32), Grid(21, 30, 52), Grid(21, 45, 80), Grid(33, 45, 80))
@@ -172,7 +170,7 @@ def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan | 
     """Compare some rows with the definition. Raises RuntimeError where the executor is wrong."""
     looked_at = torch.linspace(0, q.shape[2] - 1, min(rows, q.shape[2]), device=q.device).round().long()
     scores = q[:, :, looked_at].float() @ k.float().mT * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~kept_pairs(plan, looked_at), -torch.inf)
+    scores = scores.masked_fill(~plan.kept_by(looked_at), -torch.inf)
     exact, out = scores.softmax(-1) @ v.float(), out[:, :, looked_at].float()
     error = float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     if not error <= TOLERANCE[q.dtype]:

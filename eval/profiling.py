@@ -87,7 +87,7 @@ class Profiling:
                 "call": self.call,
                 "asked": {"target_density": self.target_density, "max_error": self.max_error},
                 "errors": [[_short(x) for x in row] for row in error],
-                "candidates": [_told(one, *rows) for one, *rows in zip(tried, seen.error, seen.density, strict=True)],
+                "candidates": [_told(*row) for row in zip(tried, seen.error, seen.density, seen.seconds, strict=True)],
                 **conditions(),
             },
         )
@@ -137,8 +137,11 @@ def _given(one: search.Candidate) -> dict:
     return {name: value for name, value in one.method.settings().items() if usual.get(name) != value}
 
 
-def _told(one: search.Candidate, error: torch.Tensor, density: torch.Tensor) -> dict:
-    return {"method": one.name, "density": _short(density.mean()), "error": _short(error.mean().sqrt())}
+def _told(one: search.Candidate, error: torch.Tensor, density: torch.Tensor, seconds: torch.Tensor) -> dict:
+    """Mean density, root mean squared error, and milliseconds a head's call costs on this device."""
+    milliseconds = _short(1000 * seconds.mean())
+    error, density = _short(error.mean().sqrt()), _short(density.mean())
+    return {"method": one.name, "density": density, "error": error, "milliseconds": milliseconds}
 
 
 def _short(value: torch.Tensor) -> float:

@@ -168,9 +168,10 @@ def _demo_conditions(results: Sequence[dict]) -> str:
 
 def _compare_conditions(result: dict) -> str:
     schedule, each = result["schedule"], len(result["prompts"])
+    steps = result["call"].get("num_inference_steps", "the usual")
     return (
         f"`{result['model']}`, {each} prompts, {', '.join(result['grids'])} tokens, "
-        f"{result['call'].get('num_inference_steps', 'the usual')} steps, dense_steps={schedule['dense_steps']}, {result['device']}, "
+        f"{steps} steps, dense_steps={schedule['dense_steps']}, {result['device']}, "
         f"torch {result['versions']['torch']}, commit {result['commit']}."
     )
 

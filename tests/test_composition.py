@@ -21,7 +21,8 @@ from dit_sparse.methods.rettention import Rettention
 from dit_sparse.methods.sink import Sink
 from dit_sparse.methods.vdit import VDiT, Vertical
 from dit_sparse.methods.window import Window
-from support import assert_near, cluster_token_mask, plan_of, qkv, random_cluster_plan, random_plan, token_mask
+from dit_sparse.scoring import merged
+from support import assert_near, cluster_token_mask, exact, plan_of, qkv, random_cluster_plan, random_plan, token_mask
 from tiny import ALL
 
 GRID = Grid(5, 7, 3, after=11)  # 116 tokens
@@ -308,6 +309,15 @@ def test_a_correction_needs_an_executor_with_a_log_sum_exp():
 
 
 # --- pooled tails
+
+
+@given(st.integers(0, 1000), st.floats(0.0, 1.0))
+def test_two_sets_of_keys_merge_to_all_of_them(seed, share):
+    q, k, v = qkv(40, seed=seed)
+    mask = torch.rand(1, 2, 40, 40, generator=torch.Generator().manual_seed(seed)) < share
+    out, lse = merged(*exact(q, k, v, mask), *exact(q, k, v, ~mask))
+    assert_near(out, dense(q, k, v), 1e-5)
+    assert_near(lse, torch.logsumexp(q @ k.mT * 32**-0.5, -1), 1e-5)
 
 
 def tail_by_hand(q, k, v, mask, group, lengths, variance):

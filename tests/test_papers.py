@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -354,6 +356,21 @@ def test_sliding_tiles_that_divide_the_grid_give_whole_blocks():
         kept &= neighbors(size, int(0.75 * size), tile)[places[axis][:, None], places[axis]]
     sums = block_sums(kept.float()[None], 32)[0]
     assert ((sums == 0) | (sums == 32 * 32)).all() and what.keep(grid, 32).equal(sums > 0)
+    assert what.wanted(grid, 32) == pytest.approx(plan_of(what, grid, 32).density) == 0.75**3
+
+
+@given(grids(), st.floats(0.1, 1), st.integers(1, 2))
+def test_what_windows_want_is_what_they_hold(grid, window, dilation):
+    what = Neighborhood(window=window, dilation=(1, dilation, 1))
+    frame, row, column, _ = grid.coordinates()
+    inside = slice(grid.before, grid.before + grid.video)
+    kept = torch.ones(grid.video, grid.video, dtype=torch.bool)
+    axes = ((frame, grid.frames, 1), (row, grid.height, dilation), (column, grid.width, 1))
+    for place, size, apart in axes:
+        near = neighbors(size, math.ceil(window * size), 1, apart)
+        kept &= near[place[inside][:, None], place[inside]]
+    assert what.wanted(grid, 16) == pytest.approx(float(kept.double().mean()))
+    assert plan_of(what, grid, 16).density >= what.wanted(grid, 16) * grid.video**2 / grid.tokens**2 - 1e-9
 
 
 # --- settings

@@ -24,7 +24,7 @@ from dit_sparse.pipelines.family import FAMILIES
 from dit_sparse.seam import is_diverted
 
 STEPS = 4
-SETTINGS = dict(block=16, min_tokens=0, executor="gather", dense_steps=1)
+SETTINGS = dict(schedule=ds.Schedule(every=1), block=16, min_tokens=0, executor="gather", dense_steps=1)
 
 
 @functools.cache
