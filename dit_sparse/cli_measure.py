@@ -141,9 +141,8 @@ def given(**values: object) -> dict:
 
 
 def _comparison(rows: list[dict]) -> Table:
-    table = Table(
-        "method", "density", "error", "retained", "PSNR, dB", "SSIM", "seconds", "attention, s", "planning", box=None
-    )
+    columns = ("density", "error", "kept", "dB", "SSIM", "seconds", "attention", "planning")
+    table = Table("method", *columns, box=None, header_style="bold")
     number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
     for row in sorted(rows, key=lambda row: -(row["psnr"] or 99)):
         table.add_row(

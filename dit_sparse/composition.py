@@ -37,6 +37,10 @@ class Around(Method):
         return self.inner.static
 
     @property
+    def own_pace(self) -> bool:
+        return self.inner.own_pace
+
+    @property
     def needs_lse(self) -> bool:
         return self.inner.needs_lse
 
@@ -89,6 +93,7 @@ class Cached(Around):
     """
 
     static = False
+    own_pace = True
     every: int | None = None
     drift: float | None = None
 

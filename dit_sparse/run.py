@@ -221,7 +221,8 @@ class Run:
     def _plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | None:
         method = self._settings.method
         place = (site.grid, q.device) if method.static else (site.grid, q.device, site.layer, site.branch)
-        if place not in self._plans or (not method.static and self._settings.schedule.replan(site)):
+        due = method.own_pace or self._settings.schedule.replan(site)
+        if place not in self._plans or (not method.static and due):
             with self._tally.planning.running(q.device):
                 self._plans[place] = method.plan(q, k, site, self._memory[site.layer, site.branch, site.grid])
         return self._plans[place]

@@ -36,17 +36,25 @@ def mask_picture(plan: Plan, grid: Grid, title: str) -> Image.Image:
     return picture
 
 
-def heat_map(values: Tensor, title: str, labels: Sequence[str] | None = None) -> Image.Image:
+def heat_map(
+    values: Tensor, title: str, labels: Sequence[str] | None = None, legend: Sequence[str] = ()
+) -> Image.Image:
     """``values [rows, columns]`` in 0..1 as a picture with its numbers: layers down, heads across. ``labels`` stand
-    before the numbers: a string a layer, a letter a head."""
+    before the numbers: a string a layer, a letter a head; the lines of the ``legend`` stand below."""
     rows, columns = values.shape
     cell_width, cell_height, left, top = 64, 34, 84, 64
-    size = (max(left + columns * cell_width + MARGIN, 460), top + rows * cell_height + MARGIN)
+    bottom = top + rows * cell_height + MARGIN // 2
+    width = max(
+        left + columns * cell_width, 436, *(int(_font(16).getlength(line)) + MARGIN for line in (title, *legend))
+    )
+    size = (width + MARGIN, bottom + 20 * len(legend) + MARGIN // 2)
     picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((MARGIN, 12), title, INK, _font(16))
     for column in range(columns):
         draw.text((left + (column + 0.5) * cell_width, top - 12), f"head {column}", INK, _font(12), anchor="mm")
+    for number, line in enumerate(legend):
+        draw.text((MARGIN, bottom + 20 * number), line, INK, _font(13))
     for row in range(rows):
         y = top + row * cell_height
         draw.text((left - 8, y + cell_height / 2), f"layer {row}", INK, _font(12), anchor="rm")

@@ -71,7 +71,7 @@ class Profiling:
         taken = lambda table: table.gather(0, choice[None])[0]
         error = taken(seen.error).sqrt()
         profile = Profile(
-            model=self.model,
+            model=Path(self.model).name,
             transformer=_transformer(pipe),
             source="measured",
             schedule={name: getattr(self.schedule, name) for name in ("dense_steps", "dense_layers", "every")},
@@ -93,8 +93,10 @@ class Profiling:
         )
         with aside(self.out) as draft:
             draft.write_text(profile.dumps())
-        title = f"{self.model}: relative error by layer and head, density {float(taken(seen.density).mean()):.3f}"
-        save_picture(self.out.with_suffix(".png"), heat_map(error.clamp(max=1), title, layers))
+        density = float(taken(seen.density).mean())
+        title = f"{profile.model}: relative error of every head at mean density {density:.3f}"
+        legend = [f"{letter}  {one.name}, density {one.method.density or 1:.3g}" for letter, one in used.items()]
+        save_picture(self.out.with_suffix(".png"), heat_map(error.clamp(max=1), title, layers, legend))
         return profile
 
     def _generate(self, pipe: Any, stage: Stage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse import Cached, ClusterPlan, Grid, PerHead, Plan, Site, attention, enable
+from dit_sparse import Cached, ClusterPlan, Grid, Method, PerHead, Plan, Site, attention, enable
 from dit_sparse.kernels import reference
 from dit_sparse.method import Computed
 from dit_sparse.methods import METHODS, PARTS, method, name_of
@@ -296,6 +297,28 @@ def test_a_run_counts_the_dense_refreshes():
         plain, calls = run.report().density_achieved, run.report().sparse_calls
     steps = calls / (2 * tiny.calls)
     assert once == pytest.approx(plain + 1 / steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Method):
+    """Plans everything, and notes when."""
+
+    steps: list = field(default_factory=list, compare=False)
+
+    def plan(self, q, k, site, memory):
+        self.steps.append(site.step)
+        return Plan.full(site.grid.tokens, site.block)
+
+
+@pytest.mark.parametrize("around, expected", [(Cached, [0, 3]), (Rettention, [0, 3]), (None, [0, 2, 4])])
+def test_methods_with_a_pace_of_their_own_are_asked_at_every_step(around, expected):
+    """Three steps from one plan to the next, which the schedule's two do not divide."""
+    asked, tiny = Asked(), ALL["wan"]()
+    what = asked if around is None else around(inner=asked, every=3)
+    seen = asked.steps if around is None else what.inner.steps
+    with enable(tiny.pipe, what, dense_steps=0, min_tokens=0, block=16):
+        tiny.pipe(**tiny.kwargs() | {"num_inference_steps": 5})
+    assert sorted(set(seen)) == expected
 
 
 def test_a_correction_needs_an_executor_with_a_log_sum_exp():

@@ -21,6 +21,7 @@ all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class AdaSpa(Method):
         every: steps from one search to the next: a count, or a fraction of all steps.
         rows: queries of each block that a search looks at, a divisor of the block; None, or more than it has: all.
     """
+
+    own_pace: ClassVar[bool] = True
 
     levels: bool = True
     every: int | float = 0.4

@@ -49,6 +49,7 @@ class Rettention(Correction):
     """
 
     static = False
+    own_pace = True
     inner: Method = USUAL
     every: int = 5
     ramp: float = 0.04

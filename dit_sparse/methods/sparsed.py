@@ -13,6 +13,7 @@ head_dim (their code: of the number of heads).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class SparseD(Method):
         groups: runs of frames that are chosen from apart.
         rows: queries of each block that are looked at, a divisor of the block; None, or more than it has: all.
     """
+
+    own_pace: ClassVar[bool] = True
 
     groups: int = 3
     rows: int | None = 16

@@ -21,6 +21,7 @@ columns are the blocks that receive most (they do not say which).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,6 +72,8 @@ class VDiT(Method):
         samples: queries that choose.
         seed: of the sample.
     """
+
+    own_pace: ClassVar[bool] = True
 
     samples: int = 64
     seed: int = 0
