@@ -27,7 +27,7 @@ def attention(
     executor: str = "auto",
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sparse self-attention.
+    """Sparse self-attention, one call of it: to a method that lives on earlier steps every call is the first.
 
     Args:
         q: queries after RoPE, ``[B, H, N, D]``.

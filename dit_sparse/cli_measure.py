@@ -11,6 +11,8 @@ from rich.table import Table
 
 from .terminal import console, one_sentence, progress_bars
 
+MOST_PROMPTS = 60  # of the bundled ones
+
 Model = Annotated[str, typer.Option(help="shapes-wan, a local diffusers folder, or a name on the hub.")]
 Prompts = Annotated[str, typer.Option(help="How many of the bundled prompts, or a file with one prompt a line.")]
 DenseSteps = Annotated[str, typer.Option(help="First steps kept dense: a count or a fraction.")]
@@ -119,11 +121,14 @@ def read_prompts(text: str) -> list[str]:
     """
     from dit_sparse.shapes.judge import held_out_tasks
 
-    if text.isdigit() and int(text):
+    if text.isdigit() and 1 <= int(text) <= MOST_PROMPTS:
         return [task.text for task in held_out_tasks(int(text))]
-    if not Path(text).is_file():
-        raise ValueError(f"--prompts is a number, at least 1, or a file with one prompt a line, not {text!r}")
-    return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
+    try:
+        return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(
+            f"--prompts is a number from 1 to {MOST_PROMPTS}, or a file with one prompt a line, not {text[:60]!r}"
+        ) from None
 
 
 def count_or_fraction(text: str | None) -> int | float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import Grid, Site
-from .method import Computed, Method
+from .method import Computed, Method, Union
 from .plan import Plan
 from .scoring import pool
 
@@ -41,14 +42,18 @@ class Around(Method):
         return self.inner.own_pace
 
     @property
+    def clusters(self) -> bool:
+        return self.inner.clusters
+
+    @property
     def needs_lse(self) -> bool:
         return self.inner.needs_lse
 
     def fits(self, layers: int, heads: int) -> None:
         self.inner.fits(layers, heads)
 
-    def begin(self, q: Tensor, site: Site) -> None:
-        self.inner.begin(q, site)
+    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
+        return self.inner.begin(q, site, promised)
 
     def order(self, grid: Grid, block: int) -> Tensor | None:
         return self.inner.order(grid, block)
@@ -74,9 +79,25 @@ class Correction(Around):
 
 def corrects(method: Method) -> bool:
     """Whether a method changes what the executor computed."""
+    if isinstance(method, PerHead):
+        return any(corrects(one) for _, one in method.methods)
     if type(method).correct is Around.correct:
         return corrects(method.inner)
     return type(method).correct is not Method.correct
+
+
+def inside(method: Method) -> Iterator[Method]:
+    """A method and all that it is made of."""
+    yield method
+    parts: tuple[Method, ...] = ()
+    if isinstance(method, Around):
+        parts = (method.inner,)
+    elif isinstance(method, Union):
+        parts = method.parts
+    elif isinstance(method, PerHead):
+        parts = tuple(one for _, one in method.methods)
+    for part in parts:
+        yield from inside(part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +149,23 @@ class PerHead(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Method) for pair in self.methods):
+            raise ValueError("methods are pairs of a letter and a dit_sparse.Method")
         known = [letter for letter, _ in self.methods]
+        if cluster := next((type(one).__name__ for _, one in self.methods if one.clusters), None):
+            raise ValueError(f"{cluster} makes clusters, which cannot share a launch with the blocks of other heads")
         if self.density is not None:
             raise ValueError("the methods of the heads have a density each; the mixture has none to give")
         if len(set(known)) < len(known) or any(len(letter) != 1 for letter in known):
             raise ValueError(f"every method has one letter of its own, not {known}")
         if unknown := set("".join(self.layers)) - set(known):
             raise ValueError(f"the layers name {sorted(unknown)}, but the methods are {known}")
+        if not self.layers:
+            raise ValueError("a mixture has at least one layer")
+
+    @property
+    def own_pace(self) -> bool:
+        return any(method.own_pace for _, method in self.methods)
 
     @property
     def needs_lse(self) -> bool:
@@ -148,9 +179,11 @@ class PerHead(Method):
         for _, method in self.methods:
             method.fits(layers, heads)
 
-    def begin(self, q: Tensor, site: Site) -> None:
+    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
+        before = promised
         for _, method in self.methods:
-            method.begin(q, site)
+            promised += method.begin(q, site, promised)
+        return promised - before
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         line = self._line(q, site)
@@ -158,10 +191,7 @@ class PerHead(Method):
         plans, choice = [], torch.zeros(1, len(line), dtype=torch.long, device=q.device)
         for letter, method in self._used(line):
             heads = _places(line, letter, q.device)
-            plan = method.plan(q[:, heads], k[:, heads], site, memory.setdefault(letter, {}))
-            plan = Plan.full(site.grid.tokens, site.block, q.device) if plan is None else plan
-            if not isinstance(plan, Plan):
-                raise ValueError(f"{type(method).__name__} makes clusters, which heads with blocks cannot share")
+            plan = self._part(method, q[:, heads], k[:, heads], site, memory.setdefault(letter, {}))
             choice[:, heads] = len(plans)
             plans.append(plan.spread(heads, len(line)))
         return Plan.by_head(plans, choice)
@@ -175,6 +205,13 @@ class PerHead(Method):
                 out = torch.where(mine[..., None], better, out)
                 lse = lse if lse is None or its_lse is None else torch.where(mine, its_lse, lse)
         return out, lse
+
+    def _part(self, method: Method, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        """The plan of the heads of one letter, new where it is due."""
+        if "part" not in memory or method.own_pace or site.due:
+            plan = method.plan(q, k, site, memory)
+            memory["part"] = Plan.full(site.grid.tokens, site.block, q.device) if plan is None else plan
+        return memory["part"]
 
     def _used(self, line: str) -> list[tuple[str, Method]]:
         return [(letter, method) for letter, method in self.methods if letter in line]

@@ -72,7 +72,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Site:
-    """Where and when a plan is asked for. Steps count from 0; ``steps`` is None while the total is unknown."""
+    """Where and when a plan is asked for. Steps count from 0; ``steps`` is None while the total is unknown; ``due``:
+    whether the schedule wants a new plan now."""
 
     grid: Grid
     block: int = 128
@@ -81,6 +82,7 @@ class Site:
     step: int = 0
     steps: int | None = None
     branch: str = ""
+    due: bool = True
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class Method:
 
     static: ClassVar[bool] = False  # the plan depends on the grid alone: made once, shared by all layers and steps
     own_pace: ClassVar[bool] = False  # it keeps plans itself, and is asked at every step, not by the schedule
+    clusters: ClassVar[bool] = False  # its plans are between clusters of any size
     needs_lse: ClassVar[bool] = False  # the correction asks for the log-sum-exp, which not all executors return
     density: float | None = None
 
@@ -67,9 +68,11 @@ class Method:
     def fits(self, layers: int, heads: int) -> None:
         """Called when a model is made sparse. Raises ValueError where the method is made for another one."""
 
-    def begin(self, q: Tensor, site: Site) -> None:
-        """Called at the first attention call of every branch of a generation, dense or not. Raises RuntimeError for
-        what would fail later, after long work."""
+    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
+        """Called at the first attention call of every branch of a generation, dense or not, that the run sees: an
+        attention backend that the user has set hides those of dense steps. Returns the bytes it will keep; ``promised``
+        are those of other branches. Raises for what would fail later, after long work."""
+        return 0
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | ClusterPlan | None:
         """The blocks to visit for ``q, k [B, H, N, D]`` (after RoPE); None: compute this call densely."""
@@ -150,6 +153,8 @@ class Scorer(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise ValueError(f"a budget is Top, Mass or Above, not {self.budget!r}")
         if self.density is not None and self.budget is not None:
             raise ValueError("give a density or a budget, not both: a density is short for the budget Top(density)")
 
@@ -180,6 +185,7 @@ class Union(Pattern):
         super().__post_init__()
         if not self.parts or not all(isinstance(part, Pattern) for part in self.parts):
             raise ValueError("only patterns, which know the geometry alone, can be united with |")
+        self.order(Grid(2, 2, 2), 16)
 
     @property
     def reach(self) -> tuple[float, float]:

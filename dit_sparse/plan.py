@@ -129,7 +129,8 @@ class Plan(Lists):
             plans: each for one head or for all, of one item or of all.
             choice: int64 ``[B|1, H]``.
         """
-        lead = (max([choice.shape[0], *(plan.index.shape[0] for plan in plans)]), choice.shape[1])
+        batches = [x.shape[0] for plan in plans for x in (plan.index, plan.order) if x is not None and x.ndim > 1]
+        lead = (max(choice.shape[0], *batches), choice.shape[1])
         width = max(plan.index.shape[-1] for plan in plans)
         fill = lambda index: torch.cat([index, index[..., :1].expand(*index.shape[:-1], width - index.shape[-1])], -1)
         index = _chosen([fill(plan.index) for plan in plans], choice, lead)

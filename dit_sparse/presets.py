@@ -82,7 +82,7 @@ class Profile(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be used: {error}") from None
         return profile
 
@@ -112,9 +112,12 @@ def _folder() -> Path:
 
 
 def _find(name_or_path: str | Path) -> Path:
-    for path in (Path(name_or_path), _folder() / f"{name_or_path}.json"):
-        if path.is_file():
-            return path
+    try:
+        for path in (Path(name_or_path), _folder() / f"{name_or_path}.json"):
+            if path.is_file():
+                return path
+    except OSError:
+        pass  # a name too long for a file, or a folder that may not be read
     raise ValueError(f"there is no profile {str(name_or_path)!r}, neither a file nor one of {', '.join(names())}")
 
 

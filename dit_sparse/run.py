@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -81,7 +81,7 @@ class Run:
         self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
         self._turns: Counter[nn.Module] = Counter()  # Mochi attends one batch item at a time: which one is this?
         self._warned: set[str] = set()
-        self._begun: set[str] = set()  # branches of this generation
+        self._begun: dict[str, int] = {}  # branches of this generation, and bytes promised to each
         self._undo: list = []
         self._observers: list[Observer] = []
         self._clock = Whereabouts(timesteps, settings.steps, self._forget)
@@ -154,7 +154,8 @@ class Run:
     def _site(self, place: Place, grid: Grid) -> Site:
         clock, block = self._clock, self._settings.block_for(grid)
         branch = f"{place.component} {clock.branch} {self._turns[place.module]}"
-        return Site(grid, block, place.layer, place.layers, clock.step, clock.steps, branch)
+        site = Site(grid, block, place.layer, place.layers, clock.step, clock.steps, branch)
+        return replace(site, due=self._settings.schedule.replan(site))
 
     def _attend(
         self, place: Place, sdpa: Attend, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
@@ -174,8 +175,7 @@ class Run:
         site = self._site(place, grid)
         self._turns[place.module] += 1
         if site.branch not in self._begun:
-            self._settings.method.begin(query, site)
-            self._begun.add(site.branch)
+            self._begun[site.branch] = self._settings.method.begin(query, site, sum(self._begun.values()))
         if self._settings.schedule.dense(site):
             return dense("the schedule")
         if reason := self._settings.too_short(grid) or self._stay_dense.get((site.grid, site.layer)):
@@ -221,8 +221,7 @@ class Run:
     def _plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | None:
         method = self._settings.method
         place = (site.grid, q.device) if method.static else (site.grid, q.device, site.layer, site.branch)
-        due = method.own_pace or self._settings.schedule.replan(site)
-        if place not in self._plans or (not method.static and due):
+        if place not in self._plans or (not method.static and (method.own_pace or site.due)):
             with self._tally.planning.running(q.device):
                 self._plans[place] = method.plan(q, k, site, self._memory[site.layer, site.branch, site.grid])
         return self._plans[place]

@@ -27,9 +27,9 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("dense_steps", "dense_layers"):
             value = getattr(self, name)
-            if value < 0 or (isinstance(value, float) and value > 1):
+            if not value >= 0 or (isinstance(value, float) and value > 1):
                 raise ValueError(f"{name} is a count (int) or a fraction between 0.0 and 1.0, not {value!r}")
-        if self.every < 1:
+        if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every is a number of steps, at least 1, not {self.every}")
 
     def dense(self, site: Site) -> bool:

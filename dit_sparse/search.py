@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .composition import PerHead
+from .composition import PerHead, inside
 from .engine import enable
 from .grid import Site
 from .kernels.pick import pick
@@ -31,6 +31,7 @@ DEFAULT = "svg.spatial,svg.temporal,radial,vdit.vertical"
 VDIT = ("svg.spatial", "svg.temporal", "vdit.vertical", "vdit.skip")
 SPREAD = (0.4, 0.7, 1.0, 1.5, 2.5)  # densities at which every candidate is tried, as multiples of the target
 STEPS_MEASURED = 3
+LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,16 @@ def candidates(names: str, density: float) -> list[Candidate]:
     wanted = [part for name in wanted for part in (VDIT if name == "vdit" else (name,))]
     tried = [Candidate("dense", Dense())]
     for name in dict.fromkeys(wanted):
-        if isinstance(method(name), Rettention | PerHead):
+        if any(isinstance(part, Rettention | PerHead) for part in inside(method(name))):
             raise ValueError(f"{name} cannot be a candidate: it is not judged by single calls")
-        if name in ("dense", "svg2"):
-            raise ValueError(f"{name} cannot be a candidate: " + {
-                "dense": "it is one always", "svg2": "clusters cannot share a launch with blocks"}[name])  # fmt: skip
-        some = (1.0,) if name == "vdit.skip" else [factor for factor in SPREAD if factor * density < 1]
-        tried += [Candidate(name, method(name, density=factor * density)) for factor in some]
+        if method(name).clusters:
+            raise ValueError(f"{name} cannot be a candidate: clusters cannot share a launch with blocks")
+        if name in ("dense", "vdit.skip"):
+            tried += [Candidate(name, method(name))] if name == "vdit.skip" else []
+            continue
+        tried += [Candidate(name, method(name, density=f * density)) for f in SPREAD if f * density < 1]
+    if len(tried) > len(LETTERS):
+        raise ValueError(f"{len(tried)} candidates are more than the {len(LETTERS)} letters of a profile: name fewer")
     return tried
 
 
@@ -82,7 +86,7 @@ def measure(
         pipe: a pipeline, as for ``enable``.
         generate: makes one clip or several.
         tried: the candidates.
-        schedule: only calls that it would make sparse are looked at: the first, the last and one between.
+        schedule: steps that it keeps dense are not looked at; of the others the first, the last and one between are.
         block: tokens in a block.
     """
     sums: dict[int, list] = {}
@@ -155,8 +159,7 @@ def _filled(error: Tensor, density: Tensor, choice: Tensor, target: float) -> Te
 
 def letters(tried: Sequence[Candidate], choice: Tensor) -> tuple[dict[str, Candidate], list[str]]:
     """A letter for every candidate that was chosen, and a string for every layer."""
-    alphabet = string.ascii_lowercase + string.ascii_uppercase + string.digits
-    used = dict(zip(choice.unique().tolist(), alphabet, strict=False))
+    used = dict(zip(choice.unique().tolist(), LETTERS, strict=False))
     lines = ["".join(used[number] for number in layer) for layer in choice.tolist()]
     return {letter: tried[number] for number, letter in used.items()}, lines
 
@@ -168,6 +171,10 @@ class _Probe(Method):
     tried: tuple[Method, ...]
     note: Callable[[Site, tuple[Tensor, Tensor, Tensor]], None]
     schedule: Schedule
+
+    def fits(self, layers: int, heads: int) -> None:
+        for one in self.tried:
+            one.fits(layers, heads)
 
     def plan(self, q, k, site, memory):
         return method("svg.spatial", density=1.0).plan(q, k, site, memory)
@@ -196,4 +203,4 @@ class _Probe(Method):
         density = plan.share_by_head.mean(0).float().cpu().expand(heads)
         price = cost(choice.name, Kind.of(done.q, plan))
         seconds = price.fixed / heads + price.per_pair * pairs * density
-        return wrong.cpu() / done.out.float().square().sum((0, 2, 3)).cpu(), density, seconds
+        return (wrong / done.out.float().square().sum((0, 2, 3)).clamp(min=1e-12)).cpu(), density, seconds

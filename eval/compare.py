@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dit_sparse import METHODS, Schedule, Site, SparseAttnProcessor, prepare, search
+from dit_sparse.composition import inside
 from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.report import Report
@@ -83,7 +84,8 @@ class Comparison:
         """Relative error of the attention output, by the calls of a dense clip: what no later step can blur. A method
         that lives on what it saw of dense steps is not judged so."""
         judged = {name: self.processor(name).settings.method for name in self.methods}
-        judged = {name: one for name, one in judged.items() if not isinstance(one, Dense | Rettention)}
+        lives_on_steps = lambda one: any(isinstance(part, Dense | Rettention) for part in inside(one))
+        judged = {name: one for name, one in judged.items() if not lives_on_steps(one)}
         tried = [search.Candidate(name, one) for name, one in judged.items()]
         clip = lambda: generate(pipe, self.prompts[0], 0, self.call, progress)
         seen = search.measure(pipe, clip, tried, self.schedule, self.block)

@@ -51,7 +51,7 @@ class Profiling:
             raise ValueError("give a target density or a maximal error, one of the two")
         if self.target_density is not None and not 0 < self.target_density < 1:
             raise ValueError(f"the target density lies between 0 and 1, not at {self.target_density}")
-        if self.max_error is not None and self.max_error <= 0:
+        if self.max_error is not None and not self.max_error > 0:
             raise ValueError(f"the maximal error is a positive relative error, not {self.max_error}")
         if self.out.suffix != ".json":
             raise ValueError(f"--out names the profile and ends in .json, not {self.out}")
@@ -85,6 +85,7 @@ class Profiling:
                 "steps": sorted(seen.steps),
                 "prompts": list(self.prompts),
                 "call": self.call,
+                "block": self.block,
                 "asked": {"target_density": self.target_density, "max_error": self.max_error},
                 "errors": [[_short(x) for x in row] for row in error],
                 "candidates": [_told(*row) for row in zip(tried, seen.error, seen.density, seen.seconds, strict=True)],
@@ -112,10 +113,12 @@ def drifted(profile: Profile, model: str, prompts: Sequence[str], call: dict, st
     Raises:
         ValueError: the profile was not measured, or is made for another model.
     """
-    if not profile.measured:
+    before = (profile.measured or {}).get("error")
+    if not isinstance(before, float):
         raise ValueError(f"the profile {profile.model} was not measured, so there is nothing to compare with")
     pipe = prepare(load(model))
-    mixture = profile.mixture()
+    if _transformer(pipe) != profile.transformer:
+        raise ValueError(f"the profile is made for a {profile.transformer}, and {model} has a {_transformer(pipe)}")
     call = (BUNDLED_CALL if model == BUNDLED else {}) | call
 
     def clips() -> None:
@@ -124,8 +127,9 @@ def drifted(profile: Profile, model: str, prompts: Sequence[str], call: dict, st
             told = lambda done, steps, n=number: progress(n * steps + done, len(prompts) * steps)
             generate(pipe, prompt, number, call, told)
 
-    seen = search.measure(pipe, clips, [search.Candidate("profile", mixture)], profile.when())
-    return profile.measured["error"], float(seen.error[0].mean().sqrt())
+    tried = [search.Candidate("profile", profile.mixture())]
+    seen = search.measure(pipe, clips, tried, profile.when(), profile.measured.get("block"))
+    return before, float(seen.error[0].mean().sqrt())
 
 
 def _transformer(pipe: Any) -> str:
@@ -134,9 +138,7 @@ def _transformer(pipe: Any) -> str:
 
 
 def _given(one: search.Candidate) -> dict:
-    """Only the settings that differ from the usual ones."""
-    usual = type(one.method)().settings() if one.name != "random_blocks" else {}
-    return {name: value for name, value in one.method.settings().items() if usual.get(name) != value}
+    return {} if one.method.density is None else {"density": one.method.density}
 
 
 def _told(one: search.Candidate, error: torch.Tensor, density: torch.Tensor, seconds: torch.Tensor) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -120,9 +121,44 @@ def test_wrong_compositions_are_named():
         ("radial(window)", "radial has no setting 'inner'"),
         ("rettention(pooled)", "would both correct"),
         ("rettention(cached(pooled))", "would both correct"),
+        ("window|sink", "different token orders"),
+        ("cached", "write cached(NAME)"),
+        ("per_head", "made of other methods"),
+        ("radial|cached", "write cached(NAME)"),
     ):
-        with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        with pytest.raises(ValueError, match=re.escape(words)):
             method(name, density=0.3)
+
+
+@pytest.mark.parametrize(
+    "name, given, words",
+    [
+        ("radial", {"static": True}, "radial has no setting 'static'; it has density, decay"),
+        ("radial", {"density": "x"}, "radial cannot have these settings"),
+        ("pooled", {"inner": {"Foo": {}}}, "neither a method nor a budget"),
+        ("pooled", {"inner": {"Radial": 3}}, "neither a method nor a budget"),
+        ("pooled", {"inner": {}}, "neither a method nor a budget"),
+        ("pooled", {"inner": "radial"}, "inner is a dit_sparse.Method, not str"),
+        ("sol", {"budget": 3}, "a budget is Top, Mass or Above"),
+        ("per_head", {"methods": [["a", 3]], "layers": ["a"]}, "pairs of a letter and a dit_sparse.Method"),
+        ("per_head", {"methods": [["a", {"SVG2": {}}]], "layers": ["a"]}, "SVG2 makes clusters"),
+        ("per_head", {"methods": [], "layers": []}, "at least one layer"),
+        ("sink", {"frames": float("nan")}, "more than 0 frames"),
+        ("sparsed", {"rows": -1}, "rows is at least 1"),
+        ("vdit.vertical", {"samples": 0}, "at least 1"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(name, given, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        method(name, **given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["adaspa", "sparsed"])
+def test_rows_that_do_not_divide_the_block_are_refused_at_the_beginning(name):
+    q, _, _ = qkv(GRID.tokens)
+    with pytest.raises(ValueError, match="rows must divide the block of 16 tokens, not 5"):
+        method(name, rows=5).begin(q, Site(GRID, BLOCK))
 
 
 # --- plans kept over steps
@@ -184,6 +220,27 @@ def test_every_head_follows_its_own_method():
     assert temporal.order is not None and token_mask(temporal, 1, 4)[0, 0].equal(mixed[0, 2])
 
 
+def test_every_item_of_a_batch_follows_its_own_orders():
+    """Sparse VideoGen has one list of blocks for all, and an order for every item and head."""
+    what = PerHead(methods=(("s", method("svg", density=0.3)), ("r", Radial(density=0.3))), layers=("srs",))
+    q, k, v = qkv(GRID.tokens, batch=3, heads=3)
+    both, _ = attention(q, k, v, grid=GRID, method=what, block=BLOCK)
+    for b in range(3):
+        one = slice(b, b + 1)
+        assert_near(both[one], attention(q[one], k[one], v[one], grid=GRID, method=what, block=BLOCK)[0], 1e-6)
+
+
+def test_heads_keep_their_pace_in_a_mixture():
+    asked, paced = Asked(), Rettention(inner=Asked(), every=3)
+    what = PerHead(methods=(("a", asked), ("p", paced)), layers=("ap",) * 2)
+    with enable(ALL["wan"]().pipe, what, dense_steps=0, min_tokens=0, block=16) as run:
+        assert what.own_pace and run
+    tiny = ALL["wan"]()
+    with enable(tiny.pipe, what, dense_steps=0, min_tokens=0, block=16):
+        tiny.pipe(**tiny.kwargs() | {"num_inference_steps": 5})
+    assert sorted(set(asked.steps)) == [0, 2, 4] and sorted(set(paced.inner.steps)) == [0, 3]
+
+
 def test_only_its_own_heads_are_corrected():
     methods = (("s", method("vdit.skip")), ("p", Pooled(inner=Radial(density=0.3))), ("r", Radial(density=0.3)))
     what = PerHead(methods=methods, layers=("srp",))
@@ -218,9 +275,6 @@ def test_a_mixture_knows_which_model_it_is_for():
         with pytest.raises(ValueError, match=words):
             enable(tiny.pipe, mixture(layers=layers))
         assert not any(hasattr(m, "_sparse") for m in tiny.pipe.transformer.modules())
-    clusters = PerHead(methods=(("s", method("svg2", density=0.3)),), layers=("ss",))
-    with pytest.raises(ValueError, match="makes clusters"):
-        plan_of(clusters, GRID, BLOCK)
 
 
 # --- Re-ttention
@@ -273,6 +327,10 @@ def test_rettention_says_what_it_keeps_and_refuses_what_does_not_fit(monkeypatch
     monkeypatch.setattr(rettention, "_free", lambda device: need - 1)
     with pytest.raises(RuntimeError, match="offload=True"):
         Rettention().begin(q, Site(GRID, layers=4))
+    monkeypatch.setattr(rettention, "_free", lambda device: 2 * need - 1)
+    assert Rettention().begin(q, Site(GRID, layers=4)) == need
+    with pytest.raises(RuntimeError, match="for other branches"):
+        Rettention().begin(q, Site(GRID, layers=4), promised=need)
 
 
 def test_rettention_refuses_before_the_dense_steps(monkeypatch):

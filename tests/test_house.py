@@ -67,7 +67,7 @@ RULES = {  # the first pattern that fits a module is its row
     "package": May("*"),  # dit_sparse/__init__.py
     "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
     "eval.compiled": May("public kernels.*", lazily="triton kernels.*_triton"),
-    "eval.compare": May(f"{USER} eval.* methods.* search"),
+    "eval.compare": May(f"{USER} eval.* composition methods.* search"),
     "eval.profiling": May(f"{USER} eval.* search"),
     "eval.bench": May(f"{USER} eval.* kernels.cluster kernels.permute"),
     "eval.bench_transformer": May(f"{USER} eval.*", lazily="diffusers"),

@@ -303,6 +303,16 @@ def test_pbs_sorts_inside_segments_and_ranks_exactly():
     assert plan.keep().equal(torch.zeros(2, 2, 20, 20, dtype=torch.bool).scatter(-1, best, True))
 
 
+def test_pbs_sorts_long_sequences_exactly():
+    """An importance is about one over the length, and has to count beside the number of a segment."""
+    grid = Grid(30, 32, 32)
+    q, k, _ = qkv(grid.tokens, heads=1, dim=8)
+    plan = PBS(density=0.05, probes=16).plan(q, k, Site(grid, 128), {})
+    received = (q[:, :, :: grid.tokens // 16].double() @ k.double().mT * 8**-0.5).softmax(-1).mean(2)
+    ranked = torch.take_along_dim(received, plan.keys.order, -1).unflatten(-1, (-1, 2, 128))
+    assert (ranked[..., 0, :].amin(-1) >= ranked[..., 1, :].amax(-1) * (1 - 1e-5)).all()
+
+
 # --- neighborhood
 
 

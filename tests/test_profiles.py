@@ -90,6 +90,8 @@ def test_a_profile_travels_through_its_file(tmp_path):
         (profile().dumps().replace('"radial"', '"radail"'), "no method 'radail'"),
         (profile().dumps().replace('"density"', '"densty"'), "no setting 'densty'"),
         (profile().dumps().replace("0.4", "4"), "density is the fraction"),
+        (profile().dumps().replace("0.4", '{"Foo": 1}'), "neither a method nor a budget"),
+        (profile().dumps().replace('"dense_layers": 0', '"every": 1.5'), "every is a number of steps"),
         (profile().dumps().replace('"rt"', '"rx"'), "the layers name"),
         (profile().dumps().replace("dense_layers", "dense_lairs"), "dense_lairs"),
         (profile().dumps().replace('"source"', '"sauce"'), "is damaged"),
@@ -185,7 +187,14 @@ def test_candidates_are_tried_at_several_densities():
         "vdit.skip",
     }
     assert [one.method.density for one in tried if one.name == "radial"] == pytest.approx([0.08, 0.14, 0.2, 0.3, 0.5])
-    for name, words in (("nope", "no method"), ("rettention", "single calls"), ("svg2", "share a launch")):
+    for name, words in (
+        ("nope", "no method"),
+        ("rettention", "single calls"),
+        ("cached(rettention)", "single calls"),
+        ("svg2", "share a launch"),
+        ("pooled(pbs)", "share a launch"),
+        ("radial,svg,sol,asa,vdit,sparge,subblock,window,xattention,adaspa,sink", "letters"),
+    ):
         with pytest.raises(ValueError, match=words):
             search.candidates(name, 0.2)
 
@@ -224,6 +233,14 @@ def test_profile_writes_what_enable_takes(tmp_path):
     assert check.exit_code == 0 and "when it was made" in check.output, check.output
 
 
+def test_compositions_are_candidates_that_load_again(tmp_path):
+    out = tmp_path / "mine.json"
+    given = ["--candidates", "radial|sink,pooled(svg),cached(xattention)", "--target-density", "0.3", "--block", "16"]
+    run = CliRunner().invoke(app, ["profile", "shapes-wan", "--prompts", "1", *given, "--out", str(out), *SMALL])
+    assert run.exit_code == 0, run.output
+    assert Profile.load(out).measured["block"] == 16
+
+
 def test_compare_has_one_row_a_method(tmp_path):
     run = CliRunner().invoke(
         app,
@@ -249,6 +266,12 @@ def test_compare_has_one_row_a_method(tmp_path):
         (["compare", "--methods", "profile:nope"], "no profile 'nope'"),
         (["compare", "--density", "2"], "density is the fraction"),
         (["compare", "--prompts", "nowhere.txt"], "a file with one prompt a line"),
+        (["compare", "--prompts", "a long sentence " * 30], "a file with one prompt a line"),
+        (["compare", "--prompts", "61"], "a number from 1 to 60"),
+        (["compare", "--methods", "profile:" + "a" * 300], "there is no profile"),
+        (["compare", "--methods", "window|sink"], "different token orders"),
+        (["compare", "--methods", "cached"], "write cached(NAME)"),
+        (["compare", "--dense-steps", "nan"], "between 0.0 and 1.0"),
         (["compare", "--dense-steps", "some"], "a count such as 3"),
         (["profile", "shapes-wan", "--target-density", "2"], "between 0 and 1"),
         (["profile", "shapes-wan", "--target-density", "0.2", "--max-error", "0.1"], "one of the two"),

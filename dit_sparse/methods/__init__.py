@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -80,10 +81,15 @@ def method(name: str, **settings: Any) -> Method:
     if name not in METHODS | PARTS:
         raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
     cls = (METHODS | PARTS)[name]
-    known = cls.__dataclass_fields__
+    known = [field.name for field in fields(cls)]
     if unknown := [key for key in settings if key not in known]:
         raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(known)}")
-    return cls(**{key: _revived(value) for key, value in settings.items()})
+    if name in ("cached", "per_head") and not {"inner", "methods"} & set(settings):
+        raise ValueError(f"{name} is made of other methods: write cached(NAME), or use dit_sparse.PerHead")
+    try:
+        return cls(**{key: _revived(value) for key, value in settings.items()})
+    except TypeError as error:
+        raise ValueError(f"{name} cannot have these settings: {error}") from None
 
 
 def name_of(method: Method) -> str:
@@ -102,6 +108,8 @@ def _revived(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(_revived, value))
     if isinstance(value, dict):
-        ((name, settings),) = value.items()
+        name, settings = next(iter(value.items()), (None, None))
+        if name not in _VALUES or len(value) > 1 or not isinstance(settings, dict):
+            raise ValueError(f"{value} is neither a method nor a budget such as {{'Top': {{'density': 0.2}}}}")
         return _VALUES[name](**{key: _revived(part) for key, part in settings.items()})
     return value

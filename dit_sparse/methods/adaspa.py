@@ -54,6 +54,11 @@ class AdaSpa(Method):
         if self.every <= 0 or (self.rows is not None and self.rows < 1):
             raise ValueError(f"every is positive and rows at least 1, not {self.every} and {self.rows}")
 
+    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
+        if site.block % min(self.rows or 1, site.block):
+            raise ValueError(f"rows must divide the block of {site.block} tokens, not {self.rows}")
+        return 0
+
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         every = self.every * (site.steps or 50) if isinstance(self.every, float) else self.every
         if "plan" not in memory or site.step - memory["step"] >= max(1, int(every)):

@@ -16,6 +16,7 @@ own that attends to and is attended by all; a query block keeps its own segment,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,8 @@ class PBS(Method):
         share: of the estimated attention that is kept, where no density is given.
     """
 
+    clusters: ClassVar[bool] = True
+
     probes: int = 128
     segment: int = 2
     rows: int = 4
@@ -61,14 +64,15 @@ class PBS(Method):
         importance = (probes @ k.mT * scale).softmax(-1).mean(2)
         in_place = torch.arange(grid.video, device=q.device)
         segment = in_place // (self.segment * block)
-        rank = (segment - importance).argsort(dim=-1, stable=True)  # an importance is at most 1
+        rank = (segment.double() - importance).argsort(dim=-1, stable=True)  # an importance is at most 1
         k, blocks = torch.take_along_dim(k, rank[..., None], 2), blocks_in(grid.video, block)
-        rows = in_blocks(q, block)[..., :: max(1, block // self.rows), :]
+        some = (..., slice(None, None, max(1, block // self.rows)), slice(None))
+        rows, real = in_blocks(q, block)[some], in_blocks(torch.ones_like(q[:1, :1, :, :1]), block)[some]
 
         def asked(part: slice) -> Tensor:
-            some = rows[:, :, part]
-            weights = F.pad((some.flatten(2, 3) @ k.mT * scale).softmax(-1), (0, -grid.video % block))
-            return weights.unflatten(-1, (blocks, block)).sum(-1).unflatten(2, some.shape[2:4]).sum(3).log()
+            weights = (rows[:, :, part].flatten(2, 3) @ k.mT * scale).softmax(-1) * real[:, :, part].flatten(2, 3)
+            sums = F.pad(weights, (0, -grid.video % block)).unflatten(-1, (blocks, block)).sum(-1)
+            return sums.unflatten(2, (-1, rows.shape[3])).sum(3).log()
 
         scores = by_query_blocks(asked, blocks, q.shape[0] * q.shape[1] * rows.shape[3] * grid.video)
         own = segment[::block]

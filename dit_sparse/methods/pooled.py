@@ -17,6 +17,7 @@ ones twice). The kept part and the pooled one are merged by their log-sum-exps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,9 @@ class Pooled(Correction):
         heads, tokens, dim = q.shape[1:]
         scale = dim**-0.5 if done.scale is None else done.scale
         k, v = (x.repeat_interleave(heads // x.shape[1], 1).float() for x in (done.k, done.v))
-        size, key, value, spread = _pooled(k, v, plan)
+        size, mean = _pooled(plan, k.shape[:2], k.device)
+        key, value = mean(k), mean(v)
+        spread = (mean(k.square()) - key.square()).clamp(min=0) if self.variance else None
         keep, row = plan.keep(), plan.query_group
         parts = []
         for some in torch.arange(tokens, device=q.device).split(max(1, SCORES_PER_CHUNK // size.numel())):
@@ -63,15 +66,16 @@ class Pooled(Correction):
         return out.to(done.out.dtype), lse
 
 
-def _pooled(k: Tensor, v: Tensor, plan: Plan | ClusterPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Size ``[B, H, G]``, mean key, mean value and variance of the keys ``[B, H, G, D]`` of every group of keys.
-    Padding belongs to none; an empty group has size 0."""
-    lead, groups = k.shape[:2], plan.key_sizes.shape[-1]
-    real = torch.ones(1, plan.tokens, device=k.device)
+def _pooled(
+    plan: Plan | ClusterPlan, lead: torch.Size, device: torch.device
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Tokens in every group of keys, ``[B, H, G]``, and a function that takes the mean over each: ``x [B, H, N, D]`` to
+    ``[B, H, G, D]``. Padding belongs to no group; an empty one has size 0 and mean 0."""
+    groups = plan.key_sizes.shape[-1]
+    weight = torch.ones(1, plan.tokens, device=device)
     if plan.lengths is not None:
-        real = (torch.arange(plan.tokens, device=k.device) < plan.lengths[:, None]).float()
-    weight = real[:, None].expand(*lead, -1)
-    label = plan.key_group.expand(*lead, -1)
+        weight = (torch.arange(plan.tokens, device=device) < plan.lengths[:, None]).float()
+    weight, label = weight[:, None].expand(*lead, -1), plan.key_group.expand(*lead, -1)
     size = weight.new_zeros(*lead, groups).scatter_add_(2, label, weight)
 
     def mean(x: Tensor) -> Tensor:
@@ -79,5 +83,4 @@ def _pooled(k: Tensor, v: Tensor, plan: Plan | ClusterPlan) -> tuple[Tensor, Ten
         total.scatter_add_(2, label[..., None].expand_as(x), x * weight[..., None])
         return total / size.clamp(min=1)[..., None]
 
-    key = mean(k)
-    return size, key, mean(v), (mean(k.square()) - key.square()).clamp(min=0)
+    return size, mean

@@ -60,16 +60,18 @@ class Rettention(Correction):
         if self.every < 1 or self.ramp < 0:
             raise ValueError(f"every is at least 1 and ramp at least 0, not {self.every} and {self.ramp}")
 
-    def begin(self, q: Tensor, site: Site) -> None:
-        super().begin(q, site)
+    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
+        promised += super().begin(q, site, promised)
         device = torch.device("cpu") if self.offload else q.device
         need = site.layers * q.shape[:3].numel() * (q.shape[3] * q.element_size() + 4)
         free = _free(device)
         said = f"Re-ttention keeps {need / 2**30:.2f} GiB on {device} for {site.layers} layers of one branch"
-        if need > free:
+        if need + promised > free:
             way_out = "fewer frames or another method" if self.offload else "offload=True keeps it on the CPU"
-            raise RuntimeError(f"{said}, and {free / 2**30:.2f} GiB are free; {way_out}")
+            taken = f", {promised / 2**30:.2f} GiB are for other branches" if promised else ""
+            raise RuntimeError(f"{said}{taken}, and {free / 2**30:.2f} GiB are free; {way_out}")
         log.info("%s", said)
+        return need
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
         if "plan" not in memory or site.step - memory["step"] >= self.every:
@@ -91,6 +93,7 @@ class Rettention(Correction):
 def _free(device: torch.device) -> int:
     """Bytes that are free on a device; of the CPU's memory, what Linux would give without swapping."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 1 << 62)

@@ -36,7 +36,7 @@ class Sink(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.frames <= 0:
+        if not self.frames > 0:
             raise ValueError(f"the sink holds more than 0 frames, not {self.frames}")
 
     def keep(self, grid: Grid, block: int) -> Tensor:

@@ -41,8 +41,15 @@ class SparseD(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"rows is at least 1, not {self.rows}")
         if self.groups < 1:
             raise ValueError(f"groups is how many runs of frames are chosen from apart, at least 1, not {self.groups}")
+
+    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
+        if site.block % min(self.rows or 1, site.block):
+            raise ValueError(f"rows must divide the block of {site.block} tokens, not {self.rows}")
+        return 0
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         if "plan" not in memory:

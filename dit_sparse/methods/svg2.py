@@ -20,6 +20,7 @@ clusters up to that share of the tokens, to the nearest cluster.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class SVG2(Method):
         least: of the key clusters, at least this fraction is kept, where no density is given.
         first, then: k-means steps at the first plan, and at later ones.
     """
+
+    clusters: ClassVar[bool] = True
 
     queries: int = 300
     keys: int = 1000

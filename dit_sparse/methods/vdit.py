@@ -45,6 +45,11 @@ class Vertical(Scorer):
     samples: int = 64
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 1:
+            raise ValueError(f"samples is how many queries are asked, at least 1, not {self.samples}")
+
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         _, weights = sampled_attention(q, k, site.grid, self.samples, self.seed)
         received = torch.nn.functional.pad(weights.sum(2), (0, -weights.shape[-1] % site.block))
