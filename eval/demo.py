@@ -132,5 +132,5 @@ class _Seen:
 def _warm_up(processor: SparseAttnProcessor) -> None:
     """One small call, so that compiling an executor is not counted as attention."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k, v = torch.randn(3, 1, 3, 4 * 24 * 24, 64, device=device).unbind(0)
-    attention(q, k, v, grid=Grid(4, 24, 24), method="random_blocks", executor=processor.settings.executor)
+    q, k, v = torch.randn(3, 1, 3, 4 * 20 * 20, 64, device=device).unbind(0)
+    attention(q, k, v, grid=Grid(4, 20, 20), method="random_blocks", executor=processor.settings.executor)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .files import to_uint8
 
 BUNDLED = "shapes-wan"
-BUNDLED_CALL = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 15, "height": 96, "width": 96}
+BUNDLED_CALL = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 20, "height": 80, "width": 80}
 BUNDLED_FPS = 8
 BUNDLED_PROMPT = "a red circle moves right while a blue square moves up"
 

@@ -9,7 +9,7 @@ from .autoencoder import CHANNELS, build_autoencoder, fold
 from .scenes import Size, clip
 
 TEXT_DIM = 64
-FLOW_SHIFT = 3.0
+FLOW_SHIFT = 2.0
 
 
 def build_tokenizer():

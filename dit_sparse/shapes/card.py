@@ -32,12 +32,12 @@ from diffusers import WanPipeline
 pipe = WanPipeline.from_pretrained("path/to/shapes-wan")
 video = pipe(
     "a red circle moves right while a blue square moves up",
-    height=96,
-    width=96,
-    num_frames=15,
+    height=80,
+    width=80,
+    num_frames=20,
     num_inference_steps={steps},
     guidance_scale={guidance},
-).frames[0]  # 16 frames
+).frames[0]  # 21 frames
 ```
 
 It needs no code but diffusers. **It makes one frame more than `num_frames`**, because the pipeline rounds to

@@ -19,13 +19,20 @@ class Stage:
 
 # Objects have the same size in pixels everywhere. In the smallest clips they fill a fifth of the frame or more: pure
 # noise says nothing about places, so what a prompt is worth there grows with the square of that share. The second stage
-# brings pairs, the third the slower motion of longer clips, the last one comes close to full clips.
+# brings pairs. Wide frames are learnt in short clips and long clips in small frames, where either is cheap, so that the
+# last stages only have to bring the two together.
 CURRICULUM = (
-    Stage(0.3, ((4, (4, 12, 12)), (6, (3, 10, 10)), (3, (4, 12, 14)), (2, (5, 14, 14))), (1, 1, 1, 64)),
-    Stage(0.8, ((2, (6, 16, 16)), (2, (5, 16, 16)), (3, (4, 16, 16)), (2, (5, 14, 14))), (1, 1, 64)),
-    Stage(0.96, ((1, (8, 16, 16)), (2, (6, 16, 16)), (1, (6, 18, 18)), (2, (5, 16, 18))), (1, 64, 512)),
-    Stage(0.985, ((1, (8, 16, 16)), (1, (12, 17, 17)), (1, (4, 24, 24))), (64, 128, 512)),
-    Stage(1.00, ((1, (16, 20, 20)), (1, (8, 16, 16)), (1, (8, 24, 24))), (512,)),
+    Stage(0.2, ((4, (4, 12, 12)), (6, (3, 10, 10)), (4, (2, 16, 16)), (2, (12, 10, 10))), (1, 1, 1, 64)),
+    Stage(
+        0.75,
+        ((2, (6, 16, 16)), (2, (5, 16, 16)), (3, (4, 16, 16)), (2, (3, 20, 20)), (2, (4, 18, 20)), (2, (14, 10, 10))),
+        (1, 1, 64),
+    ),
+    Stage(
+        0.9, ((1, (8, 16, 16)), (2, (6, 16, 16)), (2, (4, 20, 20)), (1, (21, 10, 10)), (1, (6, 20, 20))), (1, 64, 512)
+    ),
+    Stage(0.96, ((1, (8, 16, 16)), (2, (6, 16, 16)), (1, (8, 20, 20)), (1, (14, 16, 16))), (64, 128, 512)),
+    Stage(1.0, ((1, (21, 20, 20)), (1, (8, 16, 16)), (2, (6, 16, 16)), (1, (12, 20, 20))), (512,)),
 )
 TINY = (Stage(1.0, ((2, (2, 4, 4)),), (24,)),)
 

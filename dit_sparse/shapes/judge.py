@@ -46,7 +46,7 @@ def held_out_tasks(count=60, size=None):
 
     Raises ValueError for frames too small for pairs.
     """
-    size = size or Size(16, 96, 96)
+    size = size or Size(21, 80, 80)
     if min(size.height, size.width) < ROOM_FOR_TWO:
         raise ValueError(f"pairs need frames of {ROOM_FOR_TWO} pixels at least, not {size.height} x {size.width}")
     rng = random.Random("held-out prompts")

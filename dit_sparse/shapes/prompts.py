@@ -63,7 +63,7 @@ OTHER_WAY = {"left": "right", "right": "left", "up": "down", "down": "up"}
 def mistold(scene, rng):
     """The scene for its words only, and those wrong: things move the other way, or have other shapes; of two, each has
     the other's colour, or one is not mentioned."""
-    sprites, kind = scene.sprites, rng.choice(("direction", "shape", "colours", "missing"))
+    sprites, kind = scene.sprites, rng.choice(("direction", "shape", "shape", "colours", "missing"))
     first, last = sprites[0], sprites[-1]
     if kind == "missing" and len(sprites) > 1:
         wrong = [rng.choice(sprites)]

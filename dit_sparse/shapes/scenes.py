@@ -86,7 +86,7 @@ def random_scene(size, rng):
         if _clearance(pair, size.frames) > 0:
             break
     sprites = max(candidates, key=lambda pair: _clearance(pair, size.frames))
-    drift = rng.choice((STILL, STILL, STILL, *DIRECTIONS))
+    drift = rng.choice((STILL,) * 6 + tuple(DIRECTIONS))
     return Scene(sprites, drift, drift_speed=CELL)
 
 
