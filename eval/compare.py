@@ -51,7 +51,7 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("there are no prompts to compare methods on")
-        names = [*METHODS] if "all" in self.methods else list(self.methods)
+        names = [name for given in self.methods for name in (METHODS if given == "all" else (given,))]
         object.__setattr__(self, "methods", list(dict.fromkeys([*ALWAYS, *names])))
         object.__setattr__(self, "call", (BUNDLED_CALL if self.model == BUNDLED else {}) | self.call)
         for name in self.methods:

@@ -94,9 +94,9 @@ def demo_table() -> str:
 
 
 def compare_table() -> str:
-    """One row a method of ``eval/results/*/compare.json``, the nearest to dense first."""
+    """One row a method of every ``eval/results/*/compare*.json``, the nearest to dense first."""
     text = []
-    for path in sorted(RESULTS.glob("*/compare.json")):
+    for path in sorted(RESULTS.glob("*/compare*.json")):
         result = json.loads(path.read_text())
         told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
         rows = [
@@ -114,8 +114,8 @@ def compare_table() -> str:
             for r in sorted(result["rows"], key=lambda r: -(r["psnr"] or 99))
         ]
         columns = ("method", "density", "whole run", "error", "kept", "PSNR, dB", "SSIM", "seconds", "planning")
-        text += [_markdown(columns, rows), "", _compare_conditions(result)]
-    return "\n".join(text)
+        text.append(_markdown(columns, rows) + "\n\n" + _compare_conditions(result))
+    return "\n\n".join(text)
 
 
 def executor_table() -> str:

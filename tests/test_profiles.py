@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from dit_sparse import PerHead, Profile, Schedule, SparseAttnProcessor, enable, prepare, search
 from dit_sparse.cli import app
+from dit_sparse.eval.compare import Comparison
+from dit_sparse.methods import METHODS
 from dit_sparse.methods.radial import Radial
 from dit_sparse.pipelines.family import family_of
 from dit_sparse.presets import names
@@ -257,6 +259,11 @@ def test_compare_has_one_row_a_method(tmp_path):
     assert 0 < rows["radial"]["error"] < 1 and rows["rettention(svg)"]["error"] is None
     for name in rows:
         assert name in run.output
+
+
+def test_all_methods_and_more(tmp_path):
+    task = Comparison(["all", "radial|sink"], ["a red circle moves left"], 0.3, tmp_path)
+    assert task.methods == [*METHODS, "radial|sink"]
 
 
 @pytest.mark.parametrize(

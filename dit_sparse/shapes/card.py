@@ -83,8 +83,8 @@ ACCURACY = """
 
 {prompts} prompts whose pairs of objects never occurred in training, {tokens} tokens, {steps} steps, guidance
 {guidance}, judged by a program (`python -m dit_sparse.shapes.judge`). Clips of up to 6 frames have fast
-motion; longer and wider ones were hardly trained on and not judged: there objects are repeated. Share of objects with
-the right ...
+motion; clips that are both long and wide had a tenth of the last training and were not judged: there objects still
+double at times. Share of objects with the right ...
 
 {table}
 """
