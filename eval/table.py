@@ -96,24 +96,24 @@ def demo_table() -> str:
 def compare_table() -> str:
     """One row a method of every ``eval/results/*/compare*.json``, the nearest to dense first."""
     text = []
-    for path in sorted(RESULTS.glob("*/compare*.json")):
+    for path in sorted(RESULTS.glob("*/compare*.json"), key=lambda path: (path.parent, len(path.name))):
         result = json.loads(path.read_text())
         told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
         rows = [
             (
-                f"`{r['method']}`",
+                "`{}`".format(r["method"].replace("|", "\\|")),
                 told(r["density_achieved"], 2),
                 told(r["density_run"], 2),
                 told(r["error"], 2),
                 told(r["retained"], 2),
                 told(r["psnr"], 1),
                 told(r["ssim"], 3),
-                told(r["seconds"], 0),
+                told(r["attention_seconds"], 1),
                 f"{r['planning_share']:.0%}",
             )
             for r in sorted(result["rows"], key=lambda r: -(r["psnr"] or 99))
         ]
-        columns = ("method", "density", "whole run", "error", "kept", "PSNR, dB", "SSIM", "seconds", "planning")
+        columns = ("method", "density", "whole run", "error", "kept", "PSNR, dB", "SSIM", "attention, s", "planning")
         text.append(_markdown(columns, rows) + "\n\n" + _compare_conditions(result))
     return "\n\n".join(text)
 
