@@ -57,11 +57,7 @@ def demo(
         from dit_sparse.eval.generate import BUNDLED_PROMPT
 
         processor = SparseAttnProcessor(
-            method,
-            density=density,
-            dense_steps=count_or_fraction(dense_steps),
-            executor=executor,
-            block=block,
+            method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
         )
         call = {} if steps is None else {"num_inference_steps": steps}
         task = Demo(prompt or BUNDLED_PROMPT, processor, out, seed, call)
@@ -102,11 +98,7 @@ def generate(
         from dit_sparse.eval.files import save_video, writable_folder
 
         processor = SparseAttnProcessor(
-            method,
-            density=density,
-            dense_steps=count_or_fraction(dense_steps),
-            executor=executor,
-            block=block,
+            method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
         )
         if out.suffix != ".mp4":
             raise ValueError(f"--out names the video file and ends in .mp4, not {out}")

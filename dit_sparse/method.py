@@ -199,16 +199,18 @@ class Union(Pattern):
         return first
 
     def keep(self, grid: Grid, block: int) -> Tensor:
-        first, *others = (part.block_map(grid, block) for part in self.parts)
-        return torch.stack([first, *others]).any(0)
+        return self._with_others(self.parts[0].block_map(grid, block), grid, block)
 
     def sparser(self) -> Union | None:
         relative = self.parts[0].sparser()
         return relative and replace(self, parts=(relative, *self.parts[1:]))
 
     def _at(self, value: float, grid: Grid, block: int) -> Tensor:
-        others = (part.block_map(grid, block) for part in self.parts[1:])
-        return torch.stack([self.parts[0]._at(value, grid, block), *others]).any(0)
+        return self._with_others(self.parts[0]._at(value, grid, block), grid, block)
+
+    def _with_others(self, first: Tensor, grid: Grid, block: int) -> Tensor:
+        others = (_planned(part, grid, block).keep()[0, 0] for part in self.parts[1:])
+        return torch.stack([first, *others]).any(0)
 
 
 @lru_cache(maxsize=16)

@@ -25,6 +25,7 @@ from .method import Computed, Method
 from .methods import method
 from .methods.dense import Dense
 from .methods.rettention import Rettention
+from .plan import Plan
 from .schedule import Schedule
 
 DEFAULT = "svg.spatial,svg.temporal,radial,vdit.vertical"
@@ -177,7 +178,7 @@ class _Probe(Method):
             one.fits(layers, heads)
 
     def plan(self, q, k, site, memory):
-        return method("svg.spatial", density=1.0).plan(q, k, site, memory)
+        return Plan.full(site.grid.tokens, site.block, q.device)
 
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         first = self.schedule.first_sparse_step(site.steps)

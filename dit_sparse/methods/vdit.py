@@ -85,8 +85,7 @@ class VDiT(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.samples < 1:
-            raise ValueError(f"samples is how many queries choose a shape, at least 1, not {self.samples}")
+        Vertical(samples=self.samples)
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         if "plan" not in memory:
