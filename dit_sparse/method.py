@@ -209,8 +209,14 @@ class Union(Pattern):
         return self._with_others(self.parts[0]._at(value, grid, block), grid, block)
 
     def _with_others(self, first: Tensor, grid: Grid, block: int) -> Tensor:
-        others = (_planned(part, grid, block).keep()[0, 0] for part in self.parts[1:])
+        others = (_mapped(part, grid, block) for part in self.parts[1:])
         return torch.stack([first, *others]).any(0)
+
+
+@lru_cache(maxsize=4)
+def _mapped(pattern: Pattern, grid: Grid, block: int) -> Tensor:
+    """The fixed parts of a union, which bisecting its knob asks for again and again."""
+    return pattern.block_map(grid, block)
 
 
 @lru_cache(maxsize=16)
