@@ -61,6 +61,19 @@ def test_judge_rejects_the_wrong_sprite():
         assert right == ((named.colour, named.shape, named.direction) in shown)
 
 
+def test_a_ragged_outline_and_a_second_object_do_not_hide_the_shape():
+    size, right = Size.of_tokens(6, 16, 32), []
+    for seed in range(24):
+        scene, video = clip(seed, size, accept=lambda scene: len(scene.sprites) == 1)
+        rng = torch.Generator().manual_seed(seed)
+        ragged = torch.stack([video.roll((dy, dx), (2, 3)) for dy in (-1, 0, 1) for dx in (-1, 0, 1)])
+        which = torch.randint(9, (1, 1, *video.shape[1:]), generator=rng).expand(1, *video.shape)
+        video = ragged.gather(0, which)[0]
+        twice = torch.where(video.std(dim=0) > 0.3, video, video.roll(32 * 2, 3))
+        right.append(judge(twice, scene.sprites[0]).shape)
+    assert sum(right) >= 23
+
+
 def test_clips_are_deterministic_and_sprites_stay_inside():
     size = Size(11, 44, 60)
     for seed in range(20):

@@ -1,7 +1,7 @@
 """Does the video show what the prompt says? `python -m dit_sparse.shapes.judge FOLDER` answers in JSON.
 
-The judge looks for every named colour against the nearly grey background, compares the outline of what it finds with
-circle, square and triangle, and follows the centre over time. It asks nothing of a trained network.
+The judge looks for every named colour against the nearly grey background, lays circle, square and triangle of several
+sizes on what it finds, and follows the centre over time. It asks nothing of a trained network.
 """
 
 import argparse
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from diffusers import WanPipeline
 
 from . import prompts
-from .scenes import COLOURS, DIRECTIONS, ROOM_FOR_TWO, SHAPES, Size, Sprite, outside, random_scene
+from .scenes import COLOURS, DIRECTIONS, RADIUS, ROOM_FOR_TWO, SHAPES, Size, Sprite, outside, random_scene
 
 SMALLEST = 32  # pixels that a sprite covers at least, two tokens
 VIVID = 0.30  # chroma, in units of pixels from -1 to 1, above which a pixel belongs to a sprite
+SIZES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # of a shape, relative to what the scenes have
 SLOWEST = 0.4  # pixels per frame above which something moves
 
 
@@ -73,7 +74,7 @@ def judge(video, sprite):
     centres = torch.stack([_centre(mask) for mask in masks[frames]])
     return Verdict(
         colour=True,
-        shape=nearest_shape(masks[frames], centres) == sprite.shape,
+        shape=nearest_shape(colour_strength(video[:, frames], sprite.colour)) == sprite.shape,
         direction=nearest_direction(frames, centres) == sprite.direction,
     )
 
@@ -81,14 +82,31 @@ def judge(video, sprite):
 def colour_masks(video, colour):
     """Where the video has a named colour: 0 or 1, (frames, height, width), without specks."""
     smooth = F.avg_pool2d(video.transpose(0, 1), 3, stride=1, padding=1, count_include_pad=False)
-    chroma = smooth - smooth.mean(dim=1, keepdim=True)
-    palette = torch.tensor(list(COLOURS.values()))
-    hues = F.normalize(palette - palette.mean(dim=1, keepdim=True), dim=1)
-    nearest = torch.einsum("kc,fchw->kfhw", hues, chroma).argmax(dim=0)
+    along, chroma = _along_hues(smooth)
     vivid = chroma.norm(dim=1) > VIVID * 1.6
-    mask = ((nearest == list(COLOURS).index(colour)) & vivid).float()
+    mask = ((along.argmax(dim=0) == list(COLOURS).index(colour)) & vivid).float()
     neighbours = F.avg_pool2d(mask[:, None], 5, stride=1, padding=2)[:, 0]
     return mask * (neighbours > 0.3)
+
+
+def colour_strength(video, colour):
+    """How much of a named colour each pixel has, from 0 to 1, (frames, height, width); 0 where another is nearer."""
+    along, _ = _along_hues(video.transpose(0, 1))
+    index = list(COLOURS).index(colour)
+    strength = (along[index] / _chroma(torch.tensor(COLOURS[colour]), 0).norm()).clamp(0, 1)
+    return strength * (along.argmax(dim=0) == index)
+
+
+def _along_hues(pixels):
+    """Component of (frames, 3, height, width) along the hue of each colour, (colours, frames, height, width), and
+    what is left of the pixels without their brightness."""
+    chroma = _chroma(pixels, 1)
+    hues = F.normalize(_chroma(torch.tensor(list(COLOURS.values())), 1), dim=1)
+    return torch.einsum("kc,fchw->kfhw", hues, chroma), chroma
+
+
+def _chroma(pixels, dim):
+    return pixels - pixels.mean(dim=dim, keepdim=True)
 
 
 def _centre(mask):
@@ -97,21 +115,26 @@ def _centre(mask):
     return torch.stack([columns.mean(), rows.mean()])
 
 
-def nearest_shape(masks, centres):
-    """The shape whose outline of equal area overlaps best, by intersection over union summed over frames."""
-    scores = {shape: sum(map(_overlap, masks, centres, [shape] * len(masks))) for shape in SHAPES}
+def nearest_shape(strength):
+    """The shape that explains (frames, height, width) in [0, 1] best: one inside, zero outside, in the least squares.
+
+    Place and size are free in every frame, so a second object of the same colour does not count against the first.
+    """
+    scores = {}
+    for shape in SHAPES:
+        templates = _templates(shape)
+        # |strength - template|^2 is smallest where the sum of 2 * strength - 1 inside the template is largest.
+        gain = F.conv2d(2 * strength[:, None] - 1, templates, padding=templates.shape[-1] // 2)
+        scores[shape] = gain.amax(dim=(1, 2, 3)).sum().item()
     return max(scores, key=scores.get)
 
 
-def _overlap(mask, centre, shape):
-    area = mask.sum().item()
-    unit_area, lift = {"circle": (3.1416, 0.0), "square": (3.24, 0.0), "triangle": (1.7, 0.1333)}[shape]
-    radius = (area / unit_area) ** 0.5
-    x = torch.arange(mask.shape[1])[None, :] - centre[0]
-    y = torch.arange(mask.shape[0])[:, None] - centre[1] + lift * radius
-    ideal = outside(shape, x, y, radius) < 0
-    found = mask > 0
-    return ((ideal & found).sum() / (ideal | found).sum().clamp_min(1)).item()
+def _templates(shape):
+    """The shape in all sizes, (sizes, 1, side, side)."""
+    reach = round(RADIUS * SIZES[-1]) + 1
+    axis = torch.arange(-reach, reach + 1).float()
+    insides = [outside(shape, axis[None, :], axis[:, None], RADIUS * size) < 0 for size in SIZES]
+    return torch.stack(insides)[:, None].float()
 
 
 def nearest_direction(frames, centres):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 CELL = 4  # pixels along each side of one token
-RADIUS = 12  # pixels; all objects have one size, and a large one: what shows through noise grows with the area
+RADIUS = 12  # pixels; every shape fills a box of 24: what shows through noise grows with the area
 ROOM_FOR_TWO = 64  # pixels along the shorter side
 SHORT = 6  # frames; in clips up to this length objects may be fast
 LIT = 0.35  # how much brighter the front of an object is than its middle, and how much darker its back
@@ -182,13 +182,13 @@ def _cover(sprite, path, size):
 
 
 def outside(shape, x, y, radius):
-    """Signed distance in pixels from the outline, negative inside."""
+    """Signed distance in pixels from the outline of the shape that fills a box of two radii, negative inside."""
     if shape == "circle":
         return (x.square() + y.square()).sqrt() - radius
     if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.9 * radius
-    sides = (1.7 * x.abs() - y - radius) / (1.7**2 + 1) ** 0.5
-    return torch.maximum(y - 0.7 * radius, sides)
+        return torch.maximum(x.abs(), y.abs()) - radius
+    sides = (2 * x.abs() - y - radius) / 5**0.5
+    return torch.maximum(y - radius, sides)
 
 
 def clip(seed, size, accept=lambda scene: True):

@@ -44,6 +44,7 @@ UNPROMPTED = 0.12  # share of clips with an empty prompt, for classifier-free gu
 DECIDED = (0.8, 0.992)  # the noise levels at which it is decided what moves where
 MARGIN = 0.3  # how much worse, of the loss with the right prompt
 CONTRAST = 3.0  # weight
+CONTRASTED = 0.4  # share of the clips; it is learnt soon and costs a second forward and backward pass
 AVERAGING = 0.995  # decay of the averaged weights over a step
 
 
@@ -109,7 +110,8 @@ class Trainer:
             latents.append(fold(video))
             unprompted = rng.random() < UNPROMPTED
             texts.append("" if unprompted else prompts.sentence(scene, clip_seed))
-            mistold.append(texts[-1] if unprompted else prompts.sentence(prompts.mistold(scene, rng), clip_seed))
+            plain = unprompted or rng.random() > CONTRASTED
+            mistold.append(texts[-1] if plain else prompts.sentence(prompts.mistold(scene, rng), clip_seed))
         mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in self.statistics)
         latents = (torch.stack(latents) - mean) / std
         noise = torch.randn(latents.shape, generator=generator)
