@@ -5,6 +5,10 @@ Text keeps its place at the front or the end of the sequence, so padding stays a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -33,7 +37,9 @@ def tiles(grid: Grid, frames: int, height: int, width: int) -> Tensor:
 
 def hilbert(grid: Grid) -> Tensor:
     """Along the 3-D Hilbert curve of the enclosing power-of-two cube (J. Skilling, "Programming the Hilbert curve",
-    AIP 2004): neighbours on the curve are neighbours in the video, for any block size and any grid."""
+    AIP 2004), without the places outside the video: neighbours on the curve are neighbours in the video, for any block
+    size and any grid. Where the curve leaves the video it jumps; blocks of 64 are whole cubes all the same, and more
+    compact than those of `gilbert`."""
     axes = list(_video(grid)[:3])
     bits = max(1, (max(grid.frames, grid.height, grid.width) - 1).bit_length())
     level = 1 << (bits - 1)
@@ -55,6 +61,75 @@ def hilbert(grid: Grid) -> Tensor:
         for axis in axes:
             place = place << 1 | ((axis ^ parity) >> bit & 1)
     return _with_text(grid, place)
+
+
+@lru_cache(maxsize=8)
+def gilbert(grid: Grid) -> Tensor:
+    """Along the generalised Hilbert curve of J. Cerveny ("gilbert"), which fills a box of any size without leaving it:
+    every step goes to a cell that touches the last, at odd sides now and then across an edge. Blocks of 128 are more
+    compact than those of `hilbert`. Found once a grid, in seconds for 100,000 tokens."""
+    extents = sorted(enumerate((grid.frames, grid.height, grid.width)), key=lambda axis: -axis[1])
+    frame, row, column = torch.tensor(list(_gilbert((0, 0, 0), *extents))).T
+    place = torch.empty_like(frame)
+    place[(frame * grid.height + row) * grid.width + column] = torch.arange(grid.video)
+    return _with_text(grid, place)
+
+
+Cell = tuple[int, int, int]
+Axis = tuple[int, int]  # a dimension and a signed length
+
+
+def _gilbert(start: Cell, a: Axis, b: Axis, c: Axis) -> Iterator[Cell]:
+    """The cells of the box from ``start`` along three axes, in an order that ends at the far end of ``a``."""
+    lengths = [abs(length) for _, length in (a, b, c)]
+    longest = max(lengths)
+    if math.prod(lengths) == longest:
+        line = (a, b, c)[lengths.index(longest)]
+        yield from (_moved(start, _steps(line, step)) for step in range(longest))
+        return
+    if 3 * lengths[2] > 4 * lengths[1]:
+        b, c = c, b
+    (a1, a2), (b1, b2), (c1, c2) = map(_halves, (a, b, c))
+    if 2 * lengths[0] > 3 * max(lengths[1:]):
+        yield from _gilbert(start, a1, b, c)
+        yield from _gilbert(_moved(start, a1), a2, b, c)
+    elif 3 * max(lengths[1:]) > 4 * min(lengths[1:]):
+        yield from _gilbert(start, b1, c, a1)
+        yield from _gilbert(_moved(start, b1), a, b2, c)
+        yield from _gilbert(_moved(start, _last(a), _last(b1)), _back(b1), c, _back(a2))
+    else:
+        yield from _gilbert(start, b1, c1, a1)
+        yield from _gilbert(_moved(start, b1), c, a1, b2)
+        yield from _gilbert(_moved(start, _last(b1), _last(c)), a, _back(b1), _back(c2))
+        yield from _gilbert(_moved(start, _last(a), b1, _last(c)), _back(c), _back(a2), b2)
+        yield from _gilbert(_moved(start, _last(a), _last(b1)), _back(b1), c1, _back(a2))
+
+
+def _halves(axis: Axis) -> tuple[Axis, Axis]:
+    """Two parts of an axis, the first even where it can be: a curve through an odd side cannot avoid a slanted step."""
+    length = abs(axis[1])
+    half = length // 2
+    first = _steps(axis, half + half % 2 if length > 2 else half)
+    return first, (axis[0], axis[1] - first[1])
+
+
+def _steps(axis: Axis, count: int) -> Axis:
+    return axis[0], count if axis[1] > 0 else -count
+
+
+def _last(axis: Axis) -> Axis:
+    return _steps(axis, abs(axis[1]) - 1)
+
+
+def _back(axis: Axis) -> Axis:
+    return axis[0], -axis[1]
+
+
+def _moved(place: Cell, *axes: Axis) -> Cell:
+    moved = list(place)
+    for dimension, length in axes:
+        moved[dimension] += length
+    return tuple(moved)
 
 
 def inverse(order: Tensor) -> Tensor:

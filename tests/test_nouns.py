@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -19,6 +21,7 @@ ORDERS = {
     "frame_last": order.frame_last,
     "tiles 2x3x2": lambda grid: order.tiles(grid, 2, 3, 2),
     "hilbert": order.hilbert,
+    "gilbert": order.gilbert,
 }
 every_order = pytest.mark.parametrize("cut", ORDERS.values(), ids=ORDERS)
 
@@ -129,6 +132,16 @@ def test_tiles_are_boxes(grid, box):
 def test_hilbert_moves_one_step_at_a_time(side):
     path = torch.stack(Grid(side, side, side).coordinates(order.hilbert(Grid(side, side, side)))[:3])
     assert (path.diff().abs().sum(0) == 1).all()
+
+
+@pytest.mark.parametrize("frames", range(1, 8))
+def test_gilbert_fills_any_box_without_jumps(frames):
+    for height, width in product(range(1, 8), repeat=2):
+        grid = Grid(frames, height, width)
+        steps = torch.stack(grid.coordinates(order.gilbert(grid))[:3]).diff(dim=1).abs()
+        assert (steps <= 1).all() and steps.any(0).all()
+        if frames % 2 == height % 2 == width % 2 == 0:
+            assert (steps.sum(0) == 1).all()
 
 
 def test_hilbert_blocks_are_smaller_than_row_major_ones():

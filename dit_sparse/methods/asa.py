@@ -1,18 +1,17 @@
 """Adaptive block-sparse attention (ASA): a few tokens sampled from every block find where attention goes.
 
 Source: Y. Gu et al., "Video-BLADE: Block-Sparse Attention Meets Step Distillation for Efficient Video Generation",
-arXiv:2508.10774, sec. 3.2. Tokens stand along a space-filling curve. From every block the same few places are sampled,
-of queries and of keys alike, and with l_rc the scores between the samples, m_rj the best of sample r in key block j and
-m_r the best of all,
+arXiv:2508.10774, sec. 3.2. Tokens stand along the generalised Hilbert curve. From every block the same few places are
+sampled, of queries and of keys alike, and with l_rc the scores between the samples, m_rj the best of sample r in key
+block j and m_r the best of all,
 
     s_ij = max over the samples r of block i of  exp(m_rj - m_r)
 
 The fewest blocks that make up .95 of a row's scores are kept, between a least and a greatest number.
 
-Differs from the authors: their curve is the generalised Hilbert curve of J. Cerveny ("gilbert"), here it is Hilbert's
-own in the enclosing cube, without the places outside the video. The places are drawn once from a fixed seed, not anew
-each time, so that equal inputs give equal plans. Their branch of pooled keys and values counts selected blocks twice,
-which their students learn to live with; it is not part of the method here. Inference only: no distillation.
+Differs from the authors: the places are drawn once from a fixed seed, not anew each time, so that equal inputs give
+equal plans. Their branch of pooled keys and values counts selected blocks twice, which their students learn to live
+with; it is not part of the method here. Inference only: no distillation.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class ASA(Scorer):
             raise ValueError(f"samples is how many tokens of a block are looked at, at least 1, not {self.samples}")
 
     def order(self, grid: Grid, block: int) -> Tensor:
-        return order.hilbert(grid)
+        return order.gilbert(grid)
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         tokens, dim = q.shape[2:]
