@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli_bench import bench
+from .cli_eval import judge, report, reproduce
 from .cli_measure import compare, count_or_fraction, profile
 from .terminal import console, one_sentence, progress_bars
 
@@ -24,7 +25,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
-app.command(epilog="Example: dit-sparse compare --methods radial,svg,adaspa --density 0.25 --prompts 2")(compare)
+app.add_typer(judge, name="eval")
+app.command(epilog="Example: dit-sparse compare --methods radial,svg,adaspa --density 0.15,0.25 --prompts 2")(compare)
+app.command(epilog="Example: dit-sparse report out/compare --html")(report)
+app.command(epilog="Example: dit-sparse reproduce wan2.1-t2v-14b-720p --prompts prompts.txt --out out/wan")(reproduce)
 app.command(epilog="Example: dit-sparse profile shapes-wan --target-density 0.25 --out profiles/mine.json")(profile)
 
 MethodName = Annotated[str, typer.Option("--method", "-m", help="One of `dit-sparse methods`.")]

@@ -93,6 +93,51 @@ def bench_transformer(
     console.print(f"{len(rows)} rows in {escape(str(out))}")
 
 
+@bench.command("scaling", epilog="Example: dit-sparse bench scaling --methods radial,svg --frames 8,16,32,64,128")
+def bench_scaling(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file; its pictures lie beside it.")] = Path(
+        "out/scaling.json"
+    ),
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
+    density: Annotated[float, typer.Option("--density", "-d", help="Beside the methods' own settings.")] = 0.25,
+    frames: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = "8,16,32,64,128",
+    frame: Annotated[str, typer.Option(help="Tokens of a frame, HEIGHTxWIDTH.")] = "30x52",
+    most_tokens: Annotated[int | None, typer.Option(min=1, help="Longest sequence that scorers look at.")] = None,
+) -> None:
+    """Cost and density of methods as videos grow longer, with the fitted exponents."""
+    with one_sentence():
+        from dit_sparse import Grid
+        from dit_sparse.eval import scaling
+        from dit_sparse.eval.files import save_json, save_picture, writable_folder
+
+        grid = Grid.parse(f"1x{frame}")
+        try:
+            lengths = [int(length) for length in frames.split(",")]
+        except ValueError:
+            raise ValueError(f"--frames is lengths separated by commas, such as 8,16,32, not {frames[:60]!r}") from None
+        names = scaling.METHODS if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+        size = {"height": grid.height, "width": grid.width, "most_tokens": most_tokens}
+        task = scaling.Scaling(names, density, lengths, **size)
+        writable_folder(out.parent)
+        with progress_bars() as stage:
+            result = task.run(stage("plans"))
+        save_json(out, result)
+        for setting in ("own", "fixed"):
+            save_picture(out.with_name(f"{out.stem}-{setting}.png"), scaling.picture(result, setting=setting))
+    _print_exponents(result["exponents"])
+    console.print(f"{len(result['rows'])} rows in {escape(str(out))}, pictures beside it")
+
+
+def _print_exponents(found: dict) -> None:
+    table = Table("method", "own settings", "fixed density", box=None, header_style="bold")
+    told = lambda fit: (
+        "-" if not fit or fit["exponent"] is None else f"n^{fit['exponent']:.2f} ({fit['points']} lengths)"
+    )
+    for name, fits in found.items():
+        table.add_row(escape(name), told(fits.get("own")), told(fits.get("fixed")))
+    console.print(table)
+
+
 def _print_bench(rows: list[dict]) -> None:
     table = Table("case", "executor", "ms", "dense", "speed-up", "TFLOP/s", box=None, header_style="bold")
     for r in (row for row in rows if "why_not" not in row):

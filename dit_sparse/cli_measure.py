@@ -12,6 +12,7 @@ from rich.table import Table
 from .terminal import console, one_sentence, progress_bars
 
 MOST_PROMPTS = 60  # of the bundled ones
+QUICK_PROMPTS, QUICK_STEPS = 2, 6
 
 Model = Annotated[str, typer.Option(help="shapes-wan, a local diffusers folder, or a name on the hub.")]
 Prompts = Annotated[str, typer.Option(help="How many of the bundled prompts, or a file with one prompt a line.")]
@@ -26,8 +27,11 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Names, separated by commas: all, radial, radial|sink, rettention(svg2), profile:NAME.")
     ] = "all",
-    density: Annotated[float, typer.Option("--density", "-d", help="Fraction of the pairs to compute.")] = 0.25,
+    density: Annotated[
+        str, typer.Option("--density", "-d", help="Fractions of the pairs to compute, separated by commas.")
+    ] = "0.25",
     prompts: Prompts = "4",
+    seeds: Annotated[int, typer.Option(min=1, help="Clips of each prompt.")] = 1,
     model: Model = "shapes-wan",
     dense_steps: DenseSteps = "0.25",
     executor: Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")] = "auto",
@@ -36,28 +40,37 @@ def compare(
     frames: Frames = None,
     height: Side = None,
     width: Side = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for compare.json.")] = Path("out/compare"),
+    quick: Annotated[bool, typer.Option("--quick", help="Two prompts, six steps, short clips: a first look.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the clips, compare.json and report.html.")
+    ] = Path("out/compare"),
 ) -> None:
-    """Compare methods with dense attention and with each other, at one density."""
+    """Compare methods with dense attention and with each other. Killed and called again, it goes on where it was."""
     with one_sentence():
         from dit_sparse import Schedule
-        from dit_sparse.eval.compare import Comparison
+        from dit_sparse.eval.compare import QUICK_CALL, Comparison
+        from dit_sparse.eval.page import write_page
 
+        usual = {"num_inference_steps": QUICK_STEPS} if quick else {}
+        if quick and model == "shapes-wan":
+            usual = QUICK_CALL
         task = Comparison(
             methods=[name.strip() for name in methods.split(",") if name.strip()],
-            prompts=read_prompts(prompts),
-            density=density,
+            prompts=read_prompts(prompts)[: QUICK_PROMPTS if quick else None],
+            densities=fractions(density),
+            seeds=seeds,
             out=out,
             schedule=Schedule(dense_steps=count_or_fraction(dense_steps)),
             executor=executor,
             block=block,
             model=model,
-            call=given(num_inference_steps=steps, num_frames=frames, height=height, width=width),
+            call=usual | given(num_inference_steps=steps, num_frames=frames, height=height, width=width),
         )
         with progress_bars() as stage:
             result = task.run(stage)
+        write_page(result, out / "report.html")
     console.print(_comparison(result["rows"]))
-    console.print(f"{len(result['prompts'])} prompts, {result['device']}; {escape(str(out / 'compare.json'))}")
+    console.print(f"{len(result['prompts'])} prompts, {result['device']}; {escape(str(out / 'report.html'))}")
 
 
 def profile(
@@ -141,24 +154,38 @@ def count_or_fraction(text: str | None) -> int | float | None:
         raise ValueError(f"--dense-steps is a count such as 3 or a fraction such as 0.2, not {text!r}") from None
 
 
+def fractions(text: str) -> list[float]:
+    """``"0.15,0.25"``: both.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"--density is fractions separated by commas, such as 0.15,0.25, not {text[:60]!r}") from None
+
+
 def given(**values: object) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _comparison(rows: list[dict]) -> Table:
-    columns = ("density", "error", "kept", "dB", "SSIM", "seconds", "attention", "planning")
+    columns = ("density", "error", "kept", "dB", "over random", "SSIM", "denoising", "attention", "planning")
     table = Table("method", *columns, box=None, header_style="bold")
     number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
-    for row in sorted(rows, key=lambda row: -(row["psnr"] or 99)):
+    mean = lambda spread: spread and spread["mean"]
+    for row in sorted(rows, key=lambda row: (row["density_asked"] or 0, -(mean(row["psnr"]) or 999))):
         table.add_row(
-            escape(row["method"]),
-            number(row["density_achieved"], 3),
+            escape(row["name"]),
+            number(row["density_achieved"], 3) + (" !" if row["density_hit"] is False else ""),
             number(row["error"], 2),
             number(row["retained"], 2),
-            number(row["psnr"], 1),
-            number(row["ssim"], 3),
-            number(row["seconds"], 1),
-            number(row["attention_seconds"], 1),
+            number(mean(row["psnr"]), 1),
+            number(mean(row["over_random"]), 1),
+            number(mean(row["ssim"]), 3),
+            f"{row['speedup']:.2f}x",
+            f"{row['attention_speedup']:.2f}x",
             f"{row['planning_share']:.0%}",
         )
     return table

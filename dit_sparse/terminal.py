@@ -27,7 +27,8 @@ def one_sentence():
 
 @contextmanager
 def progress_bars():
-    """Yields ``stage(name)``, which begins a bar and returns ``progress(done, steps)``."""
+    """Yields ``stage(name)``, which begins a bar and returns ``progress(done, steps)``. Of many bars the first and the
+    latest stay in sight."""
     columns = (
         TextColumn("{task.description:>14}"),
         BarColumn(),
@@ -38,6 +39,8 @@ def progress_bars():
     with Progress(*columns, console=complaints) as bars:
 
         def stage(name: str) -> Any:
+            for old in bars.task_ids[1:-3]:
+                bars.update(old, visible=False)
             task = bars.add_task(name, total=None)
             return lambda done, steps: bars.update(task, completed=done, total=steps)
 

@@ -1,28 +1,30 @@
-"""Methods side by side: the same prompts and seeds, dense and with each method, at one density."""
+"""Methods side by side: the same prompts, seeds, schedule and executor for all, at one density or several.
+
+Dense attention and random blocks are always there, and so is dense attention with fewer steps: what a density buys has
+to beat what leaving out steps buys. With r the fraction of the pairs that a whole run computes and a the share of
+attention in the dense time, such a row has steps * (1 - a * (1 - r)) steps (after "The Sparse Frontier",
+arXiv:2504.17768, sec. 3, which compares at equal cost).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-from torch import Tensor
-
-from dit_sparse import METHODS, Schedule, Site, SparseAttnProcessor, prepare, search
-from dit_sparse.composition import inside
-from dit_sparse.methods.dense import Dense
-from dit_sparse.methods.rettention import Rettention
-from dit_sparse.report import Report
+from dit_sparse import METHODS, Schedule, SparseAttnProcessor
+from dit_sparse.budget import check_density
+from dit_sparse.methods import method
 
 from .environment import conditions
 from .files import save_json, writable_folder
-from .generate import BUNDLED, BUNDLED_CALL, Clip, Progress, generate, load
-from .metrics import psnr, ssim
-from .retained import retained_mass
+from .generate import BUNDLED, BUNDLED_CALL, Progress
+from .summary import summary
+from .takes import Studio, Wanted
 
 ALWAYS = ("dense", "random_blocks")  # the ceiling and the floor of every comparison
+SMALL_CALL = {"num_inference_steps": 10, "num_frames": 7, "height": 64, "width": 64}  # of the bundled model
+QUICK_CALL = SMALL_CALL | {"num_inference_steps": 6, "num_frames": 4}
 Stage = Callable[[str], Progress]
 
 
@@ -31,17 +33,21 @@ class Comparison:
     """What is compared; everything is checked before any long work.
 
     Attributes:
-        methods: names of ``dit-sparse methods``, compositions such as ``radial|sink``, or ``profile:NAME``.
-        prompts: one clip each and method, seeds 0, 1, ...
-        density, schedule, executor, block: the same for all. A profile has a density of its own.
-        out: folder for ``compare.json``.
+        methods: names of ``dit-sparse methods``, compositions such as ``radial|sink``, ``profile:NAME``, or ``svg@0.3``
+            for a single row at a density of its own, ``radial@own`` for one at the method's own settings.
+        prompts: one clip each, seed and row.
+        out: folder for ``compare.json`` and the clips. A comparison that was killed takes up the clips it finds there.
+        densities: a row of every method for each. A profile has a density of its own.
+        seeds: how many, 0, 1, ...
+        schedule, executor, block: the same for all.
         model, call: the pipeline, and the arguments of its call.
     """
 
     methods: Sequence[str]
     prompts: Sequence[str]
-    density: float
     out: Path
+    densities: Sequence[float] = (0.25,)
+    seeds: int = 1
     schedule: Schedule = Schedule()  # noqa: RUF009
     executor: str = "auto"
     block: int | None = None
@@ -51,86 +57,83 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("there are no prompts to compare methods on")
+        if self.seeds < 1:
+            raise ValueError(f"seeds is how many clips there are of a prompt, at least 1, not {self.seeds}")
+        if not self.densities:
+            raise ValueError("there is no density to compare methods at")
+        for density in self.densities:
+            check_density(density)
         names = [name for given in self.methods for name in (METHODS if given == "all" else (given,))]
         object.__setattr__(self, "methods", list(dict.fromkeys([*ALWAYS, *names])))
-        object.__setattr__(self, "call", (BUNDLED_CALL if self.model == BUNDLED else {}) | self.call)
-        for name in self.methods:
-            self.processor(name)
+        object.__setattr__(self, "densities", sorted(set(self.densities)))
+        usual = BUNDLED_CALL | SMALL_CALL if self.model == BUNDLED else {}
+        object.__setattr__(self, "call", usual | self.call)
+        self.rows()
         writable_folder(self.out)
 
-    def processor(self, name: str) -> SparseAttnProcessor:
+    def rows(self) -> list[Wanted]:
+        """Every row but those with fewer steps, whose number depends on what the dense clips cost."""
+        alone, everywhere = [], []
+        for given in self.methods:
+            name, at, density = given.partition("@")
+            if at or given == "dense" or given.startswith("profile:"):
+                alone.append(self._wanted(given, name, _own_density(given, density)))
+            else:
+                everywhere.append(given)
+        return alone + [self._wanted(given, given, density) for density in self.densities for given in everywhere]
+
+    def _wanted(self, given: str, name: str, density: float | None) -> Wanted:
+        return Wanted(given, name, density, self.processor(name, density))
+
+    def processor(self, name: str, density: float | None) -> SparseAttnProcessor:
         """Nothing stays dense for its length: methods are compared, not whether they pay."""
         given = {"schedule": self.schedule, "executor": self.executor, "block": self.block, "min_tokens": 0}
         if name.startswith("profile:"):
             return SparseAttnProcessor.from_profile(name.removeprefix("profile:"), **given)
-        return SparseAttnProcessor(name, density=self.density, **given)
+        one = method(name) if density is None else method(name, density=density)
+        return SparseAttnProcessor(one, **given)
 
     def run(self, stage: Stage) -> dict:
-        """One row a method, written to ``compare.json`` after each of them; returns what was written."""
-        pipe = prepare(load(self.model))
-        errors = self._errors(pipe, stage("errors"))
-        truth, rows = [], []
-        result = {"model": self.model, "prompts": list(self.prompts), "density": self.density, "rows": rows}
-        result |= {"grids": [], "schedule": asdict(self.schedule), "call": self.call} | conditions()
-        for name in self.methods:
-            clips, report, seen = self._clips(pipe, name, stage(name))
-            truth = truth or clips
-            result["grids"] = report.grids or result["grids"]
-            rows.append(_row(name, errors.get(name), clips, truth, report, seen))
+        """One row after the other, written to ``compare.json`` after each of them; returns what was written."""
+        studio = Studio(self.model, self.prompts, range(self.seeds), self.call, self.out / "clips")
+        rows, everything = self.rows(), stage("all rows")
+        result = {key: value for key, value in asdict(self).items() if key not in ("out", "methods")}
+        result |= {"grids": [], "steps": None} | conditions() | {"rows": []}
+        errors: dict = {}
+        for done, wanted in enumerate(self._in_turn(rows, studio)):
+            everything(done, len(rows) + len(self.densities))
+            if wanted.density not in errors and wanted.steps is None:
+                alike = [row for row in rows if row.density == wanted.density]
+                errors[wanted.density] = studio.errors(alike, self.schedule, self.block, stage("errors"))
+            studio.make(wanted, stage(wanted.name))
+            made = summary(wanted, studio, result["rows"])
+            made["error"] = errors[wanted.density].get(wanted.method)
+            result["grids"], result["steps"] = made.pop("grids"), result["steps"] or made["steps"]
+            result["rows"].append(made)
             save_json(self.out / "compare.json", result)
+        everything(1, 1)
         return result
 
-    def _errors(self, pipe: Any, progress: Progress) -> dict[str, float]:
-        """Relative error of the attention output, by the calls of a dense clip: what no later step can blur. A method
-        that lives on what it saw of dense steps is not judged so."""
-        judged = {name: self.processor(name).settings.method for name in self.methods}
-        lives_on_steps = lambda one: any(isinstance(part, Dense | Rettention) for part in inside(one))
-        judged = {name: one for name, one in judged.items() if not lives_on_steps(one)}
-        tried = [search.Candidate(name, one) for name, one in judged.items()]
-        clip = lambda: generate(pipe, self.prompts[0], 0, self.call, progress)
-        seen = search.measure(pipe, clip, tried, self.schedule, self.block)
-        return dict(zip(judged, seen.error.mean((1, 2)).sqrt().tolist(), strict=True))
+    def _in_turn(self, rows: list[Wanted], studio: Studio) -> Iterator[Wanted]:
+        """The rows, and dense attention with as many steps as each density pays for."""
+        yield from rows
+        dense = studio.dense_note()
+        for steps in sorted(
+            {self._steps_of_equal_cost(density, dense) for density in self.densities} - {dense["steps"]}
+        ):
+            yield Wanted("dense", "dense", None, self.processor("dense", None), steps)
 
-    def _clips(self, pipe: Any, name: str, progress: Progress) -> tuple[list[Clip], Report, _Seen]:
-        pipe.set_attn_processor(self.processor(name))
-        seen, clips = _Seen(), []
-        pipe.sparse_run.observe(seen)
-        try:
-            for number, prompt in enumerate(self.prompts):
-                told = lambda done, steps, n=number: progress(n * steps + done, len(self.prompts) * steps)
-                clips.append(generate(pipe, prompt, number, self.call, told))
-            return clips, pipe.sparse_run.report(), seen
-        finally:
-            pipe.set_attn_processor(None)
+    def _steps_of_equal_cost(self, density: float, dense: dict) -> int:
+        steps = dense["steps"]
+        sparse = 1 - self.schedule.first_sparse_step(steps) / steps
+        attention = dense["attention_seconds"] / dense["seconds"]
+        return max(1, round(steps * (1 - attention * sparse * (1 - density))))
 
 
-class _Seen:
-    """Observes a run: the attention retained, at one call in eight of every layer."""
-
-    def __init__(self) -> None:
-        self.calls, self.mass = {}, []
-
-    def __call__(self, site: Site, q: Tensor, k: Tensor, plan: Any) -> None:
-        number = self.calls[site.layer] = self.calls.get(site.layer, -1) + 1
-        if number % 8 == 0:
-            self.mass.append(float(retained_mass(q, k, plan, rows=64).mean()))
-
-
-def _row(name: str, error: float | None, clips: list[Clip], truth: list[Clip], report: Report, seen: _Seen) -> dict:
-    pairs = list(zip(clips, truth, strict=True))
-    each = [psnr(clip.frames, dense.frames) for clip, dense in pairs] if clips is not truth else []
-    return {
-        "method": name,
-        "settings": report.settings,
-        "density_achieved": report.density_achieved,
-        "density_run": report.density_run,
-        "error": error,
-        "retained": fmean(seen.mass) if seen.mass else None,
-        "psnr": fmean(each) if each else None,
-        "psnr_each": each,
-        "ssim": fmean(ssim(clip.frames, dense.frames) for clip, dense in pairs),
-        "seconds": sum(clip.seconds for clip in clips),
-        "attention_seconds": report.attention_seconds,
-        "planning_share": report.planning_seconds / max(report.attention_seconds, 1e-9),
-        "executors": report.executors,
-    }
+def _own_density(given: str, text: str) -> float | None:
+    if text in ("", "own"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{given!r}: write METHOD@DENSITY, such as svg@0.3, or METHOD@own") from None

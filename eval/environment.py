@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -9,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+import dit_sparse
 
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "xformers", "numpy")
 
@@ -48,6 +51,17 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def sources() -> str:
+    """A digest of all files that decide what attention computes, edited or not: code, kernels, profiles, weights."""
+    folders = [Path(place) / name for place in dit_sparse.__path__ for name in ("kernels", "pipelines", "profiles")]
+    digest = hashlib.sha256()
+    for folder in (Path(dit_sparse.__file__).parent, *filter(Path.is_dir, folders)):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _processor() -> str:

@@ -47,6 +47,20 @@ def save_video(path: Path, frames: NDArray, fps: int) -> None:
         imageio.imwrite(draft, even, fps=fps, codec="libx264", macro_block_size=2, quality=9)
 
 
+def read_video(path: Path) -> tuple[NDArray, float]:
+    """Frames ``[F, H, W, 3]`` uint8 and frames a second.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        frames = imageio.imread(path, plugin="FFMPEG")
+        return frames, float(imageio.immeta(path, plugin="FFMPEG").get("fps", 8))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot read a video from {path}: {reason}") from None
+
+
 def save_picture(path: Path, image: Image.Image) -> None:
     with aside(path) as draft:
         image.save(draft)

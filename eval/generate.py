@@ -23,6 +23,7 @@ BUNDLED_FPS = 8
 BUNDLED_PROMPT = "a red circle moves right while a blue square moves up"
 
 Progress = Callable[[int, int], None]
+Watch = Callable[[int, int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ def load(model: str) -> Any:
     return pipe.to("cuda" if cuda else "cpu")
 
 
-def generate(pipe: Any, prompt: str, seed: int, call: dict, progress: Progress | None = None) -> Clip:
-    """One clip from one seed; ``call`` holds further arguments of the pipeline, ``progress(done, steps)`` is told."""
+def generate(
+    pipe: Any, prompt: str, seed: int, call: dict, progress: Progress | None = None, watch: Watch | None = None
+) -> Clip:
+    """One clip from one seed; ``call`` holds further arguments of the pipeline. ``progress(done, steps)`` is told how
+    far it is, and ``watch(step, steps, latents)`` sees the latents after every step."""
     finished: list[float] = []
 
     def step_ended(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
@@ -69,6 +73,8 @@ def generate(pipe: Any, prompt: str, seed: int, call: dict, progress: Progress |
         finished.append(time.perf_counter())
         if progress:
             progress(step + 1, pipe.num_timesteps)
+        if watch:
+            watch(step, pipe.num_timesteps, values["latents"])
         return values
 
     pipe.set_progress_bar_config(disable=True)

@@ -93,29 +93,41 @@ def demo_table() -> str:
     return _markdown(columns, rows) + "\n\n" + _demo_conditions(results)
 
 
-def compare_table() -> str:
-    """One row a method of every ``eval/results/*/compare*.json``, the nearest to dense first."""
-    text = []
+def compare_tables() -> str:
+    """What every ``eval/results/*/compare*.json`` found at the density that is nearest to .25."""
+    tables = []
     for path in sorted(RESULTS.glob("*/compare*.json"), key=lambda path: (path.parent, len(path.name))):
         result = json.loads(path.read_text())
-        told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
-        rows = [
-            (
-                "`{}`".format(r["method"].replace("|", "\\|")),
-                told(r["density_achieved"], 2),
-                told(r["density_run"], 2),
-                told(r["error"], 2),
-                told(r["retained"], 2),
-                told(r["psnr"], 1),
-                told(r["ssim"], 3),
-                told(r["attention_seconds"], 1),
-                f"{r['planning_share']:.0%}",
-            )
-            for r in sorted(result["rows"], key=lambda r: -(r["psnr"] or 99))
-        ]
-        columns = ("method", "density", "whole run", "error", "kept", "PSNR, dB", "SSIM", "attention, s", "planning")
-        text.append(_markdown(columns, rows) + "\n\n" + _compare_conditions(result))
-    return "\n\n".join(text)
+        shown = min(result["densities"], key=lambda density: abs(density - 0.25))
+        rows = [row for row in result["rows"] if row["density_asked"] in (None, shown)]
+        tables.append(compare_table(result | {"rows": rows}))
+    return "\n\n".join(tables)
+
+
+def compare_table(result: dict) -> str:
+    """One row a method and density of a comparison, the nearest to dense first, and the conditions."""
+    told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+    mean = lambda spread: spread and spread["mean"]
+    quality = lambda row: (row["density_asked"] or 0, -(mean(row["psnr"]) or 999))
+    rows = [
+        (
+            "`{}`".format(r["name"].replace("|", "\\|")),
+            told(r["density_achieved"], 2) + (" (!)" if r["density_hit"] is False else ""),
+            told(r["density_run"], 2),
+            told(r["error"], 2),
+            told(r["retained"], 2),
+            told(mean(r["psnr"]), 1) + _between(r["psnr"] and r["psnr"]["interval"]),
+            told(mean(r["over_random"]), 1),
+            told(mean(r["ssim"]), 3),
+            f"{r['speedup']:.2f}x",
+            f"{r['attention_speedup']:.2f}x",
+            f"{r['planning_share']:.0%}",
+        )
+        for r in sorted(result["rows"], key=quality)
+    ]
+    columns = ("row", "density", "whole run", "error", "kept", "PSNR, dB", "over random", "SSIM")
+    columns += ("denoising", "attention", "planning")
+    return _markdown(columns, rows) + "\n\n" + _compare_conditions(result)
 
 
 def executor_table() -> str:
@@ -137,7 +149,7 @@ TABLES = {
     "methods": method_table,
     "models": model_table,
     "demo": demo_table,
-    "compare": compare_table,
+    "compare": compare_tables,
     "executors": executor_table,
 }
 
@@ -166,13 +178,22 @@ def _demo_conditions(results: Sequence[dict]) -> str:
     return told + (f" Rows differ in {', '.join(mixed)}: see their files." if mixed else "")
 
 
+def clips_told(result: dict) -> str:
+    """How many clips there are of a row."""
+    prompts, seeds = len(result["prompts"]), result["seeds"]
+    return f"{prompts} prompt{'s' * (prompts > 1)}" + (f", {seeds} seeds each" if seeds > 1 else "")
+
+
+def _between(bounds: Sequence[float] | None) -> str:
+    return "" if bounds is None else f" [{bounds[0]:.1f}, {bounds[1]:.1f}]"
+
+
 def _compare_conditions(result: dict) -> str:
-    schedule, each = result["schedule"], len(result["prompts"])
-    steps = result["call"].get("num_inference_steps", "the usual")
+    schedule = result["schedule"]
     return (
-        f"`{result['model']}`, {each} prompts, {', '.join(result['grids'])} tokens, "
-        f"{steps} steps, dense_steps={schedule['dense_steps']}, {result['device']}, "
-        f"torch {result['versions']['torch']}, commit {result['commit']}."
+        f"`{result['model']}`, {clips_told(result)}, {', '.join(result['grids'])} tokens, {result['steps']} steps, "
+        f"dense_steps={schedule['dense_steps']}, {result['device']}, torch {result['versions']['torch']}, "
+        f"commit {result['commit']}."
     )
 
 

@@ -67,15 +67,21 @@ RULES = {  # the first pattern that fits a module is its row
     "package": May("*"),  # dit_sparse/__init__.py
     "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
     "eval.compiled": May("public kernels.*", lazily="triton kernels.*_triton"),
-    "eval.compare": May(f"{USER} eval.* composition methods.* search"),
+    "eval.compare": May(f"{USER} eval.* budget methods"),
+    "eval.takes": May(f"{USER} eval.* composition methods.* search", others="numpy"),
+    "eval.reproduce": May(f"{USER} eval.*", others="pydantic tomli"),
     "eval.profiling": May(f"{USER} eval.* search"),
     "eval.bench": May(f"{USER} eval.* kernels.cluster kernels.permute"),
     "eval.bench_transformer": May(f"{USER} eval.*", lazily="diffusers"),
-    "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips"),
+    "eval.analysis": May(f"{USER} eval.* composition method methods.*", others="PIL"),
+    "eval.bounds": May("public grid method kernels.block_mass"),
+    "eval.scaling": May(f"{USER} eval.* method", others="PIL"),
+    "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips pyiqa"),
     "terminal": May(others="typer rich"),
     "cli_measure": May("public terminal shapes.judge", others="typer rich", lazily="eval.*"),
+    "cli_eval": May("public terminal cli_measure", others="typer rich", lazily="eval.*"),
     "cli_bench": May("public terminal", others="typer rich", lazily="eval.*"),
-    "cli": May(f"{USER} cli_bench cli_measure terminal", others="typer rich", lazily="eval.* gradio"),
+    "cli": May(f"{USER} cli_bench cli_eval cli_measure terminal", others="typer rich", lazily="eval.* gradio"),
     "app": May("public eval.*", others="gradio"),
 }
 
@@ -215,7 +221,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel_holds_the_files_on_disk(wheel):
-    shipped = re.compile(r".*\.(py|cpp|h)|profiles/.*\.json|dit_sparse/(py\.typed|assets/.*)")
+    shipped = re.compile(r".*\.(py|cpp|h)|profiles/.*\.json|eval/recipes/.*\.toml|dit_sparse/(py\.typed|assets/.*)")
     relative = (
         path.relative_to(ROOT)
         for name in ("dit_sparse", *MAPPED)

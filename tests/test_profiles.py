@@ -13,8 +13,6 @@ from typer.testing import CliRunner
 
 from dit_sparse import PerHead, Profile, Schedule, SparseAttnProcessor, enable, prepare, search
 from dit_sparse.cli import app
-from dit_sparse.eval.compare import Comparison
-from dit_sparse.methods import METHODS
 from dit_sparse.methods.radial import Radial
 from dit_sparse.pipelines.family import family_of
 from dit_sparse.presets import names
@@ -241,29 +239,6 @@ def test_compositions_are_candidates_that_load_again(tmp_path):
     run = CliRunner().invoke(app, ["profile", "shapes-wan", "--prompts", "1", *given, "--out", str(out), *SMALL])
     assert run.exit_code == 0, run.output
     assert Profile.load(out).measured["block"] == 16
-
-
-def test_compare_has_one_row_a_method(tmp_path):
-    run = CliRunner().invoke(
-        app,
-        ["compare", "--methods", "radial,radial|sink,rettention(svg)", "--prompts", "2", "--block", "16"]
-        + ["--density", "0.4", "--dense-steps", "1", "--out", str(tmp_path), *SMALL],
-    )
-    assert run.exit_code == 0, run.output
-    result = json.loads((tmp_path / "compare.json").read_text())
-    rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["dense", "random_blocks", "radial", "radial|sink", "rettention(svg)"]
-    assert rows["dense"]["ssim"] == 1 and rows["dense"]["psnr"] is None and rows["dense"]["density_run"] == 1
-    assert all(len(row["psnr_each"]) == 2 and row["seconds"] > 0 for name, row in rows.items() if name != "dense")
-    assert rows["radial"]["density_achieved"] == pytest.approx(0.4, abs=0.15) and 0 < rows["radial"]["retained"] < 1
-    assert 0 < rows["radial"]["error"] < 1 and rows["rettention(svg)"]["error"] is None
-    for name in rows:
-        assert name in run.output
-
-
-def test_all_methods_and_more(tmp_path):
-    task = Comparison(["all", "radial|sink"], ["a red circle moves left"], 0.3, tmp_path)
-    assert task.methods == [*METHODS, "radial|sink"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""``dit-sparse report``, ``reproduce`` and ``eval``: results read and drawn, papers measured again, videos judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .cli_measure import (
+    Block,
+    DenseSteps,
+    Frames,
+    Model,
+    Prompts,
+    Side,
+    Steps,
+    count_or_fraction,
+    fractions,
+    given,
+    read_prompts,
+)
+from .terminal import console, one_sentence, progress_bars
+
+judge = typer.Typer(help="Judge videos: by themselves, against another, or for the VBench tool.", no_args_is_help=True)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of `dit-sparse compare`, or its compare.json.")],
+    html: Annotated[bool, typer.Option("--html", help="Write report.html beside it.")] = False,
+) -> None:
+    """Make the table of a comparison, or its page, from its JSON alone."""
+    with one_sentence():
+        from dit_sparse.eval.page import write_page
+        from dit_sparse.eval.table import compare_table
+
+        path = results / "compare.json" if results.is_dir() else results
+        result = read_result(path)
+        if not html:
+            print(compare_table(result))
+            return
+        page = path.with_name("report.html")
+        write_page(result, page)
+    console.print(f"{escape(str(page))}: open it in a browser")
+
+
+def reproduce(
+    recipe: Annotated[str | None, typer.Argument(help="Its name, or a TOML file. Without one: what there is.")] = None,
+    prompts: Prompts = "4",
+    seeds: Annotated[int, typer.Option(min=1, help="Clips of each prompt.")] = 1,
+    executor: Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; out/RECIPE by default.")] = None,
+) -> None:
+    """Measure what a paper published, in its own setting, and set the two side by side."""
+    with one_sentence():
+        from dit_sparse.eval.page import write_page
+        from dit_sparse.eval.reproduce import Recipe, beside, recipes
+
+        if recipe is None:
+            for name in recipes():
+                console.print(f"{name:28} {Recipe.load(name).title}", highlight=False)
+            return
+        told = Recipe.load(recipe)
+        folder = out or Path("out") / Path(recipe).stem
+        task = told.comparison(read_prompts(prompts), folder, seeds, executor)
+        console.print(f"{told.title}\n{told.source}, on {told.hardware}", highlight=False, markup=False)
+        with progress_bars() as stage:
+            result = task.run(stage)
+        write_page(result, folder / "report.html")
+    console.print(_beside(list(beside(told, result))))
+    console.print(f"published / measured here, on {result['device']}; {escape(str(folder / 'report.html'))}")
+
+
+def _beside(rows: list[dict]) -> Table:
+    columns = ("density", "psnr", "ssim", "lpips", "speedup")
+    table = Table("row", *columns, box=None, header_style="bold")
+    told = lambda value: "-" if value is None else f"{value:.3g}"
+    for row in rows:
+        table.add_row(escape(row["row"]), *(" / ".join(map(told, row[column])) for column in columns))
+    return table
+
+
+@judge.command(epilog="Example: dit-sparse eval video out/demo/sparse.mp4 --reference out/demo/dense.mp4")
+def video(
+    path: Annotated[Path, typer.Argument(help="A video file.")],
+    reference: Annotated[Path | None, typer.Option(help="The dense video of the same prompt and seed.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What it was to show.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as well.")] = None,
+) -> None:
+    """How good a video is by itself, and how near to a reference. What needs weights that are not here is said so."""
+    with one_sentence():
+        from dit_sparse.eval.files import read_video, save_json, writable_folder
+        from dit_sparse.eval.metrics import fidelity
+        from dit_sparse.eval.quality import quality
+
+        if json_file:
+            writable_folder(json_file.parent)
+        frames, fps = read_video(path)
+        against = None if reference is None else fidelity(frames, read_video(reference)[0])
+        found = {"quality": quality(frames, prompt, fps), "fidelity": against}
+        if json_file:
+            save_json(json_file, found)
+    for name, value in found["quality"].items():
+        console.print(_measure(name, value), highlight=False, markup=False, soft_wrap=True)
+    for name, spread in (against or {}).items():
+        told = spread if "unavailable" in spread else spread["pooled"]
+        console.print(_measure(name, told), highlight=False, markup=False, soft_wrap=True)
+
+
+@judge.command(epilog="Example: dit-sparse eval export out/compare --row 'radial 0.25' --out out/vbench")
+def export(
+    results: Annotated[Path, typer.Argument(help="A folder of `dit-sparse compare`.")],
+    row: Annotated[str, typer.Option(help="Which row, as its table names it.")] = "dense",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the videos and their list.")] = Path(
+        "out/vbench"
+    ),
+) -> None:
+    """Write the clips of a row as the official VBench tool wants them."""
+    with one_sentence():
+        from dit_sparse.eval.clips import Shelf
+        from dit_sparse.eval.vbench_files import export as write
+
+        if not (results / "clips").is_dir():
+            raise ValueError(f"{results} is no folder of dit-sparse compare: it has no clips")
+        takes = [take for take in Shelf(results / "clips").takes() if "row" in take.note]
+        if not (chosen := {(t.note["prompt"], t.note["seed"]): t.frames for t in takes if t.note["row"] == row}):
+            raise ValueError(f"there is no row {row!r}; there are {', '.join(sorted({t.note['row'] for t in takes}))}")
+        listed = write(out, ((prompt, seed, frames) for (prompt, seed), frames in chosen.items()))
+    console.print(f"{len(chosen)} videos, listed in {escape(str(listed))}")
+
+
+@judge.command(epilog="Example: dit-sparse eval attention --methods radial,svg,svg2 --density 0.15,0.25")
+def attention(
+    methods: Annotated[str, typer.Option(help="Names, separated by commas.")] = "random_blocks,radial,svg,subblock",
+    density: Annotated[str, typer.Option("--density", "-d", help="Fractions, separated by commas.")] = "0.25",
+    prompts: Prompts = "1",
+    model: Model = "shapes-wan",
+    dense_steps: DenseSteps = "0.25",
+    block: Block = None,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Side = None,
+    width: Side = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for analysis.json and a picture a row.")] = Path(
+        "out/attention"
+    ),
+) -> None:
+    """How much attention masks keep, beside the most that as many pairs could keep, and the error of the output."""
+    with one_sentence():
+        from dit_sparse import Schedule
+        from dit_sparse.eval import analysis
+        from dit_sparse.eval.files import save_json, save_picture, writable_folder
+
+        task = analysis.Analysis(
+            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            densities=fractions(density),
+            prompts=read_prompts(prompts),
+            schedule=Schedule(dense_steps=count_or_fraction(dense_steps)),
+            block=block,
+            model=model,
+            call=given(num_inference_steps=steps, num_frames=frames, height=height, width=width),
+        )
+        writable_folder(out)
+        with progress_bars() as stage:
+            result = task.run(stage)
+        save_json(out / "analysis.json", result)
+        for number, row in enumerate(result["rows"]):
+            save_picture(out / f"{number:02d}.png", analysis.picture(row))
+    figures = ("density", "retained", "best", "efficiency", "error")
+    table = Table("method", *figures, box=None, header_style="bold")
+    for row in result["rows"]:
+        table.add_row(escape(row["method"]), *(f"{row[figure]:.3f}" for figure in figures))
+    console.print(table)
+    console.print(f"{', '.join(result['grids'])} tokens, {result['device']}; {escape(str(out / 'analysis.json'))}")
+
+
+def _measure(name: str, value: float | dict | str) -> str:
+    return f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}"
+
+
+def read_result(path: Path) -> dict:
+    """What ``compare`` wrote.
+
+    Raises:
+        ValueError: there is nothing, or something else.
+    """
+    try:
+        result = json.loads(path.read_text())
+        missing = {"model", "rows", "prompts", "schedule", "device"} - set(result)
+    except (OSError, ValueError, TypeError):
+        raise ValueError(f"{path} is no result of dit-sparse compare") from None
+    if missing or not all(isinstance(row, dict) and "over_random" in row for row in result["rows"]):
+        raise ValueError(f"{path} is no result of this version of dit-sparse compare")
+    return result

@@ -1,0 +1,218 @@
+"""How far a mask is from the best one: retained attention and error beside what as many pairs could have kept.
+
+A clip is made densely, and methods are tried on some of its calls, one call at a time; nothing of a call outlives it.
+Beside the attention that a method retains stand the bounds of `bounds`: ``best``, over the method's own blocks or
+clusters, which no choice among them can exceed, so that ``efficiency = retained / best`` is at most 1; ``best_by_row``,
+with the method's own number of pairs in every row; ``best_row_major``, over row-major blocks for every method, which
+another order or clusters can exceed. A correction adds to the output, not to what is retained: it shows in the error.
+
+Every look makes a new plan, except by methods that keep theirs themselves: staleness between plans is not in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dit_sparse import ClusterPlan, Method, PerHead, Plan, Schedule, Site, SparseAttnProcessor, enable, prepare
+from dit_sparse.composition import inside
+from dit_sparse.kernels.pick import pick
+from dit_sparse.method import Computed
+from dit_sparse.methods import method, name_of
+from dit_sparse.methods.rettention import Rettention
+
+from .bounds import group_mass, kept_and_best, real_tokens
+from .environment import conditions
+from .generate import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT, Progress, generate, load
+from .pictures import heat_map
+
+FIGURES = ("density", "retained", "best", "best_by_row", "best_row_major", "error")
+Stage = Callable[[str], Progress]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is analysed; everything but the model is checked before any long work.
+
+    Attributes:
+        methods: names, compositions such as ``radial|sink``, or methods as values.
+        densities: each method at each of them; None: the method's own settings.
+        prompts: one clip each, seeds 0, 1, ...
+        schedule: steps that it keeps dense are not looked at.
+        looks: how many of the other steps are: the first, the last, and evenly spread between.
+        block: tokens in a block; None: 64 below 32,768 tokens, else 128.
+        model, call: the pipeline, and the arguments of its call.
+
+    Raises:
+        ValueError: anything unknown or out of range, or a method that lives on what it saw of earlier calls.
+    """
+
+    methods: Sequence[str | Method]
+    densities: Sequence[float | None] = (0.25,)
+    prompts: Sequence[str] = (BUNDLED_PROMPT,)
+    schedule: Schedule = Schedule()  # noqa: RUF009
+    looks: int = 3
+    block: int | None = None
+    model: str = BUNDLED
+    call: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("there are no prompts to analyse methods on")
+        if not self.densities:
+            raise ValueError("there are no densities to analyse methods at")
+        if self.looks < 1:
+            raise ValueError(f"looks is how many steps are looked at, at least 1, not {self.looks}")
+        SparseAttnProcessor("dense", block=self.block)
+        self.tried()
+        object.__setattr__(self, "call", (BUNDLED_CALL if self.model == BUNDLED else {}) | self.call)
+
+    def tried(self) -> list[tuple[str, float | None, Method]]:
+        """Name, density asked for, and method, in the order of the rows."""
+        return [(name, d, one) for d in self.densities for name, one in named(self.methods, d).items()]
+
+    def run(self, stage: Stage) -> dict:
+        """One row a method and density, as plain values for JSON. Means are over heads, batch items and calls, and
+        ``tables`` hold the same ``[layers][heads]``; an error is the root of the mean of its squares."""
+        pipe, tried, seen = prepare(load(self.model)), self.tried(), _Seen()
+        look = _Look(tried=tuple(one for *_, one in tried), note=seen, schedule=self.schedule, looks=self.looks)
+        with enable(pipe, look, dense_steps=0, min_tokens=0, block=self.block):
+            self._generate(pipe, stage("analysing"))
+        if not seen.count:
+            raise ValueError("no call of this pipeline could be made sparse, so there is nothing to analyse")
+        tables = seen.tables()
+        result = {"model": self.model, "prompts": list(self.prompts), "call": self.call, "looks": self.looks}
+        result |= {"schedule": asdict(self.schedule), "grids": sorted(seen.grids), "steps": sorted(seen.steps)}
+        result |= {"blocks": sorted(seen.blocks), "calls": sum(seen.count.values())}
+        return result | {"rows": [_row(*one, tables[i]) for i, one in enumerate(tried)]} | conditions()
+
+    def _generate(self, pipe: Any, progress: Progress) -> None:
+        for number, prompt in enumerate(self.prompts):
+            told = lambda done, steps, n=number: progress(n * steps + done, len(self.prompts) * steps)
+            generate(pipe, prompt, number, self.call, told)
+
+
+def named(methods: Sequence[str | Method], density: float | None) -> dict[str, Method]:
+    """Methods by their names, at one density; None: at their own settings.
+
+    Raises:
+        ValueError: none at all, an unknown name, the same one twice, or a method that single calls say nothing about.
+    """
+    found: dict[str, Method] = {}
+    for given in methods:
+        if isinstance(given, str):
+            name, one = given, method(given, **({} if density is None else {"density": density}))
+        else:
+            name, one = name_of(given), given if density is None else replace(given, density=density)
+        if any(isinstance(part, Rettention | PerHead) for part in inside(one)):
+            raise ValueError(
+                f"{name} cannot be judged by single calls: it lives on earlier ones, or on a layer's place"
+            )
+        if name in found:
+            raise ValueError(f"{name} is there twice; rows are told apart by the method's name")
+        found[name] = one
+    if not found:
+        raise ValueError("there are no methods to look at")
+    return found
+
+
+@torch.no_grad()
+def judged(one: Method, done: Computed, site: Site, memory: dict, row_major: Tensor) -> dict[str, Tensor]:
+    """A method on one call, float64 ``[H]`` for each of `FIGURES`: means over the batch; ``error`` is squared.
+
+    Args:
+        done: the call as computed densely, by a full plan of row-major blocks, with its log-sum-exp.
+        row_major: `group_mass` of that plan, which all methods share.
+    """
+    plan = one.plan(done.q, done.k, site, memory)
+    heads = done.q.shape[1]
+    if plan is None:
+        return {name: torch.full((heads,), float(name != "error"), dtype=torch.float64) for name in FIGURES}
+    plan = plan.padded(done.plan.lengths)
+    by_head = {"density": plan.share_by_head} | kept_and_best(done, plan, site, row_major)
+    figures = {name: value.mean(0).expand(heads) for name, value in by_head.items()}
+    return {name: x.cpu() for name, x in (figures | {"error": _squared_error(one, done, plan, site, memory)}).items()}
+
+
+def _squared_error(one: Method, done: Computed, plan: Plan | ClusterPlan, site: Site, memory: dict) -> Tensor:
+    """``|O_s - O|^2 / |O|^2`` of every head's output, float64 ``[H]``; what padding would have said does not count."""
+    chosen = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
+    attend = partial(chosen.executor.attend, done.q, done.k, done.v, scale=done.scale)
+    dense = lambda: (done.out, done.lse)
+    sparse = Computed(done.q, done.k, done.v, plan, done.scale, *attend(plan=plan), dense)
+    out = one.correct(sparse, site, memory)[0].double()
+    real = 1 if plan.lengths is None else real_tokens(plan)[..., None]
+    energy = lambda x: (x * real).square().sum((0, 2, 3))
+    return energy(out - done.out.double()) / energy(done.out.double()).clamp(min=1e-30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look(Method):
+    """Dense attention that tries other methods on the side."""
+
+    needs_lse: ClassVar[bool] = True
+    tried: tuple[Method, ...]
+    note: Callable[[Site, Tensor], None]
+    schedule: Schedule
+    looks: int
+
+    def fits(self, layers: int, heads: int) -> None:
+        for one in self.tried:
+            one.fits(layers, heads)
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        return Plan.full(site.grid.tokens, site.block, q.device)
+
+    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        first = self.schedule.first_sparse_step(site.steps)
+        if site.step in torch.linspace(first, (site.steps or first + 1) - 1, self.looks).round().tolist():
+            row_major = group_mass(done.q, done.k, done.lse, done.plan, done.scale)
+            found = [judged(one, done, site, memory.setdefault(i, {}), row_major) for i, one in enumerate(self.tried)]
+            self.note(site, torch.stack([torch.stack([figures[name] for name in FIGURES]) for figures in found]))
+        return done.out, done.lse
+
+
+class _Seen:
+    """Sums of what was found, ``[methods, figures, H]`` a layer, and where."""
+
+    def __init__(self) -> None:
+        self.sums, self.count = {}, {}
+        self.grids, self.steps, self.blocks = set(), set(), set()
+
+    def __call__(self, site: Site, found: Tensor) -> None:
+        self.sums[site.layer] = self.sums.get(site.layer, 0) + found
+        self.count[site.layer] = self.count.get(site.layer, 0) + 1
+        self.grids.add(str(site.grid))
+        self.steps.add(site.step)
+        self.blocks.add(site.block)
+
+    def tables(self) -> Tensor:
+        """Means, ``[methods, figures, L, H]``."""
+        return torch.stack([self.sums[layer] / self.count[layer] for layer in sorted(self.sums)], 2)
+
+
+def _row(name: str, density: float | None, one: Method, tables: Tensor) -> dict:
+    """``tables [figures, L, H]`` as one row; the efficiency is the ratio of the means."""
+    found = dict(zip(FIGURES, tables, strict=True))
+    mean = {figure: float(table.mean()) for figure, table in found.items()}
+    mean["error"], found["error"] = mean["error"] ** 0.5, found["error"].sqrt()
+    mean["efficiency"], found["efficiency"] = mean["retained"] / mean["best"], found["retained"] / found["best"]
+    told = {figure: [[round(x, 5) for x in line] for line in table.tolist()] for figure, table in found.items()}
+    return {"method": name, "settings": one.settings(), "density_asked": density} | mean | {"tables": told}
+
+
+def picture(row: dict) -> Image.Image:
+    """The efficiency of every head, layers down, of one row of a result."""
+    title = f"{row['method']}: retained mass relative to the best mask at density {row['density']:.3f}"
+    legend = [
+        f"mean: retained {row['retained']:.3f} of {row['best']:.3f} at best, efficiency {row['efficiency']:.3f}",
+        f"best with the method's pairs in every row {row['best_by_row']:.3f}, "
+        f"with row-major blocks {row['best_row_major']:.3f}; error {row['error']:.3f}",
+    ]
+    return heat_map(torch.tensor(row["tables"]["efficiency"]), title, legend=legend)

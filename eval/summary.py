@@ -1,0 +1,121 @@
+"""What the clips of a row say: how near to dense, at what cost, and how sure that is."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from io import BytesIO
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .bootstrap import interval
+from .metrics import Unavailable, lpips, ms_ssim, psnr, spread, ssim
+from .takes import Studio, Wanted
+
+NEAR = 0.01  # a density further off than this from what was asked for is marked
+METRICS = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": lpips}
+STRIP_FRAMES, STRIP_HEIGHT = 4, 160
+
+
+def summary(wanted: Wanted, studio: Studio, earlier: list[dict]) -> dict:
+    """One row for JSON, from the takes of it and of dense attention. ``earlier``: the rows made so far."""
+    notes, references, measured = [], [], {name: [] for name in METRICS}
+    strip = None
+    for take, dense in studio.takes(wanted):
+        notes.append(take.note)
+        references.append(dense.note)
+        strip = strip or _strip(take.frames)
+        for name, metric in METRICS.items():
+            measured[name].append(_taken(metric, take.frames, dense.frames))
+    is_dense = wanted.method == "dense" and wanted.steps is None
+    total = lambda key, of=notes: sum(note[key] for note in of)
+    row = {
+        "name": wanted.name,
+        "given": wanted.given,
+        "method": wanted.method,
+        "steps": notes[0]["steps"],
+        "settings": notes[0]["settings"],
+    }
+    row |= _densities(wanted, notes)
+    for name, values in measured.items():
+        row[name] = None if is_dense else _spread(values, studio.seeds, larger_is_better=name != "lpips")
+    row["over_random"] = _over_random(wanted, row, [*earlier, row], studio.seeds)
+    row["latent_error"] = _latent_error(notes)
+    row |= {"seconds": total("seconds"), "attention_seconds": total("attention_seconds")}
+    row["speedup"] = total("seconds", references) / row["seconds"]
+    row["attention_speedup"] = total("attention_seconds", references) / max(row["attention_seconds"], 1e-9)
+    row["planning_share"] = total("planning_seconds") / max(row["attention_seconds"], 1e-9)
+    return row | {"executors": notes[0]["executors"], "grids": notes[0]["grids"], "strip": strip}
+
+
+def _densities(wanted: Wanted, notes: list[dict]) -> dict:
+    achieved = [note["density_achieved"] for note in notes if note["density_achieved"] is not None]
+    mean = fmean(achieved) if achieved else None
+    mass = [note["mass"] for note in notes if note["mass"]]
+    tables = np.mean(mass, 0).tolist() if mass else None
+    return {
+        "density_asked": wanted.density,
+        "density_achieved": mean,
+        "density_hit": None if None in (mean, wanted.density) else abs(mean - wanted.density) <= NEAR,
+        "density_run": fmean(note["density_run"] for note in notes),
+        "retained": float(np.mean(tables)) if tables else None,
+        "mass": tables,
+    }
+
+
+def _taken(metric: Callable, frames: NDArray, dense: NDArray) -> float | str:
+    """What a metric says, or why it cannot."""
+    try:
+        return metric(frames, dense)
+    except Unavailable as why:
+        return str(why)
+
+
+def _spread(values: list[float | str], seeds: int, larger_is_better: bool) -> dict:
+    """Mean, median and worst tenth of the clips, and an interval for the mean over prompts."""
+    if isinstance(values[0], str):
+        return {"unavailable": values[0]}
+    told = {name: _finite(value) for name, value in spread(values, larger_is_better).items()}
+    return told | {"interval": interval(_by_prompt(values, seeds)), "each": [_finite(value) for value in values]}
+
+
+def _over_random(wanted: Wanted, row: dict, earlier: list[dict], seeds: int) -> dict | None:
+    """How many dB above random blocks at the same density, prompt by prompt."""
+    alike = lambda one: one["method"] == "random_blocks" and one["density_asked"] == wanted.density
+    random = next(filter(alike, earlier), None)
+    if random is None or row["psnr"] is None:
+        return None
+    each = [one["psnr"]["each"] for one in (row, random)]
+    if None in each[0] + each[1]:
+        return None
+    mine, its = (_by_prompt(values, seeds) for values in each)
+    return {"mean": float((mine - its).mean()), "interval": interval(mine - its)}
+
+
+def _by_prompt(values: list[float], seeds: int) -> NDArray:
+    """The means over the seeds of each prompt, which stand side by side."""
+    return np.reshape(values, (-1, seeds)).mean(1)
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no infinity, which the PSNR of two equal videos is."""
+    return value if np.isfinite(value) else None
+
+
+def _latent_error(notes: list[dict]) -> list | None:
+    """Relative error of the latents after some of the steps, the mean over the clips: ``[[step, error], ...]``."""
+    curves = [note["latent_error"] for note in notes if note["latent_error"]]
+    return [[int(step), error] for step, error in np.mean(curves, 0).tolist()] if curves else None
+
+
+def _strip(frames: NDArray) -> str:
+    """A few frames side by side, small, as a WebP picture in base64."""
+    chosen = frames[np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames))).round().astype(int)]
+    picture = Image.fromarray(np.concatenate(list(chosen), 1))
+    picture.thumbnail((picture.width, STRIP_HEIGHT))
+    file = BytesIO()
+    picture.save(file, "WEBP", quality=80)
+    return base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,306 @@
+"""The comparison: its rows, its clips on the shelf, its intervals, its pages, and papers measured again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from dit_sparse import METHODS, Schedule
+from dit_sparse.cli import app
+from dit_sparse.eval import page, scatter, takes
+from dit_sparse.eval.bootstrap import interval
+from dit_sparse.eval.clips import Shelf, Take
+from dit_sparse.eval.compare import Comparison
+from dit_sparse.eval.reproduce import Recipe, beside, recipes
+from dit_sparse.shapes.judge import held_out_tasks
+
+SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
+CALL = {"num_inference_steps": 3, "num_frames": 2, "height": 32, "width": 32}
+PROMPTS = ["a red circle moves left", "a blue square moves up"]
+
+
+def silent(name):
+    return lambda done, steps: None
+
+
+def compared(out: Path, prompts=PROMPTS, **given) -> Comparison:
+    return Comparison(
+        ["radial"], prompts, out, **{"densities": (0.4,), "block": 16, "call": CALL, "schedule": Schedule(1)} | given
+    )
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> dict:
+    return compared(tmp_path_factory.mktemp("compared"), densities=(0.3, 0.5), seeds=2).run(silent)
+
+
+# --- rows
+
+
+def test_a_row_for_every_method_and_density_and_what_they_are_compared_with(result):
+    names = [row["name"] for row in result["rows"]]
+    assert names[:5] == ["dense", "random_blocks 0.3", "radial 0.3", "random_blocks 0.5", "radial 0.5"]
+    assert all(row["method"] == "dense" and row["steps"] < 3 for row in result["rows"][5:])
+    for row in result["rows"][1:]:
+        assert len(row["psnr"]["each"]) == 4 and row["seconds"] > 0 and row["strip"]
+        assert row["psnr"]["interval"][0] <= row["psnr"]["mean"] <= row["psnr"]["interval"][1]
+
+
+def test_the_rows_say_what_was_measured(result):
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["dense"]["psnr"] is None and rows["dense"]["speedup"] == 1 and rows["dense"]["density_run"] == 1
+    assert rows["random_blocks 0.3"]["over_random"]["mean"] == 0
+    radial = rows["radial 0.5"]
+    difference = radial["psnr"]["mean"] - rows["random_blocks 0.5"]["psnr"]["mean"]
+    assert radial["over_random"]["mean"] == pytest.approx(difference)
+    assert radial["density_hit"] == (abs(radial["density_achieved"] - 0.5) <= 0.01)
+    assert 0 < radial["retained"] < 1 and np.shape(radial["mass"]) == (6, 3)
+    steps, errors = zip(*radial["latent_error"], strict=True)
+    assert steps == (0, 1, 2) and errors[0] == pytest.approx(0, abs=1e-3) and errors[-1] > 0
+
+
+def test_dense_with_fewer_steps_costs_what_a_density_buys(tmp_path):
+    task = Comparison(["radial"], PROMPTS, tmp_path)
+    dense = {"steps": 20, "attention_seconds": 60.0, "seconds": 100.0}
+    assert task._steps_of_equal_cost(0.25, dense) == round(20 * (0.4 + 0.6 * (0.25 + 0.75 * 0.25)))
+    assert task._steps_of_equal_cost(1.0, dense) == 20
+
+
+def test_a_row_may_have_a_density_of_its_own(tmp_path):
+    task = Comparison(
+        ["svg@0.3", "radial@own", "profile:shapes-wan", "window"], PROMPTS, tmp_path, densities=(0.2, 0.1)
+    )
+    told = [(row.method, row.density) for row in task.rows()]
+    assert told[:4] == [("dense", None), ("svg", 0.3), ("radial", None), ("profile:shapes-wan", None)]
+    assert told[4:] == [(name, density) for density in (0.1, 0.2) for name in ("random_blocks", "window")]
+    assert task.rows()[2].processor.settings.method.density is None
+
+
+def test_all_methods_and_more(tmp_path):
+    task = Comparison(["all", "radial|sink"], PROMPTS, tmp_path)
+    assert task.methods == [*METHODS, "radial|sink"]
+
+
+# --- the shelf
+
+
+def test_a_take_is_found_by_all_that_decides_it(tmp_path):
+    shelf, take = Shelf(tmp_path), Take(np.full((2, 3, 4, 3), 7, np.uint8), {"seconds": 1.5, "mass": [[0.5]]})
+    shelf.put("radial 0.3", {"seed": 0}, take)
+    found = shelf.get("radial 0.3", {"seed": 0})
+    assert np.array_equal(found.frames, take.frames) and found.note == take.note and found.latents is None
+    assert shelf.get("radial 0.3", {"seed": 1}) is None and shelf.get("radial 0.4", {"seed": 0}) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"half a fi", b"PK\x03\x04" + bytes(40)])
+def test_a_damaged_take_is_no_take(tmp_path, content):
+    shelf = Shelf(tmp_path)
+    shelf.put("x", {}, Take(np.zeros((1, 2, 2, 3), np.uint8), {}))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(content)
+    assert shelf.get("x", {}) is None
+
+
+def test_what_is_on_the_shelf_is_not_made_again(tmp_path, monkeypatch):
+    first = compared(tmp_path).run(silent)
+    monkeypatch.setattr(takes, "generate", lambda *_: pytest.fail("made again"))
+    assert compared(tmp_path).run(silent) == first
+    with pytest.raises(pytest.fail.Exception):
+        compared(tmp_path, prompts=[*PROMPTS, "a green triangle moves up"]).run(silent)
+
+
+def test_killed_and_called_again_it_ends_with_the_same_table(tmp_path):
+    command = [sys.executable, "-m", "dit_sparse.cli", "compare", "--methods", "radial", "--prompts", "2"]
+    command += ["--density", "0.4", "--block", "16", *SMALL, "--dense-steps", "1", "--out", str(tmp_path / "killed")]
+    clips = tmp_path / "killed" / "clips"
+    for kill in (1, 2):
+        run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while len(list(clips.glob("[!.]*.npz"))) < 2 * kill and run.poll() is None:
+            time.sleep(0.02)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    before = {path: path.stat().st_mtime_ns for path in clips.glob("[!.]*.npz")}
+    prompts = [task.text for task in held_out_tasks(2)]
+    killed, straight = (compared(tmp_path / out, prompts).run(silent) for out in ("killed", "straight"))
+    assert len(before) >= 4 and all(path.stat().st_mtime_ns == when for path, when in before.items())
+    for a, b in zip(killed["rows"][:3], straight["rows"][:3], strict=True):
+        for key in ("name", "density_achieved", "density_run", "psnr", "ssim", "ms_ssim", "mass", "latent_error"):
+            assert a[key] == b[key], key
+
+
+# --- intervals
+
+
+def test_the_interval_is_near_what_the_normal_law_says():
+    values = np.random.default_rng(1).normal(30, 2, 60)
+    low, high = interval(values)
+    half = 1.96 * values.std() / math.sqrt(60)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1)
+
+
+def test_pairs_narrow_the_interval_and_one_prompt_has_none():
+    rng = np.random.default_rng(2)
+    prompts, noise = rng.normal(0, 5, 12), rng.normal(0, 0.1, 12)
+    low, high = interval((prompts + 1 + noise) - prompts)
+    assert 0.8 < low < high < 1.2
+    assert interval([30.0]) is None and interval([30.0, math.inf]) is None
+    assert interval([3.0, 3.0]) == [3.0, 3.0]
+
+
+# --- pages
+
+
+class _Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.sources = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_stands_alone_and_has_every_row(result):
+    tags = _Tags()
+    tags.feed(page.page(result))
+    assert not tags.open
+    assert tags.sources and all(source.startswith("data:") for source in tags.sources)
+    text = " ".join(tags.text)
+    for row in result["rows"]:
+        assert text.count(row["name"]) >= 2
+    for told in (*PROMPTS, result["device"], "dense_steps"):
+        assert told in text
+
+
+def test_the_page_does_not_run_what_a_prompt_says(result):
+    told = page.page(result | {"prompts": ["<script>alert(1)</script>"]})
+    assert "<script>" not in told and "&lt;script&gt;" in told
+
+
+def test_axes_are_round_and_hold_everything():
+    for values in ([0.31, 0.9], [25.0], [17.2, 31.9, 18.4], [-3.0, 2.0], [1e-3, 2e-3]):
+        axis = scatter._Axis.around(values)
+        assert axis.low <= min(values) <= max(values) <= axis.high
+        assert 3 <= len(axis.ticks()) <= 12
+        assert all(0 <= axis.part(value) <= 1 for value in values)
+
+
+def test_report_needs_the_json_alone(result, tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps(result))
+    table = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert table.exit_code == 0 and all(f"`{row['name']}`" in table.output for row in result["rows"])
+    run = CliRunner().invoke(app, ["report", str(tmp_path / "compare.json"), "--html"])
+    assert run.exit_code == 0 and (tmp_path / "report.html").read_text() == page.page(result)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{}", '{"model": 1, "rows": [1], "prompts": 1, "schedule": 1, "device": 1}']
+)
+def test_report_refuses_what_is_no_result(tmp_path, content):
+    (tmp_path / "compare.json").write_text(content)
+    run = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert run.exit_code == 2 and "is no result of" in run.output.replace("\n", " ")
+    assert CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")]).exit_code == 2
+
+
+# --- papers
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipes_are_comparisons_that_could_run(name, tmp_path):
+    recipe = Recipe.load(name)
+    rows = {row.given: row for row in recipe.comparison(PROMPTS, tmp_path).rows()}
+    assert {published.row for published in recipe.published} <= set(rows)
+    assert "arXiv:" in recipe.source and recipe.hardware
+
+
+RECIPE = """
+title = "tiny"
+source = "arXiv:0000.00000"
+hardware = "none"
+model = "shapes-wan"
+density = 0.4
+[call]
+num_inference_steps = 3
+num_frames = 2
+height = 32
+width = 32
+[schedule]
+dense_steps = 1
+[[published]]
+row = "window@0.5"
+psnr = 20.0
+speedup = 2.0
+"""
+
+
+def test_a_paper_measured_again(tmp_path):
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    run = CliRunner().invoke(
+        app, ["reproduce", str(tmp_path / "tiny.toml"), "--prompts", "1", "--out", str(tmp_path / "out")]
+    )
+    assert run.exit_code == 0, run.output
+    assert "window@0.5" in run.output and "20 / " in run.output
+    result = json.loads((tmp_path / "out" / "compare.json").read_text())
+    (row,) = beside(Recipe.load(tmp_path / "tiny.toml"), result)
+    assert row["psnr"][0] == 20 and row["psnr"][1] > 5 and row["lpips"][0] is None and row["speedup"][1] > 0
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (("density = 0.4", "density = 4"), "density"),
+        (("psnr = 20.0", "psnt = 20.0"), "psnt"),
+        (("title =", "title"), "no TOML file"),
+        (("window@0.5", "nope@0.5"), "no method 'nope'"),
+        (("window@0.5", "window@half"), "METHOD@DENSITY"),
+        (("dense_steps = 1", "dense_stops = 1"), "dense_stops"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_said(tmp_path, change, words):
+    (tmp_path / "tiny.toml").write_text(RECIPE.replace(*change))
+    run = CliRunner().invoke(app, ["reproduce", str(tmp_path / "tiny.toml"), "--out", str(tmp_path / "out")])
+    assert run.exit_code == 2 and words in run.output.replace("\n", " "), run.output
+
+
+def test_recipes_are_listed():
+    run = CliRunner().invoke(app, ["reproduce"])
+    assert run.exit_code == 0 and all(name in run.output for name in recipes())
+    assert CliRunner().invoke(app, ["reproduce", "nope"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["--density", "a"], "fractions separated by commas"),
+        (["--density", ""], "no density"),
+        (["--density", "0.2,3"], "density is the fraction"),
+        (["--methods", "svg@x"], "METHOD@DENSITY"),
+    ],
+)
+def test_bad_input_is_one_sentence(given, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(app, ["compare", *given])
+    assert run.exit_code == 2 and words in run.output.replace("\n", " "), run.output
+    assert os.listdir(tmp_path) == []
