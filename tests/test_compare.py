@@ -82,9 +82,10 @@ def test_a_row_may_have_a_density_of_its_own(tmp_path):
         ["svg@0.3", "radial@own", "profile:shapes-wan", "window"], PROMPTS, tmp_path, densities=(0.2, 0.1)
     )
     told = [(row.method, row.density) for row in task.rows()]
-    assert told[:4] == [("dense", None), ("svg", 0.3), ("radial", None), ("profile:shapes-wan", None)]
-    assert told[4:] == [(name, density) for density in (0.1, 0.2) for name in ("random_blocks", "window")]
-    assert task.rows()[2].processor.settings.method.density is None
+    assert told[1:5] == [(name, density) for density in (0.1, 0.2) for name in ("random_blocks", "window")]
+    assert told[0] == ("dense", None)
+    assert told[5:] == [("svg", 0.3), ("radial", None), ("profile:shapes-wan", None)]
+    assert task.rows()[6].processor.settings.method.density is None
 
 
 def test_all_methods_and_more(tmp_path):
