@@ -40,6 +40,7 @@ def compare(
     frames: Frames = None,
     height: Side = None,
     width: Side = None,
+    quality: Annotated[bool, typer.Option("--quality", help="Also judge each clip by itself, VBench-style.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Two prompts, six steps, short clips: a first look.")] = False,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the clips, compare.json and report.html.")
@@ -63,6 +64,7 @@ def compare(
             schedule=Schedule(dense_steps=count_or_fraction(dense_steps)),
             executor=executor,
             block=block,
+            quality=quality,
             model=model,
             call=usual | given(num_inference_steps=steps, num_frames=frames, height=height, width=width),
         )

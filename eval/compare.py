@@ -40,6 +40,7 @@ class Comparison:
         densities: a row of every method for each. A profile has a density of its own.
         seeds: how many, 0, 1, ...
         schedule, executor, block: the same for all.
+        quality: also judge every clip by itself (`quality`): some seconds a clip, more for large ones.
         model, call: the pipeline, and the arguments of its call.
     """
 
@@ -51,6 +52,7 @@ class Comparison:
     schedule: Schedule = Schedule()  # noqa: RUF009
     executor: str = "auto"
     block: int | None = None
+    quality: bool = False
     model: str = BUNDLED
     call: dict = field(default_factory=dict)
 
@@ -107,7 +109,7 @@ class Comparison:
                 alike = [row for row in rows if row.density == wanted.density]
                 errors[wanted.density] = studio.errors(alike, self.schedule, self.block, stage("errors"))
             studio.make(wanted, stage(wanted.name))
-            made = summary(wanted, studio, result["rows"])
+            made = summary(wanted, studio, result["rows"], self.quality)
             made["error"] = errors[wanted.density].get(wanted.method)
             result["grids"], result["steps"] = made.pop("grids"), result["steps"] or made["steps"]
             result["rows"].append(made)

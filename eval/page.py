@@ -48,6 +48,7 @@ def page(result: dict) -> str:
     rows = result["rows"]
     compared = [row for row in rows if row["psnr"] is not None]
     dense = [row for row in rows if row["method"] == "dense"]
+    judged = [row for row in rows if row["quality"]]
     sections = [
         f"<h1>{escape(result['model'])}: sparse attention compared</h1><p class=soft>{escape(_told(result))}</p>",
         "<h2>Quality against cost</h2><div class=pair>"
@@ -64,6 +65,7 @@ def page(result: dict) -> str:
         f"<h2>What they look like</h2><p class=soft>“{escape(result['prompts'][0])}”, seed 0.</p>{_strips(rows)}",
         "<h2>Attention kept, by layer and head</h2>"
         f"<p class=soft>Share of the softmax mass that falls on computed pairs.</p>{_maps(rows)}",
+        *([f"<h2>Quality by itself</h2><div class=wide>{_quality(judged)}</div>"] if judged else []),
         f"<h2>Conditions</h2>{_conditions(result, dense)}",
     ]
     head = "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
@@ -175,6 +177,19 @@ def _map(mass: Sequence[Sequence[float]]) -> str:
         for value in values
     )
     return f"<table>{''.join(f'<tr>{line(values)}</tr>' for values in mass)}</table>"
+
+
+def _quality(rows: Sequence[dict]) -> str:
+    """VBench's dimensions, as far as their weights were there; the rest with what is missing."""
+    missing = {name: value["unavailable"] for name, value in rows[0]["quality"].items() if isinstance(value, dict)}
+    names = [name for name in rows[0]["quality"] if name not in missing]
+    head = "".join(f"<th scope=col>{name.replace('_', ' ')}</th>" for name in names)
+    line = lambda row: "".join(f"<td>{row['quality'][name]:.4f}</td>" for name in names)
+    body = "".join(
+        f"<tr><td>{escape(row['name'])}</td>{line(row)}</tr>" for row in sorted(rows, key=_density_then_quality)
+    )
+    told = "".join(f"<dt>{name.replace('_', ' ')}</dt><dd>{escape(why)}</dd>" for name, why in missing.items())
+    return f"<table><tr><th scope=col>row</th>{head}</tr>{body}</table><dl class=soft>{told}</dl>"
 
 
 def _conditions(result: dict, dense: Sequence[dict]) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from .bootstrap import interval
 from .metrics import Unavailable, lpips, ms_ssim, psnr, spread, ssim
+from .quality import quality
 from .takes import Studio, Wanted
 
 NEAR = 0.01  # a density further off than this from what was asked for is marked
@@ -20,9 +21,9 @@ METRICS = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": lpips}
 STRIP_FRAMES, STRIP_HEIGHT = 4, 160
 
 
-def summary(wanted: Wanted, studio: Studio, earlier: list[dict]) -> dict:
+def summary(wanted: Wanted, studio: Studio, earlier: list[dict], with_quality: bool = False) -> dict:
     """One row for JSON, from the takes of it and of dense attention. ``earlier``: the rows made so far."""
-    notes, references, measured = [], [], {name: [] for name in METRICS}
+    notes, references, judged, measured = [], [], [], {name: [] for name in METRICS}
     strip = None
     for take, dense in studio.takes(wanted):
         notes.append(take.note)
@@ -30,6 +31,8 @@ def summary(wanted: Wanted, studio: Studio, earlier: list[dict]) -> dict:
         strip = strip or _strip(take.frames)
         for name, metric in METRICS.items():
             measured[name].append(_taken(metric, take.frames, dense.frames))
+        if with_quality:
+            judged.append(quality(take.frames, take.note["prompt"]))
     is_dense = wanted.method == "dense" and wanted.steps is None
     total = lambda key, of=notes: sum(note[key] for note in of)
     row = {
@@ -43,7 +46,7 @@ def summary(wanted: Wanted, studio: Studio, earlier: list[dict]) -> dict:
     for name, values in measured.items():
         row[name] = None if is_dense else _spread(values, studio.seeds, larger_is_better=name != "lpips")
     row["over_random"] = _over_random(wanted, row, [*earlier, row], studio.seeds)
-    row["latent_error"] = _latent_error(notes)
+    row |= {"latent_error": _latent_error(notes), "quality": _means(judged)}
     row |= {"seconds": total("seconds"), "attention_seconds": total("attention_seconds")}
     row["speedup"] = total("seconds", references) / row["seconds"]
     row["attention_speedup"] = total("attention_seconds", references) / max(row["attention_seconds"], 1e-9)
@@ -103,6 +106,14 @@ def _by_prompt(values: list[float], seeds: int) -> NDArray:
 def _finite(value: float) -> float | None:
     """JSON knows no infinity, which the PSNR of two equal videos is."""
     return value if np.isfinite(value) else None
+
+
+def _means(judged: list[dict]) -> dict | None:
+    """The mean of every dimension over the clips; one that is not available says why."""
+    if not judged:
+        return None
+    numbers = {name for name, value in judged[0].items() if isinstance(value, float)}
+    return {name: fmean(one[name] for one in judged) if name in numbers else judged[0][name] for name in judged[0]}
 
 
 def _latent_error(notes: list[dict]) -> list | None:

@@ -42,7 +42,7 @@ def compared(out: Path, prompts=PROMPTS, **given) -> Comparison:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> dict:
-    return compared(tmp_path_factory.mktemp("compared"), densities=(0.3, 0.5), seeds=2).run(silent)
+    return compared(tmp_path_factory.mktemp("compared"), densities=(0.3, 0.5), seeds=2, quality=True).run(silent)
 
 
 # --- rows
@@ -61,6 +61,7 @@ def test_the_rows_say_what_was_measured(result):
     rows = {row["name"]: row for row in result["rows"]}
     assert rows["dense"]["psnr"] is None and rows["dense"]["speedup"] == 1 and rows["dense"]["density_run"] == 1
     assert rows["random_blocks 0.3"]["over_random"]["mean"] == 0
+    assert 0 < rows["dense"]["quality"]["temporal_flickering"] < 1
     radial = rows["radial 0.5"]
     difference = radial["psnr"]["mean"] - rows["random_blocks 0.5"]["psnr"]["mean"]
     assert radial["over_random"]["mean"] == pytest.approx(difference)
@@ -190,7 +191,7 @@ def test_the_page_stands_alone_and_has_every_row(result):
     text = " ".join(tags.text)
     for row in result["rows"]:
         assert text.count(row["name"]) >= 2
-    for told in (*PROMPTS, result["device"], "dense_steps"):
+    for told in (*PROMPTS, result["device"], "dense_steps", "temporal flickering", "imaging quality"):
         assert told in text
 
 
