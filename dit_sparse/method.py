@@ -164,14 +164,13 @@ class Scorer(Method):
         raise NotImplementedError
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        order = self.order(site.grid, site.block)
-        always = always_kept(Blocks.of(site.grid, site.block, order)).to(q.device)
+        order, always = (x if x is None else x.to(q.device) for x in _cut(self, site.grid, site.block))
         if order is not None:
-            q, k = (x.index_select(2, order.to(x.device)) for x in (q, k))
+            q, k = (x.index_select(2, order) for x in (q, k))
         scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
         budget = self.budget or (self.usual if self.density is None else Top(self.density))
         index, count = kept(scores.masked_fill(always, torch.inf), budget)
-        return Plan(index, count, site.grid.tokens, site.block, order if order is None else order.to(q.device))
+        return Plan(index, count, site.grid.tokens, site.block, order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +223,13 @@ def _planned(pattern: Pattern, grid: Grid, block: int) -> Plan:
     """One for all layers, also where a pattern is a part of something that is planned layer by layer."""
     keep = pattern.block_map(grid, block)
     return Plan.of(keep[None, None], grid.tokens, block, pattern.order(grid, block))
+
+
+@lru_cache(maxsize=16)
+def _cut(scorer: Scorer, grid: Grid, block: int) -> tuple[Tensor | None, Tensor]:
+    """The order that a scorer cuts its blocks from, and which of them are always kept: the same at every plan."""
+    order = scorer.order(grid, block)
+    return order, always_kept(Blocks.of(grid, block, order))
 
 
 def always_kept(blocks: Blocks) -> Tensor:
