@@ -83,7 +83,10 @@ class Comparison:
             else:
                 everywhere.append(given)
         rows = [self._wanted(given, given, density) for density in self.densities for given in everywhere]
-        return [self._wanted("dense", "dense", None), *rows, *alone]
+        once: dict[tuple, Wanted] = {}
+        for row in (self._wanted("dense", "dense", None), *rows, *alone):
+            once.setdefault((row.method, row.density), row)
+        return list(once.values())
 
     def _wanted(self, given: str, name: str, density: float | None) -> Wanted:
         return Wanted(given, name, density, self.processor(name, density))
@@ -121,9 +124,8 @@ class Comparison:
         """The rows, and dense attention with as many steps as each density pays for."""
         yield from rows
         dense = studio.dense_note()
-        for steps in sorted(
-            {self._steps_of_equal_cost(density, dense) for density in self.densities} - {dense["steps"]}
-        ):
+        costs = {self._steps_of_equal_cost(density, dense) for density in self.densities}
+        for steps in sorted(costs - {dense["steps"]}):
             yield Wanted("dense", "dense", None, self.processor("dense", None), steps)
 
     def _steps_of_equal_cost(self, density: float, dense: dict) -> int:

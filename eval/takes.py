@@ -16,6 +16,7 @@ from dit_sparse import Schedule, Site, SparseAttnProcessor, prepare, search
 from dit_sparse.composition import inside
 from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.rettention import Rettention
+from dit_sparse.report import Stopwatch
 
 from .clips import Shelf, Take
 from .environment import device_name, sources, versions
@@ -137,7 +138,8 @@ class Studio:
             report = run.report()
         finally:
             self.pipe.set_attn_processor(None)
-        note = report.as_dict() | {"seconds": clip.seconds, "steps": watch.steps, "latent_error": watch.errors}
+        seconds = clip.seconds - watch.looking.seconds
+        note = report.as_dict() | {"seconds": seconds, "steps": watch.steps, "latent_error": watch.errors}
         note |= {"row": wanted.name, "prompt": prompt, "seed": seed}
         note["mass"] = [watch.mass[layer] for layer in sorted(watch.mass)]
         keep = wanted.method == "dense" and wanted.steps is None
@@ -145,16 +147,19 @@ class Studio:
 
 
 class _Watch:
-    """What is seen while a clip is made: the attention that plans retain, head by head, and the latents."""
+    """What is seen while a clip is made: the attention that plans retain, head by head, and the latents. How long the
+    looking took is kept, for it is no part of making a clip."""
 
     def __init__(self, reference: np.ndarray | None) -> None:
+        self.looking = Stopwatch()
         self.reference, self.kept, self.errors, self.steps = reference, [], [], 0
         self.calls, self.seen = {}, {}
 
     def retained(self, site: Site, q: Tensor, k: Tensor, plan: Any) -> None:
         number = self.calls[site.layer] = self.calls.get(site.layer, -1) + 1
         if number % EVERY == 0:
-            self.seen.setdefault(site.layer, []).append(retained_mass(q, k, plan, rows=64).mean(0).cpu())
+            with self.looking.running(q.device):
+                self.seen.setdefault(site.layer, []).append(retained_mass(q, k, plan, rows=64).mean(0).cpu())
 
     @property
     def mass(self) -> dict[int, list[float]]:

@@ -89,6 +89,11 @@ def test_a_row_may_have_a_density_of_its_own(tmp_path):
     assert task.rows()[6].processor.settings.method.density is None
 
 
+def test_no_row_is_there_twice(tmp_path):
+    task = Comparison(["radial", "radial@0.25", "radial", "dense"], PROMPTS, tmp_path)
+    assert [row.name for row in task.rows()] == ["dense", "random_blocks 0.25", "radial 0.25"]
+
+
 def test_all_methods_and_more(tmp_path):
     task = Comparison(["all", "radial|sink"], PROMPTS, tmp_path)
     assert task.methods == [*METHODS, "radial|sink"]
