@@ -145,12 +145,33 @@ def executor_table() -> str:
     return _markdown(columns, rows) + "\n\n" + " ".join(notes)
 
 
+def scaling_table() -> str:
+    """Fitted exponents of the computed pairs, from ``eval/results/*/scaling.json``."""
+    text = []
+    for path in sorted(RESULTS.glob("*/scaling.json")):
+        result = json.loads(path.read_text())
+        rows = []
+        for name, fits in result["exponents"].items():
+            own = fits["own"]
+            wrong = "" if own["standard_error"] is None else f" ± {own['standard_error']:.2f}"
+            longest = [r for r in result["rows"] if r["method"] == name and r["setting"] == "own"][-1]
+            rows.append(
+                (f"`{name}`", f"{own['exponent']:.2f}{wrong}", "{:,} to {:,}".format(*own["tokens"]))
+                + (f"{longest['density']:.2f}", f"{longest['planning_seconds']:.2f}")
+            )
+        columns = ("method, own settings", "exponent", "tokens", "density at the longest", "its plan, s")
+        told = f"{result['frame']} tokens a frame, block {result['block']}, {result['heads']} heads, {result['device']}"
+        text.append(_markdown(columns, rows) + f"\n\n{told}, commit {result['commit']}.")
+    return "\n\n".join(text)
+
+
 TABLES = {
     "methods": method_table,
     "models": model_table,
     "demo": demo_table,
     "compare": compare_tables,
     "executors": executor_table,
+    "scaling": scaling_table,
 }
 
 
