@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_batch import batch
 from .cli_bench import bench
 from .cli_eval import judge, report, reproduce
 from .cli_measure import compare, count_or_fraction, profile
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(judge, name="eval")
+app.command(epilog="Example: dit-sparse batch prompts.txt --density 0.25 --out out/batch")(batch)
 app.command(epilog="Example: dit-sparse compare --methods radial,svg,adaspa --density 0.15,0.25 --prompts 2")(compare)
 app.command(epilog="Example: dit-sparse report out/compare --html")(report)
 app.command(epilog="Example: dit-sparse reproduce wan2.1-t2v-14b-720p --prompts prompts.txt --out out/wan")(reproduce)

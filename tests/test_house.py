@@ -69,6 +69,8 @@ RULES = {  # the first pattern that fits a module is its row
     "eval.compiled": May("public kernels.*", lazily="triton kernels.*_triton"),
     "eval.compare": May(f"{USER} eval.* budget methods"),
     "eval.takes": May(f"{USER} eval.* composition methods.* search", others="numpy"),
+    "eval.batch": May(f"{USER} eval.*", lazily="accelerate"),
+    "eval.prompt_files": May(others="pydantic"),
     "eval.reproduce": May(f"{USER} eval.*", others="pydantic tomli"),
     "eval.profiling": May(f"{USER} eval.* search"),
     "eval.bench": May(f"{USER} eval.* kernels.cluster kernels.permute"),
@@ -79,9 +81,12 @@ RULES = {  # the first pattern that fits a module is its row
     "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips pyiqa"),
     "terminal": May(others="typer rich"),
     "cli_measure": May("public terminal shapes.judge", others="typer rich", lazily="eval.*"),
+    "cli_batch": May("public terminal cli_measure", others="typer rich", lazily="eval.*"),
     "cli_eval": May("public terminal cli_measure", others="typer rich", lazily="eval.*"),
     "cli_bench": May("public terminal", others="typer rich", lazily="eval.*"),
-    "cli": May(f"{USER} cli_bench cli_eval cli_measure terminal", others="typer rich", lazily="eval.* gradio"),
+    "cli": May(
+        f"{USER} cli_batch cli_bench cli_eval cli_measure terminal", others="typer rich", lazily="eval.* gradio"
+    ),
     "app": May("public eval.*", others="gradio"),
 }
 
