@@ -114,7 +114,7 @@ class Comparison:
             studio.make(wanted, stage(wanted.name))
             made = summary(wanted, studio, result["rows"], self.quality)
             made["error"] = errors[wanted.density].get(wanted.method)
-            result["grids"], result["steps"] = made.pop("grids"), result["steps"] or made["steps"]
+            result["grids"], result["steps"] = made.pop("grids") or result["grids"], result["steps"] or made["steps"]
             result["rows"].append(made)
             save_json(self.out / "compare.json", result)
         everything(1, 1)

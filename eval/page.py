@@ -17,15 +17,15 @@ STYLE = """
   :root { --ink: #e6eaf0; --soft: #9aa6b5; --line: #333d4a; --paper: #12161c; --card: #1b212a; --accent: #7db0f0;
     --warn: #f0a070; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 32px 20px 64px; max-width: 1180px; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 32px 20px 64px; max-width: 1280px; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 4px; } h2 { font-size: 1.2rem; margin: 40px 0 8px; }
 p { max-width: 46rem; } .soft, figcaption, caption { color: var(--soft); }
 figure { margin: 0; } .pair { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(320px, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; }
 .wide, .card { overflow-x: auto; } svg { width: 100%; min-width: 440px; height: auto; display: block; }
-table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 7px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; width: 100%; font-size: .84rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 6px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 th { color: var(--soft); font-weight: 600; } tr.floor td { color: var(--soft); } .missed { color: var(--warn); }
 .strips { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }

@@ -59,6 +59,7 @@ def test_a_row_for_every_method_and_density_and_what_they_are_compared_with(resu
 
 def test_the_rows_say_what_was_measured(result):
     rows = {row["name"]: row for row in result["rows"]}
+    assert result["grids"] == ["3x8x8"] and result["steps"] == 3
     assert rows["dense"]["psnr"] is None and rows["dense"]["speedup"] == 1 and rows["dense"]["density_run"] == 1
     assert rows["random_blocks 0.3"]["over_random"]["mean"] == 0
     assert 0 < rows["dense"]["quality"]["temporal_flickering"] < 1
