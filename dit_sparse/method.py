@@ -164,7 +164,7 @@ class Scorer(Method):
         raise NotImplementedError
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        order, always = (x if x is None else x.to(q.device) for x in _cut(self, site.grid, site.block))
+        order, always = _cut(self, site.grid, site.block, q.device)
         if order is not None:
             q, k = (x.index_select(2, order) for x in (q, k))
         scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
@@ -226,10 +226,12 @@ def _planned(pattern: Pattern, grid: Grid, block: int) -> Plan:
 
 
 @lru_cache(maxsize=16)
-def _cut(scorer: Scorer, grid: Grid, block: int) -> tuple[Tensor | None, Tensor]:
-    """The order that a scorer cuts its blocks from, and which of them are always kept: the same at every plan."""
+def _cut(scorer: Scorer, grid: Grid, block: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """The order that a scorer cuts its blocks from, and which of them are always kept: the same at every plan, so they
+    are copied to the device once."""
     order = scorer.order(grid, block)
-    return order, always_kept(Blocks.of(grid, block, order))
+    always = always_kept(Blocks.of(grid, block, order)).to(device)
+    return order if order is None else order.to(device), always
 
 
 def always_kept(blocks: Blocks) -> Tensor:
