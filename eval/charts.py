@@ -88,7 +88,8 @@ def short(value: float) -> str:
 
 
 def _drawn(lines: Mapping[str, Sequence[Point]], x: _Axis, y: _Axis, colours: dict) -> Image.Image:
-    """The grid and the lines, without words. Later lines are narrower, so that of two equal ones both are seen."""
+    """The grid and the lines, without words. A line is wider than the later ones that share a place with it, so all are
+    seen."""
     large = Image.new("RGB", (SMOOTH * SIZE[0], SMOOTH * SIZE[1]), PAPER)
     draw = ImageDraw.Draw(large)
     line = lambda points, fill, width: draw.line([SMOOTH * c for p in points for c in p], fill, round(SMOOTH * width))
@@ -97,9 +98,11 @@ def _drawn(lines: Mapping[str, Sequence[Point]], x: _Axis, y: _Axis, colours: di
     for value in y.ticks():
         line([(x.start, y.place(value)), (x.end, y.place(value))], GRID, 1)
     line([(x.start, y.end), (x.start, y.start), (x.end, y.start)], FAINT, 1)
-    for number, (name, points) in enumerate(lines.items()):
-        places = [(x.place(a), y.place(b)) for a, b in points]
-        width = 3.4 - 1.8 * number / len(lines)
+    drawn = {name: [(x.place(a), y.place(b)) for a, b in points] for name, points in lines.items()}
+    later = [{(round(a), round(b)) for a, b in places} for places in drawn.values()]
+    for name, places in drawn.items():
+        own = later.pop(0)
+        width = 2.2 + min(2.5, 14 / len(lines)) * sum(not own.isdisjoint(other) for other in later)
         line(places, colours[name], width)
         for place in places:
             draw.circle([SMOOTH * c for c in place], SMOOTH * (width + 1.4), colours[name])

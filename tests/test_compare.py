@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from dit_sparse import METHODS, Schedule
 from dit_sparse.cli import app
-from dit_sparse.eval import page, scatter, takes
+from dit_sparse.eval import page, takes
 from dit_sparse.eval.bootstrap import interval
 from dit_sparse.eval.clips import Shelf, Take
 from dit_sparse.eval.compare import Comparison
@@ -204,14 +204,6 @@ def test_the_page_stands_alone_and_has_every_row(result):
 def test_the_page_does_not_run_what_a_prompt_says(result):
     told = page.page(result | {"prompts": ["<script>alert(1)</script>"]})
     assert "<script>" not in told and "&lt;script&gt;" in told
-
-
-def test_axes_are_round_and_hold_everything():
-    for values in ([0.31, 0.9], [25.0], [17.2, 31.9, 18.4], [-3.0, 2.0], [1e-3, 2e-3]):
-        axis = scatter._Axis.around(values)
-        assert axis.low <= min(values) <= max(values) <= axis.high
-        assert 3 <= len(axis.ticks()) <= 12
-        assert all(0 <= axis.part(value) <= 1 for value in values)
 
 
 def test_report_needs_the_json_alone(result, tmp_path):
