@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fix shapes clean
+.PHONY: demo test app fix shapes clean
 
 demo: .venv/ready
 	$(BIN)/dit-sparse demo
+
+app: .venv/ready  ## the demo as a page on localhost
+	$(BIN)/python app.py
 
 test: .venv/ready
 	$(BIN)/ruff check .
@@ -24,7 +27,7 @@ shapes: .venv/ready  ## train the bundled model on
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
 	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev]' -c constraints.txt
+	$(BIN)/pip install --quiet --editable '.[demo,dev]' -c constraints.txt
 	touch $@
 
 clean:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from dit_sparse import Grid, Plan, Site, SparseAttnProcessor, attention, prepare
 from dit_sparse.report import Report
 
 from .environment import conditions
 from .files import save_json, save_picture, save_video, writable_folder
-from .generate import BUNDLED, BUNDLED_CALL, BUNDLED_FPS, Clip, Progress, generate, load
+from .generate import BUNDLED, Progress, generate, load, usual_call, usual_fps
 from .metrics import psnr, ssim
-from .pictures import heat_map, mask_picture, side_by_side
+from .pictures import difference, heat_map, mask_picture, side_by_side, step_chart
 from .retained import at_step
 
 Stage = Callable[[str], Progress]
@@ -30,7 +32,11 @@ class Demo:
         prompt, seed: of both videos.
         processor: method, density and schedule of the sparse one.
         out: folder for the videos, the pictures and ``result.json``.
-        call: arguments of the pipeline, to be added to ``BUNDLED_CALL``.
+        call: arguments of the pipeline, beside the usual ones of the model.
+        model: the bundled one, a local diffusers folder, or a name on the hub.
+
+    Raises:
+        ValueError: fewer than 2 steps or an unknown number of them, or an ``out`` that cannot be written.
     """
 
     prompt: str
@@ -38,44 +44,51 @@ class Demo:
     out: Path
     seed: int = 0
     call: dict = field(default_factory=dict)
+    model: str = BUNDLED
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "call", BUNDLED_CALL | self.call)
+        object.__setattr__(self, "call", usual_call(self.model) | self.call)
         if self.steps < 2:
             raise ValueError(f"the demo needs at least 2 steps, not {self.steps}")
         writable_folder(self.out)
 
     @property
     def steps(self) -> int:
-        return self.call["num_inference_steps"]
+        return self.call.get("num_inference_steps", 0)
 
-    def run(self, stage: Stage) -> dict:
-        """The videos, pictures and ``result.json``; returns the result. ``stage(name)`` begins a progress bar."""
-        pipe = prepare(load(BUNDLED))
+    def run(self, stage: Stage, pipe: Any = None) -> dict:
+        """The videos, pictures and ``result.json``; returns the result. ``stage(name)`` begins a progress bar; ``pipe``
+        is the model where it is loaded already."""
+        pipe = prepare(pipe or load(self.model))
         _warm_up(self.processor)
-        dense, dense_report = self._clip(pipe, SparseAttnProcessor("dense"), stage("dense"))
+        dense = self._made(pipe, SparseAttnProcessor("dense"), stage("dense"))
         seen = _Seen(step=self.steps // 2)
-        sparse, report = self._clip(pipe, self.processor, stage("sparse"), seen)
-        result = self._result(dense, dense_report, sparse, report)
+        sparse = self._made(pipe, self.processor, stage("sparse"), seen)
+        result = self._result(dense, sparse)
         self._save(dense, sparse, seen, result)
         return result
 
-    def _clip(
-        self, pipe: Any, processor: SparseAttnProcessor, progress: Progress, seen: _Seen | None = None
-    ) -> tuple[Clip, Report]:
+    def _made(self, pipe: Any, processor: SparseAttnProcessor, progress: Progress, seen: _Seen | None = None) -> _Made:
         pipe.set_attn_processor(processor)
-        run = pipe.sparse_run
+        run, spent = pipe.sparse_run, [0.0]
         if seen is not None:
             run.observe(seen)
+
+        def step_ended(done: int, steps: int) -> None:
+            spent.append(run.report().attention_seconds)
+            progress(done, steps)
+
         try:
-            clip = generate(pipe, self.prompt, self.seed, self.call, progress)
-            return clip, run.report()
+            clip = generate(pipe, self.prompt, self.seed, self.call, step_ended)
+            by_step = [after - before for before, after in pairwise(spent)]
+            return _Made(clip.frames, clip.seconds, run.report(), by_step)
         finally:
             pipe.set_attn_processor(None)
 
-    def _result(self, dense: Clip, dense_report: Report, sparse: Clip, report: Report) -> dict:
+    def _result(self, dense: _Made, sparse: _Made) -> dict:
+        report = sparse.report
         return {
-            "model": BUNDLED,
+            "model": self.model,
             "prompt": self.prompt,
             "seed": self.seed,
             "method": report.method,
@@ -86,9 +99,11 @@ class Demo:
             "seconds_dense": dense.seconds,
             "seconds_sparse": sparse.seconds,
             "speedup": dense.seconds / sparse.seconds,
-            "attention_seconds_dense": dense_report.attention_seconds,
+            "attention_seconds_dense": dense.report.attention_seconds,
             "attention_seconds_sparse": report.attention_seconds,
-            "attention_speedup": dense_report.attention_seconds / report.attention_seconds,
+            "attention_speedup": dense.report.attention_seconds / report.attention_seconds,
+            "attention_by_step_dense": dense.by_step,
+            "attention_by_step_sparse": sparse.by_step,
             "psnr": psnr(sparse.frames, dense.frames),
             "ssim": ssim(sparse.frames, dense.frames),
             "executor": ", ".join(report.executors) or "dense",
@@ -98,20 +113,36 @@ class Demo:
             **conditions(),
         }
 
-    def _save(self, dense: Clip, sparse: Clip, seen: _Seen, result: dict) -> None:
+    def _save(self, dense: _Made, sparse: _Made, seen: _Seen, result: dict) -> None:
         labels = (
             f"dense  {dense.seconds:.1f} s",
             f"{result['method']}  {sparse.seconds:.1f} s  ({result['speedup']:.2f}x, PSNR {result['psnr']:.1f} dB)",
         )
-        save_video(self.out / "dense.mp4", dense.frames, BUNDLED_FPS)
-        save_video(self.out / "sparse.mp4", sparse.frames, BUNDLED_FPS)
-        save_video(self.out / "side-by-side.mp4", side_by_side(dense.frames, sparse.frames, labels), BUNDLED_FPS)
+        videos = {
+            "dense": dense.frames,
+            "sparse": sparse.frames,
+            "difference": difference(dense.frames, sparse.frames),
+            "side-by-side": side_by_side(dense.frames, sparse.frames, labels),
+        }
+        for name, frames in videos.items():
+            save_video(self.out / f"{name}.mp4", frames, usual_fps(self.model))
+        save_picture(self.out / "attention.png", step_chart(dense.by_step, sparse.by_step, result["method"]))
         if seen.plan is not None:
             mass = torch.stack([seen.mass[layer] for layer in sorted(seen.mass)])
             title = f"attention retained by {result['method']}, step {seen.step}: mean {mass.mean():.3f}"
             save_picture(self.out / "mask.png", mask_picture(seen.plan, seen.grid, result["method"]))
             save_picture(self.out / "retained.png", heat_map(mass, title))
         save_json(self.out / "result.json", result)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One of the two clips: frames ``[F, H, W, 3]`` uint8, what the run reported, seconds of attention by step."""
+
+    frames: NDArray
+    seconds: float
+    report: Report
+    by_step: list[float]
 
 
 class _Seen:

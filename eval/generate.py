@@ -19,7 +19,7 @@ from .files import to_uint8
 
 BUNDLED = "shapes-wan"
 BUNDLED_CALL = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 20, "height": 80, "width": 80}
-BUNDLED_FPS = 8
+BUNDLED_FPS, USUAL_FPS = 8, 16
 BUNDLED_PROMPT = "a red circle moves right while a blue square moves up"
 
 Progress = Callable[[int, int], None]
@@ -34,8 +34,19 @@ class Clip:
     seconds: float
 
 
-def load(model: str) -> Any:
-    """A diffusers pipeline: the bundled ``shapes-wan``, a local folder or a name on the hub; on a GPU if there is one.
+def usual_call(model: str) -> dict:
+    """Arguments of the pipeline where nobody says otherwise."""
+    return dict(BUNDLED_CALL) if model == BUNDLED else {}
+
+
+def usual_fps(model: str) -> int:
+    """Frames a second where nobody says otherwise."""
+    return BUNDLED_FPS if model == BUNDLED else USUAL_FPS
+
+
+def load(model: str, device: str | None = None) -> Any:
+    """A diffusers pipeline: the bundled ``shapes-wan``, a local folder or a name on the hub; on ``device``, or on a GPU
+    if there is one.
 
     Raises:
         ValueError: it cannot be loaded; the message says why.
@@ -47,8 +58,8 @@ def load(model: str) -> Any:
     source = str(files("dit_sparse") / "assets" / BUNDLED) if bundled else model
     if not bundled and _looks_like_a_path(model) and not (Path(model) / "model_index.json").is_file():
         raise ValueError(f"{model} is no diffusers pipeline: it has no model_index.json")
-    cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda and not bundled else torch.float32
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if bundled or device == "cpu" else torch.bfloat16
     if bundled:  # its autoencoder keeps every frame, and the pipeline's advice on their number is about others
         pipeline_wan.logger.addFilter(_no_advice_on_frames)
     try:
@@ -57,7 +68,7 @@ def load(model: str) -> Any:
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"cannot load the model {model}: {reason[0]}") from error
-    return pipe.to("cuda" if cuda else "cpu")
+    return pipe.to(device)
 
 
 def generate(

@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_sparse import Grid, Plan
 
 INK, PAPER, KEPT, DROPPED, QUERY = (32, 36, 44), (250, 250, 248), (38, 93, 168), (224, 228, 234), (222, 92, 52)
+LIGHT = (168, 180, 196)
 MARGIN = 24
 
 
@@ -84,6 +85,37 @@ def side_by_side(left: NDArray, right: NDArray, labels: tuple[str, str]) -> NDAr
             draw.text((x + 4, bar / 2), label, INK, _font(15), anchor="lm")
         frames.append(np.asarray(canvas))
     return np.stack(frames)
+
+
+def difference(left: NDArray, right: NDArray, gain: int = 4) -> NDArray:
+    """How far two clips ``[F, H, W, 3]`` uint8 are apart: black where they agree, ``gain`` times the difference."""
+    return (gain * abs(left.astype(int) - right.astype(int))).clip(0, 255).astype(np.uint8)
+
+
+def step_chart(dense: Sequence[float], sparse: Sequence[float], name: str) -> Image.Image:
+    """Seconds of attention in every denoising step as pairs of bars, dense and sparse."""
+    width, height, left, top, bottom = 640, 320, 64, 64, 250
+    picture = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((MARGIN, 12), "seconds of attention, step by step", INK, _font(16))
+    for place, (label, colour) in enumerate((("dense", LIGHT), (name, KEPT))):
+        x = left + 120 * place
+        draw.rectangle((x, 42, x + 10, 52), fill=colour)
+        draw.text((x + 16, 47), label, INK, _font(13), anchor="lm")
+    most = max(*dense, *sparse, 1e-9)
+    for share in (0.0, 0.5, 1.0):
+        y = bottom - share * (bottom - top)
+        draw.line((left, y, width - MARGIN, y), fill=DROPPED)
+        draw.text((left - 8, y), f"{share * most:.3g}", INK, _font(12), anchor="rm")
+    pitch = (width - MARGIN - left) / len(dense)
+    for step, pair in enumerate(zip(dense, sparse, strict=True)):
+        for place, (seconds, colour) in enumerate(zip(pair, (LIGHT, KEPT), strict=True)):
+            x = left + pitch * (step + 0.12 + 0.38 * place)
+            draw.rectangle((x, bottom - seconds / most * (bottom - top), x + 0.36 * pitch, bottom), fill=colour)
+        if pitch > 20 or step % 5 == 0:
+            draw.text((left + pitch * (step + 0.5), bottom + 14), str(step + 1), INK, _font(12), anchor="mm")
+    draw.text(((left + width) / 2, bottom + 40), "denoising step", INK, _font(13), anchor="mm")
+    return picture
 
 
 def terminal_map(plan: Plan, columns: int = 64) -> str:

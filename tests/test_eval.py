@@ -120,7 +120,8 @@ def test_the_demo_writes_what_it_promises(tmp_path):
     processor = SparseAttnProcessor("radial", density=0.3, dense_steps=1)
     result = Demo("a red circle moves right", processor, tmp_path, call=call).run(stage)
     assert stages == [(name, step, 3) for name in ("dense", "sparse") for step in (1, 2, 3)]
-    expected = {"dense.mp4", "sparse.mp4", "side-by-side.mp4", "mask.png", "retained.png", "result.json"}
+    expected = {"dense.mp4", "sparse.mp4", "difference.mp4", "side-by-side.mp4", "mask.png", "retained.png"}
+    expected |= {"attention.png", "result.json"}
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert json.loads((tmp_path / "result.json").read_text()) == result
     promised = "method density_asked density_achieved density_run seconds_dense seconds_sparse attention_seconds_dense "
@@ -130,6 +131,17 @@ def test_the_demo_writes_what_it_promises(tmp_path):
     assert result["grid"] == "4x16x16"
     assert result["density_run"] == pytest.approx((1 + 2 * result["density_achieved"]) / 3)
     assert result["psnr"] > 10
+    for kind in ("dense", "sparse"):
+        assert len(result[f"attention_by_step_{kind}"]) == 3
+        assert sum(result[f"attention_by_step_{kind}"]) == pytest.approx(result[f"attention_seconds_{kind}"])
+
+
+def test_the_difference_is_black_where_clips_agree():
+    a = clip(0)
+    assert not pictures.difference(a, a).any()
+    b = a.copy()
+    b[1, 2, 3] = np.where(a[1, 2, 3] < 128, a[1, 2, 3] + 10, a[1, 2, 3] - 10)
+    assert (pictures.difference(a, b)[1, 2, 3] == 40).all() and np.count_nonzero(pictures.difference(b, a)) == 3
 
 
 def test_the_demo_of_dense_is_dense(tmp_path):
