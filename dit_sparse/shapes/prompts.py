@@ -58,12 +58,19 @@ def held_out(scene):
 
 
 OTHER_WAY = {"left": "right", "right": "left", "up": "down", "down": "up"}
+# Circles and squares differ in their corners only and are what is drawn for each other.
+TAKEN_FOR = {
+    "circle": ("square", "square", "triangle"),
+    "square": ("circle", "circle", "triangle"),
+    "triangle": ("circle", "square"),
+}
+MISTAKES = ("direction", "shape", "shape", "shape", "colours", "missing")
 
 
 def mistold(scene, rng):
     """The scene for its words only, and those wrong: things move the other way, or have other shapes; of two, each has
     the other's colour, or one is not mentioned."""
-    sprites, kind = scene.sprites, rng.choice(("direction", "shape", "shape", "colours", "missing"))
+    sprites, kind = scene.sprites, rng.choice(MISTAKES)
     first, last = sprites[0], sprites[-1]
     if kind == "missing" and len(sprites) > 1:
         wrong = [rng.choice(sprites)]
@@ -72,7 +79,7 @@ def mistold(scene, rng):
     elif kind == "direction" or (kind != "shape" and rng.random() < 0.5):
         wrong = [replace(s, direction=OTHER_WAY[s.direction]) for s in sprites]
     else:
-        wrong = [replace(s, shape=rng.choice([name for name in SHAPES if name != s.shape])) for s in sprites]
+        wrong = [replace(s, shape=rng.choice(TAKEN_FOR[s.shape])) for s in sprites]
     return replace(scene, sprites=tuple(wrong))
 
 
