@@ -42,10 +42,10 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 
 
-@app.command(epilog="Example: dit-sparse demo --method radial --density 0.25 --out out/demo")
+@app.command(epilog="Example: dit-sparse demo --method radial --density 0.22 --out out/demo")
 def demo(
     method: MethodName = "radial",
-    density: Density = 0.25,
+    density: Density = 0.22,
     dense_steps: DenseSteps = None,
     executor: Executor = "auto",
     block: Block = None,
@@ -59,7 +59,7 @@ def demo(
     with one_sentence():
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.eval.demo import Demo
-        from dit_sparse.eval.files import save_json, writable_folder
+        from dit_sparse.eval.files import save_json, writable_file
         from dit_sparse.eval.generate import BUNDLED_PROMPT
 
         processor = SparseAttnProcessor(
@@ -68,7 +68,7 @@ def demo(
         call = {} if steps is None else {"num_inference_steps": steps}
         task = Demo(prompt or BUNDLED_PROMPT, processor, out, seed, call)
         if json_file:
-            writable_folder(json_file.parent)
+            writable_file(json_file, "--json")
         with progress_bars() as stage:
             result = task.run(stage)
         if json_file:
@@ -119,12 +119,11 @@ def generate(
         call = {name: value for name, value in given.items() if value is not None}
         if wrong := next((name for name, value in call.items() if value <= 0), None):
             raise ValueError(f"{wrong} must be positive, not {call[wrong]}")
-        bundled = model == maker.BUNDLED
         pipe = maker.load(model)
         run = processor.attach(pipe)
         with progress_bars() as stage:
-            clip = maker.generate(pipe, prompt, seed, (maker.BUNDLED_CALL if bundled else {}) | call, stage(method))
-        save_video(out, clip.frames, fps or (maker.BUNDLED_FPS if bundled else 16))
+            clip = maker.generate(pipe, prompt, seed, maker.usual_call(model) | call, stage(method))
+        save_video(out, clip.frames, fps or maker.usual_fps(model))
     console.print(escape(str(run.report())))
     console.print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {escape(str(out))}")
 

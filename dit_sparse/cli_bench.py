@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .terminal import console, one_sentence, progress_bars
+from .terminal import console, names, one_sentence, progress_bars
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -32,22 +32,22 @@ def bench_attention(
         from dit_sparse import Grid
         from dit_sparse.eval import bench as measure
         from dit_sparse.eval.environment import conditions
-        from dit_sparse.eval.files import save_json, writable_folder
+        from dit_sparse.eval.files import save_json, writable_file
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        names, patterns = tuple(executor or measure.every_executor()), tuple(pattern or measure.PATTERNS)
-        for asked, known in ((names, measure.EXECUTORS), (patterns, measure.PATTERNS)):
+        executors, patterns = tuple(executor or measure.every_executor()), tuple(pattern or measure.PATTERNS)
+        for asked, known in ((executors, measure.EXECUTORS), (patterns, measure.PATTERNS)):
             if unknown := next((name for name in asked if name not in known), None):
                 raise ValueError(f"there is no {unknown!r}; there are {', '.join(known)}")
         grids = [Grid.parse(text) for text in grid or ()]
         cases = measure.cases(device, grids, head_dim or (64, 128), density or measure.DENSITIES, patterns, heads)
-        writable_folder(out.parent)
+        writable_file(out)
         rows, share = [], (seconds or (240 if device == "cuda" else 90)) / len(cases)
         with progress_bars() as stage:
             progress = stage("cases")
             for done, case in enumerate(cases):
                 progress(done, len(cases))
-                rows += measure.measured(case, names, share)
+                rows += measure.measured(case, executors, share)
             progress(len(cases), len(cases))
         note = f"{heads} heads, medians of runs that took turns"
         save_json(out, {"rows": rows, "note": note} | conditions(device))
@@ -70,18 +70,18 @@ def bench_transformer(
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.eval import bench_transformer as measure
         from dit_sparse.eval.environment import conditions
-        from dit_sparse.eval.files import save_json, writable_folder
+        from dit_sparse.eval.files import save_json, writable_file
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        names, densities = tuple(model or measure.MODELS), tuple(density or measure.DENSITIES)
-        if unknown := next((name for name in names if name not in measure.MODELS), None):
+        models, densities = tuple(model or measure.MODELS), tuple(density or measure.DENSITIES)
+        if unknown := next((name for name in models if name not in measure.MODELS), None):
             raise ValueError(f"there is no model {unknown!r}; there are {', '.join(measure.MODELS)}")
         for value in densities:
             SparseAttnProcessor(method, density=value)
-        writable_folder(out.parent)
+        writable_file(out)
         rows = []
         with progress_bars() as stage:
-            for name in names:
+            for name in models:
                 progress = stage(name)
                 progress(0, len(densities))
                 for row in measure.measured(name, device, densities, method, rounds):
@@ -108,17 +108,17 @@ def bench_scaling(
     with one_sentence():
         from dit_sparse import Grid
         from dit_sparse.eval import scaling
-        from dit_sparse.eval.files import save_json, save_picture, writable_folder
+        from dit_sparse.eval.files import save_json, save_picture, writable_file
 
         grid = Grid.parse(f"1x{frame}")
         try:
             lengths = [int(length) for length in frames.split(",")]
         except ValueError:
             raise ValueError(f"--frames is lengths separated by commas, such as 8,16,32, not {frames[:60]!r}") from None
-        names = scaling.METHODS if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+        compared = scaling.METHODS if methods is None else names(methods)
         size = {"height": grid.height, "width": grid.width, "most_tokens": most_tokens}
-        task = scaling.Scaling(names, density, lengths, **size)
-        writable_folder(out.parent)
+        task = scaling.Scaling(compared, density, lengths, **size)
+        writable_file(out)
         with progress_bars() as stage:
             result = task.run(stage("plans"))
         save_json(out, result)

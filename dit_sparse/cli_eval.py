@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,17 +12,19 @@ from rich.table import Table
 from .cli_measure import (
     Block,
     DenseSteps,
+    Executor,
     Frames,
     Model,
     Prompts,
+    Seeds,
     Side,
     Steps,
     count_or_fraction,
     fractions,
-    given,
     read_prompts,
+    size,
 )
-from .terminal import console, one_sentence, progress_bars
+from .terminal import console, names, one_sentence, progress_bars
 
 judge = typer.Typer(help="Judge videos: by themselves, against another, or for the VBench tool.", no_args_is_help=True)
 
@@ -35,6 +36,7 @@ def report(
     """Make the table of a comparison, or its page, from its JSON alone."""
     with one_sentence():
         from dit_sparse.eval.page import write_page
+        from dit_sparse.eval.stored import read_result
         from dit_sparse.eval.table import compare_table
 
         path = results / "compare.json" if results.is_dir() else results
@@ -50,8 +52,8 @@ def report(
 def reproduce(
     recipe: Annotated[str | None, typer.Argument(help="Its name, or a TOML file. Without one: what there is.")] = None,
     prompts: Prompts = "4",
-    seeds: Annotated[int, typer.Option(min=1, help="Clips of each prompt.")] = 1,
-    executor: Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")] = "auto",
+    seeds: Seeds = 1,
+    executor: Executor = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; out/RECIPE by default.")] = None,
 ) -> None:
     """Measure what a paper published, in its own setting, and set the two side by side."""
@@ -66,17 +68,19 @@ def reproduce(
         told = Recipe.load(recipe)
         folder = out or Path("out") / Path(recipe).stem
         task = told.comparison(read_prompts(prompts), folder, seeds, executor)
+        told.check_call()
         console.print(f"{told.title}\n{told.source}, on {told.hardware}", highlight=False, markup=False)
         with progress_bars() as stage:
             result = task.run(stage)
         write_page(result, folder / "report.html")
     console.print(_beside(list(beside(told, result))))
     console.print(f"published / measured here, on {result['device']}; {escape(str(folder / 'report.html'))}")
+    console.print("times as fast: published of the whole generation, measured of the denoising")
 
 
 def _beside(rows: list[dict]) -> Table:
     columns = ("density", "psnr", "ssim", "lpips", "speedup")
-    table = Table("row", *columns, box=None, header_style="bold")
+    table = Table("row", *columns[:-1], "times as fast", box=None, header_style="bold")
     told = lambda value: "-" if value is None else f"{value:.3g}"
     for row in rows:
         table.add_row(escape(row["row"]), *(" / ".join(map(told, row[column])) for column in columns))
@@ -92,12 +96,12 @@ def video(
 ) -> None:
     """How good a video is by itself, and how near to a reference. What needs weights that are not here is said so."""
     with one_sentence():
-        from dit_sparse.eval.files import read_video, save_json, writable_folder
+        from dit_sparse.eval.files import read_video, save_json, writable_file
         from dit_sparse.eval.metrics import fidelity
         from dit_sparse.eval.quality import quality
 
         if json_file:
-            writable_folder(json_file.parent)
+            writable_file(json_file, "--json")
         frames, fps = read_video(path)
         against = None if reference is None else fidelity(frames, read_video(reference)[0])
         found = {"quality": quality(frames, prompt, fps), "fidelity": against}
@@ -121,15 +125,19 @@ def export(
     """Write the clips of a row as the official VBench tool wants them."""
     with one_sentence():
         from dit_sparse.eval.clips import Shelf
+        from dit_sparse.eval.generate import usual_fps
+        from dit_sparse.eval.stored import read_result
         from dit_sparse.eval.vbench_files import export as write
+        from dit_sparse.eval.vbench_files import of_row
 
+        result = read_result(results / "compare.json")
+        rows = {one["name"]: one for one in result["rows"]}
+        if row not in rows:
+            raise ValueError(f"there is no row {row!r}; there are {', '.join(rows)}")
         if not (results / "clips").is_dir():
-            raise ValueError(f"{results} is no folder of dit-sparse compare: it has no clips")
-        takes = [take for take in Shelf(results / "clips").takes() if "row" in take.note]
-        if not (chosen := {(t.note["prompt"], t.note["seed"]): t.frames for t in takes if t.note["row"] == row}):
-            raise ValueError(f"there is no row {row!r}; there are {', '.join(sorted({t.note['row'] for t in takes}))}")
-        listed = write(out, ((prompt, seed, frames) for (prompt, seed), frames in chosen.items()))
-    console.print(f"{len(chosen)} videos, listed in {escape(str(listed))}")
+            raise ValueError(f"{results} has no clips: run dit-sparse compare into it again")
+        listed = write(out, of_row(Shelf(results / "clips"), result, rows[row]), usual_fps(result["model"]))
+    console.print(f"{len(result['prompts']) * result['seeds']} videos, listed in {escape(str(listed))}")
 
 
 @judge.command(epilog="Example: dit-sparse eval attention --methods radial,svg,svg2 --density 0.15,0.25")
@@ -155,13 +163,13 @@ def attention(
         from dit_sparse.eval.files import save_json, save_picture, writable_folder
 
         task = analysis.Analysis(
-            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            methods=names(methods),
             densities=fractions(density),
             prompts=read_prompts(prompts),
             schedule=Schedule(dense_steps=count_or_fraction(dense_steps)),
             block=block,
             model=model,
-            call=given(num_inference_steps=steps, num_frames=frames, height=height, width=width),
+            call=size(steps, frames, height, width),
         )
         writable_folder(out)
         with progress_bars() as stage:
@@ -179,19 +187,3 @@ def attention(
 
 def _measure(name: str, value: float | dict | str) -> str:
     return f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}"
-
-
-def read_result(path: Path) -> dict:
-    """What ``compare`` wrote.
-
-    Raises:
-        ValueError: there is nothing, or something else.
-    """
-    try:
-        result = json.loads(path.read_text())
-        missing = {"model", "rows", "prompts", "schedule", "device"} - set(result)
-    except (OSError, ValueError, TypeError):
-        raise ValueError(f"{path} is no result of dit-sparse compare") from None
-    if missing or not all(isinstance(row, dict) and "over_random" in row for row in result["rows"]):
-        raise ValueError(f"{path} is no result of this version of dit-sparse compare")
-    return result

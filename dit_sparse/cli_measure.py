@@ -9,13 +9,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .terminal import console, one_sentence, progress_bars
+from .terminal import console, names, one_sentence, progress_bars
 
 MOST_PROMPTS = 60  # of the bundled ones
 QUICK_PROMPTS, QUICK_STEPS = 2, 6
 
 Model = Annotated[str, typer.Option(help="shapes-wan, a local diffusers folder, or a name on the hub.")]
-Prompts = Annotated[str, typer.Option(help="How many of the bundled prompts, or a file with one prompt a line.")]
+Prompts = Annotated[str, typer.Option(help="How many of the bundled prompts, or a .txt, .csv or .jsonl file of them.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Clips of each prompt.")]
+Executor = Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")]
 DenseSteps = Annotated[str, typer.Option(help="First steps kept dense: a count or a fraction.")]
 Steps = Annotated[int | None, typer.Option(min=2, help="Denoising steps.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="Frames to ask the pipeline for.")]
@@ -31,10 +33,10 @@ def compare(
         str, typer.Option("--density", "-d", help="Fractions of the pairs to compute, separated by commas.")
     ] = "0.25",
     prompts: Prompts = "4",
-    seeds: Annotated[int, typer.Option(min=1, help="Clips of each prompt.")] = 1,
+    seeds: Seeds = 1,
     model: Model = "shapes-wan",
     dense_steps: DenseSteps = "0.25",
-    executor: Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")] = "auto",
+    executor: Executor = "auto",
     block: Block = None,
     steps: Steps = None,
     frames: Frames = None,
@@ -56,7 +58,7 @@ def compare(
         if quick and model == "shapes-wan":
             usual = QUICK_CALL
         task = Comparison(
-            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            methods=names(methods),
             prompts=read_prompts(prompts)[: QUICK_PROMPTS if quick else None],
             densities=fractions(density),
             seeds=seeds,
@@ -66,7 +68,7 @@ def compare(
             block=block,
             quality=quality,
             model=model,
-            call=usual | given(num_inference_steps=steps, num_frames=frames, height=height, width=width),
+            call=usual | size(steps, frames, height, width),
         )
         with progress_bars() as stage:
             result = task.run(stage)
@@ -97,7 +99,7 @@ def profile(
         from dit_sparse import Profile, Schedule
         from dit_sparse.eval.profiling import Profiling, drifted
 
-        call = given(num_inference_steps=steps, num_frames=frames, height=height, width=width)
+        call = size(steps, frames, height, width)
         if check is not None:
             checked = Profile.load(check)
             with progress_bars() as stage:
@@ -129,21 +131,25 @@ def profile(
 
 
 def read_prompts(text: str) -> list[str]:
-    """``"4"``: so many prompts of the bundled model; else the lines of a file.
+    """``"4"``: so many prompts of the bundled model; else those of a file.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or a file that sets more than prompts.
     """
+    from dit_sparse.eval.prompt_files import read_rows
     from dit_sparse.shapes.judge import held_out_tasks
 
-    if text.isdigit() and 1 <= int(text) <= MOST_PROMPTS:
+    if text.isdecimal() and 1 <= int(text) <= MOST_PROMPTS:
         return [task.text for task in held_out_tasks(int(text))]
-    try:
-        return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
+    if not Path(text).suffix:
         raise ValueError(
-            f"--prompts is a number from 1 to {MOST_PROMPTS}, or a file with one prompt a line, not {text[:60]!r}"
-        ) from None
+            f"--prompts is a number from 1 to {MOST_PROMPTS}, or a .txt, .csv or .jsonl file, not {text[:60]!r}"
+        )
+    rows = [row for _, row in read_rows(Path(text))]
+    more = set().union(*(row.model_dump(exclude_none=True) for row in rows)) - {"prompt", "id"}
+    if more:
+        raise ValueError(f"{text} sets {', '.join(sorted(more))} too, which only dit-sparse batch reads; leave it out")
+    return [row.prompt for row in rows]
 
 
 def count_or_fraction(text: str | None) -> int | float | None:
@@ -170,6 +176,11 @@ def fractions(text: str) -> list[float]:
 
 def given(**values: object) -> dict:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def size(steps: int | None, frames: int | None, height: int | None, width: int | None) -> dict:
+    """Arguments of a pipeline."""
+    return given(num_inference_steps=steps, num_frames=frames, height=height, width=width)
 
 
 def _comparison(rows: list[dict]) -> Table:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .clusters import ClusterPlan
 from .composition import PerHead, inside
 from .engine import enable
 from .grid import Site
@@ -89,6 +90,9 @@ def measure(
         tried: the candidates.
         schedule: steps that it keeps dense are not looked at; of the others the first, the last and one between are.
         block: tokens in a block.
+
+    Raises:
+        ValueError: no step is sparse, or no call can be.
     """
     sums: dict[int, list] = {}
     seen = Measured(torch.empty(0), torch.empty(0), torch.empty(0))
@@ -109,6 +113,36 @@ def measure(
     layers = [torch.stack(sums[layer]).mean(0) for layer in sorted(sums)]  # [3, candidates, heads]
     seen.error, seen.density, seen.seconds = torch.stack(layers, 2).unbind(0)
     return seen
+
+
+def looked_at(schedule: Schedule, steps: int | None, looks: int) -> list[int]:
+    """Steps at which methods are tried: the first sparse one, the last, and evenly spread between. Where nobody knows
+    how many steps there are, the first alone.
+
+    Raises:
+        ValueError: the schedule keeps every step dense.
+    """
+    first = schedule.first_sparse_step(steps)
+    if steps is not None and first >= steps:
+        raise ValueError(
+            f"dense_steps={schedule.dense_steps} keeps all {steps} steps dense, so no step is left to try methods at"
+        )
+    return torch.linspace(first, first if steps is None else steps - 1, looks).round().int().tolist()
+
+
+def squared_error(
+    one: Method, done: Computed, plan: Plan | ClusterPlan, attend: Callable, site: Site, memory: dict
+) -> Tensor:
+    """``|O_s - O|^2 / |O|^2`` of every head's output, float64 ``[H]``; what padding would have said does not count."""
+    out, lse = attend(done.q, done.k, done.v, plan, scale=done.scale)
+    dense = lambda: (done.out, done.lse)
+    out, _ = one.correct(Computed(done.q, done.k, done.v, plan, done.scale, out, lse, dense), site, memory)
+    out, exact = out.double(), done.out.double()
+    if plan.lengths is not None:
+        padding = torch.arange(plan.tokens, device=out.device) >= plan.lengths.to(out.device)[:, None]
+        out, exact = (x.masked_fill(padding[:, None, :, None], 0) for x in (out, exact))
+    energy = lambda x: x.square().sum((0, 2, 3))
+    return energy(out - exact) / energy(exact).clamp(min=1e-30)
 
 
 def choose(
@@ -181,9 +215,7 @@ class _Probe(Method):
         return Plan.full(site.grid.tokens, site.block, q.device)
 
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        first = self.schedule.first_sparse_step(site.steps)
-        looked_at = torch.linspace(first, (site.steps or first + 1) - 1, STEPS_MEASURED).round().tolist()
-        if site.step in looked_at:
+        if site.step in looked_at(self.schedule, site.steps, STEPS_MEASURED):
             rows = [self._try(one, done, site, memory.setdefault(i, {})) for i, one in enumerate(self.tried)]
             self.note(site, tuple(torch.stack(row).cpu() for row in zip(*rows, strict=True)))
         return done.out, done.lse
@@ -197,11 +229,8 @@ class _Probe(Method):
             return torch.zeros(heads), torch.ones(heads), torch.full((heads,), seconds)
         plan = plan.padded(done.plan.lengths)
         choice = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
-        out, lse = choice.executor.attend(done.q, done.k, done.v, plan, scale=done.scale)
-        dense = lambda: (done.out, done.lse)
-        out, _ = one.correct(Computed(done.q, done.k, done.v, plan, done.scale, out, lse, dense), site, memory)
-        wrong = (out.float() - done.out.float()).square().sum((0, 2, 3))
+        wrong = squared_error(one, done, plan, choice.executor.attend, site, memory)
         density = plan.share_by_head.mean(0).float().cpu().expand(heads)
         price = cost(choice.name, Kind.of(done.q, plan))
         seconds = price.fixed / heads + price.per_pair * pairs * density
-        return (wrong / done.out.float().square().sum((0, 2, 3)).clamp(min=1e-12)).cpu(), density, seconds
+        return wrong.float().cpu(), density, seconds

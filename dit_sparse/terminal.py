@@ -17,12 +17,24 @@ def one_sentence():
     """Wrong input ends in one sentence on standard error and exit code 2; Ctrl-C in 130."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
-        complaints.print(f"dit-sparse: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
+    except (ValueError, RuntimeError, OSError) as error:
+        complaints.print(f"dit-sparse: {_told(error)}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1 if isinstance(error, RuntimeError) else 2) from None
     except KeyboardInterrupt:
         complaints.print("dit-sparse: interrupted")
         raise typer.Exit(130) from None
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = error.filename2 or error.filename  # of two the second, which a finished file was to replace
+        return f"{place}: {error.strerror}" if place else error.strerror
+    return str(error)
+
+
+def names(text: str) -> list[str]:
+    """``"radial, svg"``: both."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @contextmanager

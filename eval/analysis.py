@@ -13,23 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dit_sparse import ClusterPlan, Method, PerHead, Plan, Schedule, Site, SparseAttnProcessor, enable, prepare
+from dit_sparse import Method, PerHead, Plan, Schedule, Site, SparseAttnProcessor, enable, prepare
 from dit_sparse.composition import inside
 from dit_sparse.kernels.pick import pick
 from dit_sparse.method import Computed
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.rettention import Rettention
+from dit_sparse.search import looked_at, squared_error
 
-from .bounds import group_mass, kept_and_best, real_tokens
+from .bounds import group_mass, kept_and_best
 from .environment import conditions
-from .generate import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT, Progress, generate, load
+from .generate import BUNDLED, BUNDLED_PROMPT, Progress, generate, load, usual_call
 from .pictures import heat_map
 
 FIGURES = ("density", "retained", "best", "best_by_row", "best_row_major", "error")
@@ -50,7 +50,8 @@ class Analysis:
         model, call: the pipeline, and the arguments of its call.
 
     Raises:
-        ValueError: anything unknown or out of range, or a method that lives on what it saw of earlier calls.
+        ValueError: anything unknown or out of range, a method that lives on what it saw of earlier calls, or a schedule
+            that leaves no step to look at.
     """
 
     methods: Sequence[str | Method]
@@ -71,7 +72,9 @@ class Analysis:
             raise ValueError(f"looks is how many steps are looked at, at least 1, not {self.looks}")
         SparseAttnProcessor("dense", block=self.block)
         self.tried()
-        object.__setattr__(self, "call", (BUNDLED_CALL if self.model == BUNDLED else {}) | self.call)
+        object.__setattr__(self, "call", usual_call(self.model) | self.call)
+        if steps := self.call.get("num_inference_steps"):
+            looked_at(self.schedule, steps, self.looks)
 
     def tried(self) -> list[tuple[str, float | None, Method]]:
         """Name, density asked for, and method, in the order of the rows."""
@@ -137,19 +140,9 @@ def judged(one: Method, done: Computed, site: Site, memory: dict, row_major: Ten
     plan = plan.padded(done.plan.lengths)
     by_head = {"density": plan.share_by_head} | kept_and_best(done, plan, site, row_major)
     figures = {name: value.mean(0).expand(heads) for name, value in by_head.items()}
-    return {name: x.cpu() for name, x in (figures | {"error": _squared_error(one, done, plan, site, memory)}).items()}
-
-
-def _squared_error(one: Method, done: Computed, plan: Plan | ClusterPlan, site: Site, memory: dict) -> Tensor:
-    """``|O_s - O|^2 / |O|^2`` of every head's output, float64 ``[H]``; what padding would have said does not count."""
     chosen = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
-    attend = partial(chosen.executor.attend, done.q, done.k, done.v, scale=done.scale)
-    dense = lambda: (done.out, done.lse)
-    sparse = Computed(done.q, done.k, done.v, plan, done.scale, *attend(plan=plan), dense)
-    out = one.correct(sparse, site, memory)[0].double()
-    real = 1 if plan.lengths is None else real_tokens(plan)[..., None]
-    energy = lambda x: (x * real).square().sum((0, 2, 3))
-    return energy(out - done.out.double()) / energy(done.out.double()).clamp(min=1e-30)
+    figures["error"] = squared_error(one, done, plan, chosen.executor.attend, site, memory)
+    return {name: x.cpu() for name, x in figures.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +163,7 @@ class _Look(Method):
         return Plan.full(site.grid.tokens, site.block, q.device)
 
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        first = self.schedule.first_sparse_step(site.steps)
-        if site.step in torch.linspace(first, (site.steps or first + 1) - 1, self.looks).round().tolist():
+        if site.step in looked_at(self.schedule, site.steps, self.looks):
             row_major = group_mass(done.q, done.k, done.lse, done.plan, done.scale)
             found = [judged(one, done, site, memory.setdefault(i, {}), row_major) for i, one in enumerate(self.tried)]
             self.note(site, torch.stack([torch.stack([figures[name] for name in FIGURES]) for figures in found]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as imageio
 import numpy as np
@@ -27,10 +30,19 @@ def writable_folder(path: Path | str) -> Path:
     return folder
 
 
+def writable_file(path: Path | str, option: str = "--out") -> Path:
+    """The path of a file, its folder made if need be. Raises ValueError where no such file can be written."""
+    file = Path(path)
+    if not file.name or file.is_dir():
+        raise ValueError(f"{option} names a file, and {file} is a folder")
+    writable_folder(file.parent)
+    return file
+
+
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to; it takes the place of ``path`` at the end, or vanishes on an error."""
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    draft = path.with_name(f".{path.stem}.{secrets.token_hex(3)}{path.suffix}")
     try:
         yield draft
         os.replace(draft, path)
@@ -68,7 +80,19 @@ def save_picture(path: Path, image: Image.Image) -> None:
 
 def save_json(path: Path, value: dict) -> None:
     with aside(path) as draft:
-        draft.write_text(json.dumps(value, indent=2) + "\n")
+        draft.write_text(json.dumps(for_json(value), indent=2, allow_nan=False) + "\n")
+
+
+def for_json(value: Any) -> Any:
+    """Plain values as JSON knows them: infinity becomes ``"inf"``, which ``float`` reads back, and what is no number
+    None."""
+    if isinstance(value, dict):
+        return {key: for_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
 def to_uint8(frames: NDArray) -> NDArray:

@@ -1,7 +1,8 @@
 """Features of frames by learned models, of weights that already lie on this machine; nothing is ever downloaded.
 
 What is missing raises ``Unavailable`` with the command that gets it. A model is loaded once per process, on a GPU if
-there is one. Frames are ``[F, H, W, C]`` floats in 0..1; grey ones are repeated to three channels.
+there is one. Frames are ``[F, H, W, C]`` floats in 0..1; grey ones are repeated to three channels. They are resized as
+VBench's own tool does it, without smoothing before (torchvision's ``antialias=False``).
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def musiq(video: NDArray) -> list[float]:
             if max(height, width) > 512:
                 scale = 512 / max(height, width)
                 size = (int(scale * height), int(scale * width))
-                frames = F.interpolate(frames, size, mode="bilinear", antialias=True)
+                frames = F.interpolate(frames, size, mode="bilinear")
             ratings.append(float(model(frames)))
     return ratings
 
@@ -137,7 +138,7 @@ def _shorter_side(frames: Tensor, mode: str) -> Tensor:
     height, width = frames.shape[2:]
     short = min(height, width)
     size = (SIDE * height // short, SIDE * width // short)
-    return F.interpolate(frames, size, mode=mode, antialias=True)
+    return F.interpolate(frames, size, mode=mode).clamp(0, 1)  # bicubic overshoots, and the tool's bytes cannot
 
 
 def _middle(frames: Tensor) -> Tensor:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from .files import for_json
+
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 WINDOW, SIGMA = 11, 1.5
 ALEXNET = "alexnet-owt-7be5be79.pth"
+ROUNDING = 1e-3  # that floats may lie beside 0..1
 ALEXNET_SIDE = 31  # below, its second pooling has nothing left
 
 Metric = Callable[[NDArray, NDArray], float]
@@ -143,13 +145,19 @@ def fidelity(video: NDArray, reference: NDArray) -> dict[str, dict]:
 
 
 def unit_range(video: NDArray) -> NDArray:
-    """A video as float64 in 0..1. Raises ValueError for what is no video, or holds no numbers."""
+    """A video as float64 in 0..1. Raises ValueError for what is no video, or neither bytes nor floats in 0..1."""
     if video.ndim != 4 or not video.size:
         raise ValueError(f"a video is [frames, height, width, channels], not {list(video.shape)}")
-    floats = video / 255 if video.dtype == np.uint8 else np.asarray(video, np.float64)
-    if not np.isfinite(floats).all():
+    if video.dtype == np.uint8:
+        return video / 255
+    if not np.issubdtype(video.dtype, np.floating):
+        raise ValueError(f"a video is uint8 or floats in 0..1, not {video.dtype}")
+    least, most = float(video.min()), float(video.max())
+    if not np.isfinite([least, most]).all():
         raise ValueError("a video holds values that are no finite numbers")
-    return floats
+    if least < -ROUNDING or most > 1 + ROUNDING:
+        raise ValueError(f"a video of floats lies in 0..1, not in {least:.4g}..{most:.4g}; divide bytes by 255")
+    return np.asarray(video, np.float64)
 
 
 def _check_shapes(video: NDArray, reference: NDArray) -> None:
@@ -168,11 +176,7 @@ def _pair(video: NDArray, reference: NDArray) -> tuple[NDArray, NDArray]:
 def _summary(frames: list[float], pooled: float | None = None, larger_is_better: bool = True) -> dict:
     values = spread(frames, larger_is_better)
     numbers = {"pooled": values["mean"] if pooled is None else pooled, **values}
-    return {name: _for_json(value) for name, value in numbers.items()} | {"frames": [_for_json(x) for x in frames]}
-
-
-def _for_json(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+    return for_json(numbers | {"frames": frames})
 
 
 def _ms_ssim_of_frame(a: NDArray, b: NDArray) -> float:

@@ -14,7 +14,7 @@ from dit_sparse.pipelines.family import family_of
 
 from .environment import conditions
 from .files import aside, save_picture, writable_folder
-from .generate import BUNDLED, BUNDLED_CALL, Progress, generate, load
+from .generate import Progress, generate, load, usual_call
 from .pictures import heat_map
 
 Stage = Callable[[str], Progress]
@@ -57,7 +57,8 @@ class Profiling:
             raise ValueError(f"--out names the profile and ends in .json, not {self.out}")
         self.tried()
         writable_folder(self.out.parent)
-        object.__setattr__(self, "call", (BUNDLED_CALL if self.model == BUNDLED else {}) | self.call)
+        object.__setattr__(self, "call", usual_call(self.model) | self.call)
+        _check_steps(self.schedule, self.call)
 
     def tried(self) -> list[search.Candidate]:
         return search.candidates(self.candidates, self.target_density or 0.25)
@@ -116,10 +117,13 @@ def drifted(profile: Profile, model: str, prompts: Sequence[str], call: dict, st
     before = (profile.measured or {}).get("error")
     if not isinstance(before, float):
         raise ValueError(f"the profile {profile.model} was not measured, so there is nothing to compare with")
+    if not prompts:
+        raise ValueError("there are no prompts to check the profile on")
+    call = usual_call(model) | call
+    _check_steps(profile.when(), call)
     pipe = prepare(load(model))
     if _transformer(pipe) != profile.transformer:
         raise ValueError(f"the profile is made for a {profile.transformer}, and {model} has a {_transformer(pipe)}")
-    call = (BUNDLED_CALL if model == BUNDLED else {}) | call
 
     def clips() -> None:
         progress = stage("checking")
@@ -130,6 +134,11 @@ def drifted(profile: Profile, model: str, prompts: Sequence[str], call: dict, st
     tried = [search.Candidate("profile", profile.mixture())]
     seen = search.measure(pipe, clips, tried, profile.when(), profile.measured.get("block"))
     return before, float(seen.error[0].mean().sqrt())
+
+
+def _check_steps(schedule: Schedule, call: dict) -> None:
+    if steps := call.get("num_inference_steps"):
+        search.looked_at(schedule, steps, search.STEPS_MEASURED)
 
 
 def _transformer(pipe: Any) -> str:

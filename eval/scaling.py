@@ -78,8 +78,16 @@ class Scaling:
         if self.density is not None:
             Top(self.density)
         SparseAttnProcessor("dense", block=self.block)
-        self._grid(frames[0])
-        self.tried()
+        least, tried = self._grid(frames[0]).tokens, self.tried()
+        if least > self.limit and not any(one.static for *_, one in tried):
+            raise ValueError(
+                f"the shortest video has {least} tokens, over the limit of {self.limit}: nothing is measured"
+            )
+
+    @property
+    def limit(self) -> int:
+        """Tokens that methods look at, at most."""
+        return self.most_tokens or MOST_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
 
     def tried(self) -> list[tuple[str, str, Method]]:
         """Name, "own" or "fixed" for its settings, and method. Dense has nothing to fix."""
@@ -93,13 +101,14 @@ class Scaling:
         """One row a length, method and setting, as plain values for JSON; ``progress(done, total)`` is told.
 
         ``pairs`` is the mean over the heads, ``flops`` those of all heads: 4 * dim a pair, as the two products of
-        attention have it. ``planning_seconds`` are those of a plan that is new to this process; ``modelled_seconds``
-        adds to them the flops at the rate at which this machine runs dense attention; ``seconds`` are measured, of
-        attention by the executor that `auto` takes and the method's correction, without planning. Where nothing was
-        measured, it is None and ``why_not`` says why.
+        attention have it. ``planning_seconds`` are those of a method's first plan at a length; what several methods
+        share there, orders and blocks that are always kept, only the first of them made. ``modelled_seconds`` adds to
+        them the flops at the rate at which this machine runs dense attention; ``seconds`` are measured, of attention by
+        the executor that `auto` takes and the method's correction, without planning. Where nothing was measured, it is
+        None and ``why_not`` says why.
         """
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        limit, tried = self.most_tokens or MOST_TOKENS[device], self.tried()
+        limit, tried = self.limit, self.tried()
         rate, rows, left_out = dense_rate(self.heads, self.dim, device), [], []
         for number, frames in enumerate(self.frames):
             grid = self._grid(frames)

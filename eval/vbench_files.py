@@ -21,7 +21,8 @@ import imageio.v3 as imageio
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import aside, to_uint8, writable_folder
+from .clips import Shelf
+from .files import aside, for_json, to_uint8, writable_folder
 
 Clips = Iterable[tuple[str, int, NDArray]]
 
@@ -59,7 +60,7 @@ def export(folder: Path | str, videos: Clips, fps: float = 8, dimensions: Iterab
     Args:
         videos: ``(prompt, index, frames)``, frames ``[F, H, W, 3]``, uint8 or floats in 0..1; the tool reads the
             indices 0 to 4. May be a generator: one clip is held at a time.
-        fps: frames a second; the tool's own samples have 8.
+        fps: frames a second, see `usual_fps`; the tool's own samples have 8.
         dimensions: what the tool is to score, by its names.
 
     Returns:
@@ -89,6 +90,35 @@ def export(folder: Path | str, videos: Clips, fps: float = 8, dimensions: Iterab
         with aside(folder / name) as draft:
             draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder / "full_info.json"
+
+
+def of_row(shelf: Shelf, result: dict, row: dict) -> Clips:
+    """The clips that a row of a comparison was measured on, one at a time. What other comparisons left on the shelf
+    under the same name is told apart by its settings and, if need be, by the seconds that it took.
+
+    Raises:
+        ValueError: some are not there.
+    """
+    found: dict[tuple[str, int], list[tuple[int, float]]] = {
+        (prompt, seed): [] for prompt in result["prompts"] for seed in range(result["seeds"])
+    }
+    for number, take in enumerate(shelf.takes()):
+        note = for_json(take.note)
+        scene = note.get("prompt"), note.get("seed")
+        alike = all(note.get(key) == row[key] for key in ("settings", "steps"))
+        if note.get("row") == row["name"] and alike and note["grids"] in ([], result["grids"]) and scene in found:
+            found[scene].append((number, note["seconds"]))
+    if missing := sum(not takes for takes in found.values()):
+        raise ValueError(f"{missing} clips of {row['name']!r} are not in {shelf.folder}: run the comparison again")
+    sets = [
+        [takes[-min(back, len(takes))] for takes in found.values()]
+        for back in range(1, 1 + max(map(len, found.values())))
+    ]
+    own = min(sets, key=lambda takes: abs(sum(seconds for _, seconds in takes) - row["seconds"]))
+    numbers = {number for number, _ in own}
+    for number, take in enumerate(shelf.takes()):
+        if number in numbers:
+            yield take.note["prompt"], take.note["seed"], take.frames
 
 
 def file_name(prompt: str, index: int) -> str:

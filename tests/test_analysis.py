@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse import ClusterPlan, Grid, Plan, Site
+from dit_sparse import ClusterPlan, Grid, Plan, Schedule, Site
 from dit_sparse.eval.analysis import FIGURES, Analysis, judged, picture
 from dit_sparse.eval.bounds import best_mass, group_mass, kept_and_best
 from dit_sparse.kernels import reference
@@ -215,6 +215,7 @@ def test_the_bundled_model_is_analysed():
         (dict(methods=["radial"], prompts=()), "no prompts"),
         (dict(methods=["radial"], looks=0), "at least 1"),
         (dict(methods=["radial"], block=7), "multiple of 16"),
+        (dict(methods=["radial"], schedule=Schedule(dense_steps=16)), "all 16 steps dense"),
     ],
 )
 def test_bad_input_is_one_sentence(given, words):

@@ -114,6 +114,26 @@ def test_what_is_no_video_is_refused():
         metrics.ssim(clip(0, 1, 2, 9), clip(1, 1, 2, 9))
 
 
+@pytest.mark.parametrize(
+    "video, words",
+    [
+        (clip(0).astype(np.int64), "not int64"),
+        (clip(0) > 9, "not bool"),
+        (clip(0).astype(np.float32), "divide bytes by 255"),
+        (clip(0) / 127.5 - 1, "lies in 0..1, not in -1..1"),
+        (clip(0) / 255 + 2e-3, "lies in 0..1"),
+    ],
+)
+def test_neither_bytes_nor_floats_of_that_range(video, words):
+    with pytest.raises(ValueError, match=words) as error:
+        metrics.psnr(video, video)
+    assert "\n" not in str(error.value)
+
+
+def test_floats_may_be_off_by_rounding():
+    assert metrics.unit_range(clip(0) / 255 * (1 + 5e-4)).dtype == np.float64
+
+
 def test_frames_by_themselves():
     a, b = clip(0), clip(1)
     frames = metrics.per_frame(metrics.psnr, a, b)

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from dit_sparse import PerHead, Profile, Schedule, SparseAttnProcessor, enable, prepare, search
+from dit_sparse import Grid, PerHead, Plan, Profile, Schedule, Site, SparseAttnProcessor, enable, prepare, search
 from dit_sparse.cli import app
+from dit_sparse.kernels import reference
+from dit_sparse.method import Computed
 from dit_sparse.methods.radial import Radial
 from dit_sparse.pipelines.family import family_of
 from dit_sparse.presets import names
@@ -214,6 +216,31 @@ def test_measuring_leaves_the_pipeline_dense_and_as_it_was():
     assert len(seen.grids) == 1 and seen.steps
 
 
+def test_padding_does_not_count_in_the_error():
+    """The same call, with wild values where one item is padding."""
+    q, k, v = torch.randn(3, 2, 2, 96, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    found = []
+    for scale in (1, 100):
+        wild = [x.clone() for x in (q, k, v)]
+        for x in wild:
+            x[1, :, 80:] *= scale
+        plan = Plan.full(96, 16).padded(torch.tensor([96, 80]))
+        done = Computed(*wild, plan, None, *reference.attend(*wild, plan), dense=None)
+        radial = Radial(density=0.4)
+        sparse = radial.plan(*wild[:2], Site(Grid(6, 4, 4), 16), {}).padded(plan.lengths)
+        found.append(search.squared_error(radial, done, sparse, reference.attend, Site(Grid(6, 4, 4), 16), {}))
+    assert found[0].dtype == torch.float64 and (found[0] > 1e-4).all()
+    torch.testing.assert_close(*found)
+
+
+def test_steps_looked_at_are_sparse_ones():
+    assert search.looked_at(Schedule(dense_steps=2), 12, 3) == [2, 6, 11]
+    assert search.looked_at(Schedule(dense_steps=2), None, 3) == [2, 2, 2]
+    for schedule in (Schedule(dense_steps=4), Schedule(dense_steps=1.0)):
+        with pytest.raises(ValueError, match="all 4 steps dense"):
+            search.looked_at(schedule, 4, 3)
+
+
 # --- the commands
 
 
@@ -247,9 +274,10 @@ def test_compositions_are_candidates_that_load_again(tmp_path):
         (["compare", "--methods", "nope"], "no method 'nope'"),
         (["compare", "--methods", "profile:nope"], "no profile 'nope'"),
         (["compare", "--density", "2"], "density is the fraction"),
-        (["compare", "--prompts", "nowhere.txt"], "a file with one prompt a line"),
-        (["compare", "--prompts", "a long sentence " * 30], "a file with one prompt a line"),
+        (["compare", "--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["compare", "--prompts", "a long sentence " * 30], "a number from 1 to 60"),
         (["compare", "--prompts", "61"], "a number from 1 to 60"),
+        (["compare", "--prompts", "²"], "a number from 1 to 60"),
         (["compare", "--methods", "profile:" + "a" * 300], "there is no profile"),
         (["compare", "--methods", "window|sink"], "different token orders"),
         (["compare", "--methods", "cached"], "write cached(NAME)"),
@@ -259,6 +287,7 @@ def test_compositions_are_candidates_that_load_again(tmp_path):
         (["profile", "shapes-wan", "--target-density", "0.2", "--max-error", "0.1"], "one of the two"),
         (["profile", "shapes-wan", "--candidates", "nope"], "no method 'nope'"),
         (["profile", "shapes-wan", "--out", "profile.txt"], "ends in .json"),
+        (["profile", "shapes-wan", "--dense-steps", "1.0"], "all 16 steps dense"),
         (["profile", "shapes-wan", "--check", "nope"], "no profile 'nope'"),
         (["profile", "shapes-wan", "--check", "wan2.1-14b"], "was not measured"),
     ],

@@ -204,6 +204,23 @@ def test_pictures_are_the_square_in_the_middle():
     )
 
 
+def test_pictures_are_resized_without_smoothing_as_by_the_tool(monkeypatch):
+    """At a third of the size the pixel in the middle of three is all there is."""
+    stripes = np.zeros((1, 3 * 224, 3 * 224, 3))
+    stripes[:, :, 1::3] = 1
+    (frames,) = learned._batches(stripes)
+    for mode in ("bilinear", "bicubic"):
+        torch.testing.assert_close(learned._shorter_side(frames, mode), torch.ones(1, 3, 224, 224))
+    edge = torch.zeros(1, 3, 100, 100)
+    edge[..., 50:] = 1
+    enlarged = learned._shorter_side(edge, "bicubic")
+    assert enlarged.min() == 0 and enlarged.max() == 1
+    seen = []
+    monkeypatch.setattr(learned, "_musiq_model", lambda: lambda frames: seen.append(frames) or torch.tensor(1.0))
+    learned.musiq(np.tile(stripes[:, : 1536 // 2], (1, 1, 3, 1))[:, :, :1536])
+    assert seen[0].shape[3] == 512 and seen[0].min() == 1
+
+
 def no_network(*arguments, **settings):
     raise AssertionError("the network was used")
 

@@ -145,6 +145,7 @@ def test_what_cannot_be_timed_has_no_time_but_a_reason(monkeypatch):
         (dict(block=17), "multiple of 16"),
         (dict(heads=0), "at least 1"),
         (dict(most_tokens=0), "at least 1"),
+        (dict(methods=["svg", "sparge"], most_tokens=1), "the shortest video has 12480 tokens"),
     ],
 )
 def test_bad_input_is_one_sentence(given, words):
