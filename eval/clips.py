@@ -22,7 +22,8 @@ class Take:
     Attributes:
         frames: ``[F, H, W, 3]`` uint8.
         note: what was measured while it was made, plain values for JSON.
-        latents: float16 ``[steps, ...]``, the latents after each step; only of clips that others are compared with.
+        latents: float16 ``[looks, ...]``, the latents after some of the steps; only of clips that others are compared
+            with.
     """
 
     frames: NDArray
@@ -65,5 +66,5 @@ def _read(path: Path) -> Take | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return Take(stored["frames"], json.loads(str(stored["note"])), stored.get("latents"))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, RuntimeError):
         return None

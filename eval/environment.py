@@ -13,7 +13,10 @@ import torch
 
 import dit_sparse
 
+from .generate import BUNDLED
+
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "xformers", "numpy")
+MAKING_CLIPS = ("generate.py", "takes.py", "retained.py")  # of this folder
 
 
 def conditions(device: str | None = None) -> dict:
@@ -54,14 +57,38 @@ def commit() -> str | None:
 
 
 def sources() -> str:
-    """A digest of all files that decide what attention computes, edited or not: code, kernels, profiles, weights."""
+    """A digest of all files that decide what a clip becomes, edited or not: code, kernels, profiles, bundled weights,
+    and how clips are made."""
     folders = [Path(place) / name for place in dit_sparse.__path__ for name in ("kernels", "pipelines", "profiles")]
     digest = hashlib.sha256()
     for folder in (Path(dit_sparse.__file__).parent, *filter(Path.is_dir, folders)):
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        for path in _files(folder):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    for name in MAKING_CLIPS:
+        digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def weights(model: str) -> str | None:
+    """What tells the weights of a model from later ones under its name: a digest of the names, sizes and times of the
+    files in a local folder, the commit of a model of the hub that was loaded; None for the bundled one, which is among
+    `sources`, and where nobody knows."""
+    if model == BUNDLED:
+        return None
+    if (folder := Path(model)).is_dir():
+        listed = ((path, path.stat()) for path in _files(folder))
+        told = [(path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in listed]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.load_config(model, local_files_only=True, return_commit_hash=True)[1]
+    except OSError:
+        return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
 
 
 def _processor() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .files import aside
 from .scatter import Scatter, hues, line_of
-from .table import clips_told
+from .table import TIMED, clips_told, costs_like, unfinished
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --line: #d9dee6; --paper: #ffffff; --card: #f6f8fa;
@@ -67,10 +67,12 @@ def page(result: dict) -> str:
     judged = [row for row in rows if row["quality"]]
     sections = [
         f"<h1>{escape(result['model'])}: sparse attention compared</h1><p class=soft>{escape(_told(result))}</p>",
+        *([f"<p class=missed>{unfinished(result)}</p>"] if unfinished(result) else []),
         f"<h2>Quality against cost</h2><p class=soft>{_CHARTS}</p><div class=pair>",
         _chart(result, "pairs", "pairs computed, as a share of the dense run's", "Up and to the left is good."),
         _chart(result, "speedup", "denoising, times as fast as dense", "Up and to the right is good."),
-        f"</div><h2>Every row</h2><div class=wide>{_table(rows)}</div><p class=soft>{_EXPLAINED}</p>",
+        f"</div><h2>Every row</h2><div class=wide>{_table(rows)}</div><p class=soft>{_EXPLAINED} {TIMED}</p>",
+        *(f"<p class=soft>{name} is not here: {escape(why)}</p>" for name, why in _missing(rows)),
         f"<h2>What they look like</h2><p class=soft>“{escape(result['prompts'][0])}”, seed 0, and the PSNR of this "
         f"clip.</p>{_grouped(rows, 'strips', _strip)}",
         "<h2>Attention kept, by layer and head</h2><p class=soft>Share of the softmax mass that falls on computed "
@@ -92,9 +94,11 @@ _CHARTS = (
 _EXPLAINED = (
     "PSNR, SSIM and MS-SSIM compare with the dense video of the same prompt and seed; brackets and bars are a 95 % "
     "interval for the mean over prompts (bootstrap). Worst tenth: the mean of the lowest tenth of the clips. Over "
-    "random: PSNR above random blocks of the same density. Error: relative error of the attention output on calls of a "
-    "dense clip. Kept: share of the softmax mass on computed pairs. Planning: share of the attention time. Bold: the "
-    "nearest to dense of its density. Densities further than .01 from what was asked for are marked."
+    "random: PSNR above random blocks of the same density, to .01. Error: relative error of the attention output on "
+    "calls of a dense clip. Kept: share of the softmax mass on computed pairs. Planning: share of the attention time. "
+    "Dense rows with fewer steps cost what the densities beside them cost, by pairs computed and the attention's share "
+    "of the time. Bold: the nearest to dense of its density. Densities further than .01 from what was asked for are "
+    "marked."
 )
 
 
@@ -112,6 +116,13 @@ def _chart(result: dict, x: str, x_title: str, told: str) -> str:
     rows = compared(result)
     picture = Scatter(rows, x, "psnr").svg(x_title, "PSNR, dB", hues(result["rows"])) if rows else "Nothing to show."
     return f"<figure class=card><div class=wide>{picture}</div><figcaption>{told}</figcaption></figure>"
+
+
+def _missing(rows: Sequence[dict]) -> Iterator[tuple[str, str]]:
+    """Name of every metric that could not be taken, and why."""
+    for name in ("psnr", "ssim", "ms_ssim", "lpips"):
+        if why := next((row[name]["unavailable"] for row in rows if "unavailable" in (row[name] or ())), None):
+            yield name.upper().replace("_", "-"), why
 
 
 Column = tuple[str, Callable[[dict], str]]
@@ -168,7 +179,7 @@ def _table(rows: Sequence[dict]) -> str:
         parts.append(f"<tbody><tr><th scope=rowgroup colspan={len(columns) + 2}>{title}</th></tr>")
         for row in group:
             floor = " class=floor" if row["method"] in ("dense", "random_blocks") else ""
-            parts.append(f"<tr{floor}><td>{escape(row['name'])}</td>")
+            parts.append(f"<tr{floor}><td>{escape(row['name'] + costs_like(row, rows))}</td>")
             for name, told in columns:
                 cell = f"<b>{told(row)}</b>" if row in judged and told(row) == best.get(name) else told(row)
                 if name == "PSNR, dB":

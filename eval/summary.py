@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .bootstrap import interval
+from .generate import usual_fps
 from .metrics import Unavailable, lpips, ms_ssim, psnr, spread, ssim
 from .quality import quality
 from .takes import Studio, Wanted
@@ -21,8 +22,8 @@ METRICS = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": lpips}
 STRIP_FRAMES, STRIP_HEIGHT = 4, 160
 
 
-def summary(wanted: Wanted, studio: Studio, earlier: list[dict], with_quality: bool = False) -> dict:
-    """One row for JSON, from the takes of it and of dense attention. ``earlier``: the rows made so far."""
+def summary(wanted: Wanted, studio: Studio, with_quality: bool = False) -> dict:
+    """One row for JSON, from the takes of it and of dense attention."""
     notes, references, judged, measured = [], [], [], {name: [] for name in METRICS}
     strip = None
     for take, dense in studio.takes(wanted):
@@ -32,7 +33,7 @@ def summary(wanted: Wanted, studio: Studio, earlier: list[dict], with_quality: b
         for name, metric in METRICS.items():
             measured[name].append(_taken(metric, take.frames, dense.frames))
         if with_quality:
-            judged.append(quality(take.frames, take.note["prompt"]))
+            judged.append(quality(take.frames, take.note["prompt"], usual_fps(studio.model)))
     is_dense = wanted.method == "dense" and wanted.steps is None
     total = lambda key, of=notes: sum(note[key] for note in of)
     row = {
@@ -45,8 +46,9 @@ def summary(wanted: Wanted, studio: Studio, earlier: list[dict], with_quality: b
     row |= _densities(wanted, notes)
     for name, values in measured.items():
         row[name] = None if is_dense else _spread(values, studio.seeds, larger_is_better=name != "lpips")
-    row["over_random"] = _over_random(wanted, row, [*earlier, row], studio.seeds)
-    row |= {"latent_error": _latent_error(notes), "quality": _means(judged)}
+    if wanted.equal_to:
+        row["equal_to"] = list(wanted.equal_to)
+    row |= {"over_random": None, "latent_error": _latent_error(notes), "quality": _means(judged)}
     row |= {"seconds": total("seconds"), "attention_seconds": total("attention_seconds")}
     row["speedup"] = total("seconds", references) / row["seconds"]
     row["attention_speedup"] = total("attention_seconds", references) / max(row["attention_seconds"], 1e-9)
@@ -62,7 +64,7 @@ def _densities(wanted: Wanted, notes: list[dict]) -> dict:
     return {
         "density_asked": wanted.density,
         "density_achieved": mean,
-        "density_hit": None if None in (mean, wanted.density) else abs(mean - wanted.density) <= NEAR,
+        "density_hit": None if None in (mean, wanted.density) else near(mean, wanted.density),
         "density_run": fmean(note["density_run"] for note in notes),
         "retained": float(np.mean(tables)) if tables else None,
         "mass": tables,
@@ -85,11 +87,24 @@ def _spread(values: list[float | str], seeds: int, larger_is_better: bool) -> di
     return told | {"interval": interval(_by_prompt(values, seeds)), "each": [_finite(value) for value in values]}
 
 
-def _over_random(wanted: Wanted, row: dict, earlier: list[dict], seeds: int) -> dict | None:
-    """How many dB above random blocks at the same density, prompt by prompt."""
-    alike = lambda one: one["method"] == "random_blocks" and one["density_asked"] == wanted.density
-    random = next(filter(alike, earlier), None)
-    if random is None or row["psnr"] is None:
+def near(one: float, other: float) -> bool:
+    """Whether two densities count as the same."""
+    return abs(one - other) <= NEAR + 1e-9
+
+
+def density_of(row: dict) -> float | None:
+    """The density that was asked for; where the method's own settings decided, the one they came to; None for dense."""
+    return row["density_achieved"] if row["density_asked"] is None else row["density_asked"]
+
+
+def over_random(row: dict, rows: list[dict], seeds: int) -> dict | None:
+    """How many dB above the random blocks of the nearest density in ``rows``, prompt by prompt; None where there are
+    none of the same."""
+    density = density_of(row)
+    away = lambda one: abs(density_of(one) - density)
+    floors = [one for one in rows if one["method"] == "random_blocks" and density_of(one) is not None]
+    random = None if density is None else min(floors, key=away, default=None)
+    if random is None or not near(density_of(random), density) or row["psnr"] is None:
         return None
     each = [one["psnr"]["each"] for one in (row, random)]
     if None in each[0] + each[1]:

@@ -19,6 +19,10 @@ from dit_sparse.pipelines.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
+TIMED = (
+    "Rows were timed one after another, and clips kept from an earlier run bring the seconds of that time: small "
+    "differences in speed may be the machine's."
+)
 
 
 def method_rows() -> list[dict]:
@@ -76,13 +80,13 @@ def model_table() -> str:
 def demo_table() -> str:
     """One row for every ``eval/results/*/demo-*.json``."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/demo-*.json"))]
-    results.sort(key=lambda r: (r["device"], -r["psnr"]))
+    results.sort(key=lambda r: (r["device"], -float(r["psnr"])))
     rows = (
         (
             r["method"],
             f"{r['density_achieved']:.2f}",
             f"{r['density_run']:.2f}",
-            f"{r['psnr']:.1f}",
+            f"{float(r['psnr']):.1f}",
             f"{r['ssim']:.3f}",
             f"{r['speedup']:.2f}x",
             f"{r['attention_speedup']:.2f}x",
@@ -98,20 +102,24 @@ def compare_tables() -> str:
     tables = []
     for path in sorted(RESULTS.glob("*/compare*.json"), key=lambda path: (path.parent, len(path.name))):
         result = json.loads(path.read_text())
-        shown = min(result["densities"], key=lambda density: abs(density - 0.25))
-        rows = [row for row in result["rows"] if row["density_asked"] in (None, shown)]
-        tables.append(compare_table(result | {"rows": rows}))
+        tables.append(compare_table(result, min(result["densities"], key=lambda density: abs(density - 0.25))))
     return "\n\n".join(tables)
 
 
-def compare_table(result: dict) -> str:
-    """One row a method and density of a comparison, the nearest to dense first, and the conditions."""
+def compare_table(result: dict, density: float | None = None) -> str:
+    """One row a method and density of a comparison, the nearest to dense first, and the conditions; or only the rows of
+    one density, those without one, and the dense ones that cost as much as any of them."""
+    rows = result["rows"]
+    if density is not None:
+        rows = [row for row in rows if row["density_asked"] in (None, density)]
+        names = {row["name"] for row in rows}
+        rows = [row for row in rows if names.intersection(row.get("equal_to", names))]
     told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
     mean = lambda spread: spread and spread["mean"]
     quality = lambda row: (row["density_asked"] or 0, -(mean(row["psnr"]) or 999))
     rows = [
         (
-            "`{}`".format(r["name"].replace("|", "\\|")),
+            "`{}`".format(r["name"].replace("|", "\\|")) + costs_like(r, result["rows"]),
             told(r["density_achieved"], 2) + (" (!)" if r["density_hit"] is False else ""),
             told(r["density_run"], 2),
             told(r["error"], 2),
@@ -123,11 +131,25 @@ def compare_table(result: dict) -> str:
             f"{r['attention_speedup']:.2f}x",
             f"{r['planning_share']:.0%}",
         )
-        for r in sorted(result["rows"], key=quality)
+        for r in sorted(rows, key=quality)
     ]
     columns = ("row", "density", "whole run", "error", "kept", "PSNR, dB", "over random", "SSIM")
     columns += ("denoising", "attention", "planning")
-    return _markdown(columns, rows) + "\n\n" + _compare_conditions(result)
+    told = f"{_markdown(columns, rows)}\n\n{_compare_conditions(result)} {TIMED}"
+    return f"{told} {unfinished(result)}".rstrip()
+
+
+def costs_like(row: dict, rows: Sequence[dict]) -> str:
+    """The densities, or the names of rows without one, whose cost a dense row with fewer steps has."""
+    alike = [one for one in rows if one["name"] in row.get("equal_to", ())]
+    densities = sorted({one["density_asked"] for one in alike} - {None})
+    told = [f"{density:g}" for density in densities] + [one["name"] for one in alike if one["density_asked"] is None]
+    return f", costs like {', '.join(told)}" if told else ""
+
+
+def unfinished(result: dict) -> str:
+    """A warning about a comparison that was stopped, or still runs."""
+    return "" if result.get("finished", True) else f"Unfinished: only the first {len(result['rows'])} rows are here."
 
 
 def executor_table() -> str:

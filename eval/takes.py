@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ from dit_sparse.methods.rettention import Rettention
 from dit_sparse.report import Stopwatch
 
 from .clips import Shelf, Take
-from .environment import device_name, sources, versions
-from .generate import Progress, generate, load
+from .environment import device_name, sources, versions, weights
+from .generate import BUNDLED, Progress, generate, load
 from .metrics import relative_error
 from .retained import retained_mass
 
@@ -38,6 +40,7 @@ class Wanted:
         density: None for dense attention and for profiles.
         processor: how it is set up.
         steps: None: as many as the others.
+        equal_to: names of the rows that cost as much as so many steps.
     """
 
     given: str
@@ -45,6 +48,7 @@ class Wanted:
     density: float | None
     processor: SparseAttnProcessor
     steps: int | None = None
+    equal_to: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,37 +58,53 @@ class Wanted:
 
 
 class Studio:
-    """Takes of every row, for all prompts and seeds. The pipeline is loaded when the first take is missing."""
+    """Takes of every row, for all prompts and seeds. The pipeline is loaded when the first take is missing; one of the
+    hub at once, for only then it is known which commit it is.
 
-    def __init__(self, model: str, prompts: Sequence[str], seeds: Sequence[int], call: dict, folder: Path) -> None:
+    ``schedule``, ``executor`` and ``block`` are those of all rows."""
+
+    def __init__(
+        self,
+        model: str,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        call: dict,
+        folder: Path,
+        schedule: Schedule,
+        executor: str = "auto",
+        block: int | None = None,
+    ) -> None:
         self.model, self.call, self.shelf = model, call, Shelf(folder)
+        self.schedule, self.executor, self.block = schedule, executor, block
         self.scenes = [(prompt, seed) for prompt in prompts for seed in seeds]
         self.seeds = len(seeds)
-        self._same = {"model": model, "sources": sources(), "versions": versions(), "device": device_name()}
 
     @cached_property
     def pipe(self) -> Any:
-        return prepare(load(self.model))
+        pipe = load(self.model)
+        usual = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+        check_steps(self.schedule, self.call.get("num_inference_steps", usual))
+        return prepare(pipe)
 
     def make(self, wanted: Wanted, progress: Progress) -> None:
         """Make the takes of a row that are missing; ``progress`` counts steps of all."""
-        for number in range(len(self.scenes)):
-            if self.shelf.get(*self._place(wanted, number)) is None:
+        warm = False
+        for number, scene in enumerate(self.scenes):
+            if self.shelf.get(*self._place(wanted, scene)) is None:
+                if not warm:
+                    self._warm_up(wanted)
+                    warm = True
                 told = lambda step, steps, n=number: progress(n * steps + step, len(self.scenes) * steps)
-                self.shelf.put(*self._place(wanted, number), self._take(wanted, number, told))
+                self.shelf.put(*self._place(wanted, scene), self._take(wanted, scene, told))
             progress(number + 1, len(self.scenes))
 
     def takes(self, wanted: Wanted) -> Iterator[tuple[Take, Take]]:
         """Every take of a row that was made, and the dense one of its prompt and seed."""
-        for number in range(len(self.scenes)):
-            take, dense = (self.shelf.get(*self._place(row, number)) for row in (wanted, self._dense))
+        for scene in self.scenes:
+            take, dense = (self.shelf.get(*self._place(row, scene)) for row in (wanted, self._dense))
             yield take, dense
 
-    def dense_note(self) -> dict:
-        """What was noted of the first dense take."""
-        return self.shelf.get(*self._place(self._dense, 0)).note
-
-    def errors(self, rows: list[Wanted], schedule: Schedule, block: int | None, progress: Progress) -> dict[str, float]:
+    def errors(self, rows: list[Wanted], progress: Progress) -> dict[str, float]:
         """Relative error of the attention output of each method, by the calls of one dense clip: what no later step
         can blur. A method that lives on what it saw of dense steps is not judged so."""
         lives_on_steps = lambda one: any(isinstance(part, Dense | Rettention) for part in inside(one))
@@ -93,48 +113,65 @@ class Studio:
         settings = {name: one.settings() for name, one in judged.items()}
         if not judged:
             return {}
-        place = (
-            "errors",
-            self._same | {"call": self.call, "methods": settings, "schedule": asdict(schedule), "block": block},
-        )
+        (prompt, seed), schedule = self.scenes[0], asdict(self.schedule)
+        decides = self._same | {"call": self.call, "prompt": prompt, "seed": seed, "methods": settings}
+        decides |= {"schedule": schedule, "executor": self.executor, "block": self.block}
+        place = "errors", decides
         if (found := self.shelf.get(*place)) is None:
-            (prompt, seed), tried = self.scenes[0], [search.Candidate(*pair) for pair in judged.items()]
+            tried = [search.Candidate(*pair) for pair in judged.items()]
             clip = lambda: generate(self.pipe, prompt, seed, self.call, progress)
-            error = search.measure(self.pipe, clip, tried, schedule, block).error.mean((1, 2)).sqrt()
+            error = search.measure(self.pipe, clip, tried, self.schedule, self.block).error.mean((1, 2)).sqrt()
             found = Take(np.empty(0), dict(zip(judged, error.tolist(), strict=True)))
             self.shelf.put(*place, found)
         return found.note
 
     @cached_property
+    def _same(self) -> dict:
+        """What decides every take."""
+        if self.model != BUNDLED and not Path(self.model).is_dir():
+            _ = self.pipe  # its commit is known when it is loaded
+        told = {"model": self.model, "weights": weights(self.model), "sources": sources()}
+        return told | {"versions": versions(), "device": device_name()}
+
+    @cached_property
     def _dense(self) -> Wanted:
         return Wanted("dense", "dense", None, SparseAttnProcessor("dense", min_tokens=0))
 
-    def _place(self, wanted: Wanted, number: int) -> tuple[str, dict]:
+    def _call(self, wanted: Wanted) -> dict:
+        return self.call if wanted.steps is None else self.call | {"num_inference_steps": wanted.steps}
+
+    def _place(self, wanted: Wanted, scene: tuple[str, int]) -> tuple[str, dict]:
         """Name of a take, and all that decides it."""
-        prompt, seed = self.scenes[number]
-        settings, call = wanted.processor.settings, self.call
-        if wanted.steps is not None:
-            call = call | {"num_inference_steps": wanted.steps}
+        (prompt, seed), settings, call = scene, wanted.processor.settings, self._call(wanted)
         decides = self._same | {"call": call, "prompt": prompt, "seed": seed, "method": type(settings.method).__name__}
         if not isinstance(settings.method, Dense):
             schedule = asdict(settings.schedule)
             decides |= {"settings": settings.method.settings(), "schedule": schedule}
-            decides |= {"executor": settings.executor, "block": settings.block}
-        return f"{wanted.name}-{number}", decides
+            decides |= {"executor": settings.executor, "block": settings.block, "min_tokens": settings.min_tokens}
+        return wanted.name, decides
 
-    def _take(self, wanted: Wanted, number: int, progress: Progress) -> Take:
-        (prompt, seed), call = self.scenes[number], self.call
-        if wanted.steps is not None:
-            call = call | {"num_inference_steps": wanted.steps}
-        dense = None
+    def _warm_up(self, wanted: Wanted) -> None:
+        """One sparse step of a clip nobody keeps, so that what is compiled or loaded at the first call of a shape is
+        in no row's seconds."""
+        settings = wanted.processor.settings
+        at_once = replace(settings.schedule, dense_steps=0)
+        given = {"executor": settings.executor, "block": settings.block, "min_tokens": settings.min_tokens}
+        self.pipe.set_attn_processor(SparseAttnProcessor(settings.method, schedule=at_once, **given))
+        try:
+            generate(self.pipe, *self.scenes[0], self.call | {"num_inference_steps": 1})
+        finally:
+            self.pipe.set_attn_processor(None)
+
+    def _take(self, wanted: Wanted, scene: tuple[str, int], progress: Progress) -> Take:
+        (prompt, seed), dense = scene, None
         if wanted.steps is None and wanted.method != "dense":
-            dense = self.shelf.get(*self._place(self._dense, number))
+            dense = self.shelf.get(*self._place(self._dense, scene))
         watch = _Watch(None if dense is None else dense.latents)
         self.pipe.set_attn_processor(wanted.processor)
         try:
             run = self.pipe.sparse_run
             run.observe(watch.retained)
-            clip = generate(self.pipe, prompt, seed, call, progress, watch.latents)
+            clip = generate(self.pipe, prompt, seed, self._call(wanted), progress, watch.latents)
             report = run.report()
         finally:
             self.pipe.set_attn_processor(None)
@@ -146,9 +183,18 @@ class Studio:
         return Take(clip.frames, note, np.stack(watch.kept) if keep else None)
 
 
+def check_steps(schedule: Schedule, steps: int) -> None:
+    """Raises ValueError where no step would be sparse."""
+    if schedule.first_sparse_step(steps) >= steps:
+        raise ValueError(
+            f"dense_steps={schedule.dense_steps} keeps all {steps} steps dense: there is nothing to compare"
+        )
+
+
 class _Watch:
-    """What is seen while a clip is made: the attention that plans retain, head by head, and the latents. How long the
-    looking took is kept, for it is no part of making a clip."""
+    """What is seen while a clip is made: of some calls the attention that their plans retain, head by head, and after
+    some steps the latents, rounded to float16 as they are kept, or against those of a dense clip, rounded alike. How
+    long the looking took before the last step ended is told, for it is no part of making a clip."""
 
     def __init__(self, reference: np.ndarray | None) -> None:
         self.looking = Stopwatch()
@@ -170,7 +216,10 @@ class _Watch:
         looked_at = sorted({round(x) for x in np.linspace(0, steps - 1, min(LATENTS, steps))})
         if step not in looked_at:
             return
-        self.kept.append(latents.detach().half().cpu().numpy())
-        if self.reference is not None:
-            reference = self.reference[looked_at.index(step)].astype(np.float32)
-            self.errors.append([step, relative_error(latents.detach().float().cpu().numpy(), reference)])
+        # a clip's seconds end with its last step, before that step's latents are looked at
+        with self.looking.running(latents.device) if step < steps - 1 else nullcontext():
+            rounded = latents.detach().half().cpu().numpy()
+            if self.reference is None:
+                self.kept.append(rounded)
+            else:
+                self.errors.append([step, relative_error(rounded, self.reference[looked_at.index(step)])])

@@ -1,9 +1,8 @@
-"""The comparison: its rows, its clips on the shelf, its intervals, its pages, and papers measured again."""
+"""The comparison: its rows, what it finds again, its pages, and papers measured again. Its clips: test_takes."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -19,12 +18,12 @@ from typer.testing import CliRunner
 from dit_sparse import METHODS, Schedule
 from dit_sparse.cli import app
 from dit_sparse.eval import page, takes
-from dit_sparse.eval.bootstrap import interval
-from dit_sparse.eval.clips import Shelf, Take
-from dit_sparse.eval.compare import Comparison
+from dit_sparse.eval.compare import Comparison, equal_steps
 from dit_sparse.eval.reproduce import Recipe, beside, recipes
+from dit_sparse.eval.table import compare_table
 from dit_sparse.shapes.judge import held_out_tasks
 
+LARGEST = json.loads((Path(__file__).parent.parent / "eval" / "results" / "cpu" / "compare.json").read_text())
 SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
 CALL = {"num_inference_steps": 3, "num_frames": 2, "height": 32, "width": 32}
 PROMPTS = ["a red circle moves left", "a blue square moves up"]
@@ -72,11 +71,41 @@ def test_the_rows_say_what_was_measured(result):
     assert steps == (0, 1, 2) and errors[0] == pytest.approx(0, abs=1e-3) and errors[-1] > 0
 
 
-def test_dense_with_fewer_steps_costs_what_a_density_buys(tmp_path):
-    task = Comparison(["radial"], PROMPTS, tmp_path)
-    dense = {"steps": 20, "attention_seconds": 60.0, "seconds": 100.0}
-    assert task._steps_of_equal_cost(0.25, dense) == round(20 * (0.4 + 0.6 * (0.25 + 0.75 * 0.25)))
-    assert task._steps_of_equal_cost(1.0, dense) == 20
+DENSE = {"name": "dense", "method": "dense", "steps": 20, "attention_seconds": 60.0, "seconds": 100.0}
+DENSE |= {"density_asked": None, "density_achieved": None, "density_run": 1.0}
+
+
+def measured(name: str, asked: float | None, achieved: float, run: float) -> dict:
+    method = name.partition(" ")[0]
+    return {"name": name, "method": method, "density_asked": asked, "density_achieved": achieved, "density_run": run}
+
+
+def test_dense_steps_of_the_cost_of_a_row():
+    costs = lambda run, **dense: equal_steps({"density_run": run}, DENSE | dense)
+    assert costs(0.25 + 0.75 * 0.25) == round(20 * (0.4 + 0.6 * (0.25 + 0.75 * 0.25))) == 13
+    assert costs(1.0) == 20 and costs(0.5, attention_seconds=0.0) == 20
+    assert costs(0.0, attention_seconds=110.0) == 1 and costs(1.1) == 20
+
+
+def test_a_dense_row_for_every_cost_that_rows_were_measured_to_have(tmp_path):
+    """Rows with a density of their own are counted as well, by what they computed in the whole run."""
+    task = Comparison(["window", "radial@own", "svg@0.3"], PROMPTS, tmp_path)
+    rows, made = task.rows(), [DENSE]
+    turn = task._in_turn(rows, made)
+    told = [("random_blocks 0.25", 0.25, 0.26, 0.44), ("window 0.25", 0.25, 0.25, 0.44)]
+    told += [("random_blocks 0.3", 0.3, 0.3, 0.48), ("radial", None, 0.6, 0.7), ("svg 0.3", 0.3, 0.3, 0.99)]
+    assert next(turn).name == "dense"
+    for row in told:
+        assert next(turn).name == row[0]
+        made.append(measured(*row))
+    assert next(turn).name == "random_blocks 0.6"
+    made.append(measured("random_blocks 0.6", 0.6, 0.6, 0.7))
+    dense = {row.steps: row.equal_to for row in turn}
+    assert dense == {
+        13: ("random_blocks 0.25", "window 0.25"),
+        14: ("random_blocks 0.3",),
+        16: ("radial", "random_blocks 0.6"),
+    }
 
 
 def test_a_row_may_have_a_density_of_its_own(tmp_path):
@@ -86,8 +115,36 @@ def test_a_row_may_have_a_density_of_its_own(tmp_path):
     told = [(row.method, row.density) for row in task.rows()]
     assert told[1:5] == [(name, density) for density in (0.1, 0.2) for name in ("random_blocks", "window")]
     assert told[0] == ("dense", None)
-    assert told[5:] == [("svg", 0.3), ("radial", None), ("profile:shapes-wan", None)]
-    assert task.rows()[6].processor.settings.method.density is None
+    assert told[5:] == [("random_blocks", 0.3), ("svg", 0.3), ("radial", None), ("profile:shapes-wan", None)]
+    assert task.rows()[7].processor.settings.method.density is None
+
+
+def test_random_blocks_are_at_every_density_once(tmp_path):
+    task = Comparison(["svg@0.255", "radial@0.4", "svg@0.405", "svg@0.261"], PROMPTS, tmp_path)
+    assert [row.density for row in task.rows() if row.method == "random_blocks"] == [0.25, 0.4, 0.261]
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"methods": ["dense@0.3"]}, "no density of its own"),
+        ({"methods": ["dense@own"]}, "no density of its own"),
+        ({"methods": ["svg@2"]}, "density is the fraction"),
+        ({"densities": [0.00001]}, "density is the fraction"),
+        ({"prompts": ["a", "b", "a"]}, "'a' is given twice"),
+        ({"schedule": Schedule(16), "call": {"num_inference_steps": 16}}, "keeps all 16 steps dense"),
+        ({"schedule": Schedule(1.0)}, "keeps all 8 steps dense"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_any_work(given, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        Comparison(**{"methods": ["radial"], "prompts": PROMPTS, "out": tmp_path / "out"} | given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_densities_that_read_alike_are_one(tmp_path):
+    task = Comparison(["radial@0.250002"], PROMPTS, tmp_path, densities=(0.25, 0.2500001))
+    assert task.densities == [0.25] and [row.name for row in task.rows()[1:]] == ["random_blocks 0.25", "radial 0.25"]
 
 
 def test_no_row_is_there_twice(tmp_path):
@@ -100,24 +157,7 @@ def test_all_methods_and_more(tmp_path):
     assert task.methods == [*METHODS, "radial|sink"]
 
 
-# --- the shelf
-
-
-def test_a_take_is_found_by_all_that_decides_it(tmp_path):
-    shelf, take = Shelf(tmp_path), Take(np.full((2, 3, 4, 3), 7, np.uint8), {"seconds": 1.5, "mass": [[0.5]]})
-    shelf.put("radial 0.3", {"seed": 0}, take)
-    found = shelf.get("radial 0.3", {"seed": 0})
-    assert np.array_equal(found.frames, take.frames) and found.note == take.note and found.latents is None
-    assert shelf.get("radial 0.3", {"seed": 1}) is None and shelf.get("radial 0.4", {"seed": 0}) is None
-
-
-@pytest.mark.parametrize("content", [b"", b"half a fi", b"PK\x03\x04" + bytes(40)])
-def test_a_damaged_take_is_no_take(tmp_path, content):
-    shelf = Shelf(tmp_path)
-    shelf.put("x", {}, Take(np.zeros((1, 2, 2, 3), np.uint8), {}))
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(content)
-    assert shelf.get("x", {}) is None
+# --- again
 
 
 def test_what_is_on_the_shelf_is_not_made_again(tmp_path, monkeypatch):
@@ -126,6 +166,36 @@ def test_what_is_on_the_shelf_is_not_made_again(tmp_path, monkeypatch):
     assert compared(tmp_path).run(silent) == first
     with pytest.raises(pytest.fail.Exception):
         compared(tmp_path, prompts=[*PROMPTS, "a green triangle moves up"]).run(silent)
+
+
+def test_what_is_not_finished_says_so_and_takes_no_place_of_what_is(tmp_path, monkeypatch):
+    path, draft = tmp_path / "compare.json", tmp_path / "compare.unfinished.json"
+    task = compared(tmp_path, PROMPTS[:1])
+    monkeypatch.setattr(takes.Studio, "errors", lambda *_: {})
+    monkeypatch.setattr(takes.Studio, "make", lambda *_: None)
+    row = measured("radial 0.4", 0.4, 0.4, 0.6) | DENSE | {"psnr": None, "grids": ["1x2x3"], "equal_to": []}
+
+    def summary(wanted, *_):
+        if wanted.name == stop:
+            raise KeyboardInterrupt
+        return row | {"name": wanted.name, "density_asked": wanted.density}
+
+    monkeypatch.setattr("dit_sparse.eval.compare.summary", summary)
+    stop = "radial 0.4"
+    with pytest.raises(KeyboardInterrupt):
+        task.run(silent)
+    assert json.loads(path.read_text())["finished"] is False and not draft.exists()
+    stop = None
+    whole = task.run(silent)
+    assert whole["finished"] and json.loads(path.read_text()) == json.loads(json.dumps(whole))
+    stop = "random_blocks 0.4"
+    with pytest.raises(KeyboardInterrupt):
+        task.run(silent)
+    assert json.loads(path.read_text()) == json.loads(json.dumps(whole))
+    assert len(json.loads(draft.read_text())["rows"]) == 1
+    stop = None
+    task.run(silent)
+    assert not draft.exists()
 
 
 def test_killed_and_called_again_it_ends_with_the_same_table(tmp_path):
@@ -145,25 +215,6 @@ def test_killed_and_called_again_it_ends_with_the_same_table(tmp_path):
     for a, b in zip(killed["rows"][:3], straight["rows"][:3], strict=True):
         for key in ("name", "density_achieved", "density_run", "psnr", "ssim", "ms_ssim", "mass", "latent_error"):
             assert a[key] == b[key], key
-
-
-# --- intervals
-
-
-def test_the_interval_is_near_what_the_normal_law_says():
-    values = np.random.default_rng(1).normal(30, 2, 60)
-    low, high = interval(values)
-    half = 1.96 * values.std() / math.sqrt(60)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1)
-
-
-def test_pairs_narrow_the_interval_and_one_prompt_has_none():
-    rng = np.random.default_rng(2)
-    prompts, noise = rng.normal(0, 5, 12), rng.normal(0, 0.1, 12)
-    low, high = interval((prompts + 1 + noise) - prompts)
-    assert 0.8 < low < high < 1.2
-    assert interval([30.0]) is None and interval([30.0, math.inf]) is None
-    assert interval([3.0, 3.0]) == [3.0, 3.0]
 
 
 # --- pages
@@ -199,6 +250,38 @@ def test_the_page_stands_alone_and_has_every_row(result):
         assert text.count(row["name"]) >= 2
     for told in (*PROMPTS, result["device"], "dense_steps", "temporal flickering", "imaging quality"):
         assert told in text
+
+
+def test_a_density_that_was_missed_is_marked():
+    missed = [row["name"] for row in LARGEST["rows"] if row["density_hit"] is False]
+    (line,) = [line for line in compare_table(LARGEST).splitlines() if "(!)" in line]
+    assert missed == ["rettention(subblock) 0.25"] and missed[0] in line
+    told = page.page(LARGEST)
+    (after,) = told.split("<span class=missed")[1:]
+    assert told.split("<span class=missed")[0].endswith(f"<td>{missed[0]}</td><td>") and "0.583 !" in after[:60]
+
+
+def test_a_dense_row_stands_beside_the_densities_of_its_cost():
+    rows = [dict(row) for row in LARGEST["rows"]]
+    rows[-2]["equal_to"], rows[-1]["equal_to"] = ["radial 0.15", "svg 0.15"], ["svg 0.25", "profile:shapes-wan"]
+    result = LARGEST | {"rows": rows}
+    told, one = compare_table(result), compare_table(result, 0.15)
+    assert "`dense, 6 steps`, costs like 0.15 |" in told
+    assert "`dense, 7 steps`, costs like 0.25, profile:shapes-wan |" in told
+    rows[-1]["equal_to"] = ["svg 0.25"]
+    assert "`dense, 7 steps`" in one and "dense, 7 steps" not in compare_table(result, 0.15)
+    assert "`dense, 6 steps`" in one and "`svg 0.15`" in one and "svg 0.25" not in one
+    assert "dense, 6 steps, costs like 0.15" in page.page(result)
+
+
+def test_what_a_comparison_cannot_say_is_said():
+    why = "`lpips` needs weights"
+    assert "Unfinished" not in page.page(LARGEST) + compare_table(LARGEST)
+    part = LARGEST | {"finished": False, "rows": LARGEST["rows"][:5]}
+    part["rows"] = [row | {"lpips": row["lpips"] and {"unavailable": why}} for row in part["rows"]]
+    for told in (page.page(part), compare_table(part)):
+        assert "only the first 5 rows" in told and "timed one after another" in told
+    assert f"LPIPS is not here: {why}" in page.page(part)
 
 
 def test_the_page_does_not_run_what_a_prompt_says(result):
