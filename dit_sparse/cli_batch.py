@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -44,15 +46,26 @@ def batch(
         usual |= {"executor": executor, "block": block}
         task = Batch(read_rows(prompts), out, model, usual, size, seed, seeds, retries, fps)
         try:
-            with progress_bars() as stage:
+            with _bars() as stage:
                 manifest = task.run(stage)
         except Stopped:
-            complaints.print("dit-sparse: stopped; the same command goes on from here")
-            raise typer.Exit(130) from None
+            manifest = None
+    if manifest is None:
+        complaints.print("dit-sparse: stopped; the same command goes on from here")
+        raise typer.Exit(130)
     count = manifest["count"]
     told = ", ".join(f"{number} {status}" for status, number in count.items() if number)
     console.print(f"{told}; {escape(str(out / 'manifest.json'))}")
+    if count["missing"]:
+        console.print(
+            "what is missing is with the other processes; the same command makes what they leave", soft_wrap=True
+        )
     if count["failed"]:
         first = next(clip for clip in manifest["clips"] if clip["status"] == "failed")
         complaints.print(f"dit-sparse: {first['name']} failed: {first['error']}", markup=False, soft_wrap=True)
         raise typer.Exit(1)
+
+
+def _bars():
+    """Of many processes the first shows how far it is; their shares are alike."""
+    return nullcontext(lambda name: lambda done, steps: None) if int(os.environ.get("RANK", 0)) else progress_bars()

@@ -13,8 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 LONGEST_PROMPT = 10_000  # characters
 LONGEST_NAME = 80
+LARGEST = 100_000  # of steps, frames, pixels
+RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{number}" for port in ("com", "lpt") for number in range(10)}
 
-Count = Annotated[int | None, Field(gt=0)]
+Count = Annotated[int | None, Field(gt=0, le=LARGEST)]
 Text = Annotated[str, Field(max_length=LONGEST_PROMPT)]
 
 
@@ -29,7 +31,7 @@ class Row(BaseModel):
         steps, frames, height, width, guidance: arguments of the pipeline.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     prompt: Annotated[Text, BeforeValidator(lambda text: text.strip() if isinstance(text, str) else text)]
     id: Annotated[str | None, Field(max_length=200)] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
@@ -51,11 +53,12 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
         ValueError: the file cannot be read, a row is wrong or names are there twice; the message says which line.
     """
     readers = {".txt": _lines, ".csv": _table, ".jsonl": _objects}
-    if path.suffix not in readers:
+    kind = path.suffix.lower()
+    if kind not in readers:
         raise ValueError(f"prompts come as {', '.join(readers)}, not {path.name}")
     found: dict[str, tuple[int, Row]] = {}
     names = []
-    for line, values in readers[path.suffix](path):
+    for line, values in readers[kind](path):
         row = _row(path, line, values)
         name = file_name(row, len(names) + 1)
         if name.lower() in found:  # some file systems do not tell them apart
@@ -73,20 +76,31 @@ def file_name(row: Row, number: int) -> str:
     told = row.id if row.id else f"{number:04d}-{row.prompt}"
     safe = "".join(sign if sign.isascii() and (sign.isalnum() or sign in "-_.") else "_" for sign in told)
     safe = safe.lstrip("._-")[:LONGEST_NAME].rstrip("._-")
+    if safe.partition(".")[0].lower() in RESERVED:  # names of devices on Windows
+        safe = f"id-{safe}"
     if row.id and safe != row.id:
         safe = f"{safe}-{hashlib.sha256(row.id.encode()).hexdigest()[:8]}".lstrip("-")
     return safe
 
 
 def _row(path: Path, line: int, values: object) -> Row:
+    place = f"{path}, line {line}"
+    if not isinstance(values, dict):
+        raise ValueError(f'{place}: a row is an object such as {{"prompt": "a cat"}}')
+    for name, value in values.items():
+        if name not in Row.model_fields:
+            raise ValueError(f"{place}: there is no setting {name[:40]!r}; there are {', '.join(Row.model_fields)}")
+        if isinstance(value, bool):
+            raise ValueError(f"{place}: {name} cannot be {str(value).lower()}")
     try:
         row = Row.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = " ".join(map(str, first["loc"]))
-        raise ValueError(f"{path}, line {line}: {place + ': ' if place else ''}{first['msg']}") from None
+        raise ValueError(f"{place}: {first['loc'][0]}: {first['msg']}") from None
     if not row.prompt:
-        raise ValueError(f"{path}, line {line}: the prompt is empty")
+        raise ValueError(f"{place}: the prompt is empty")
+    if "\0" in row.prompt + (row.negative_prompt or ""):
+        raise ValueError(f"{place}: a zero byte in the prompt")
     return row
 
 
@@ -109,8 +123,12 @@ def _objects(path: Path) -> Iterator[tuple[int, object]]:
 def _table(path: Path) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader((text for _, text in _text(path)), strict=True)
     try:
-        if "prompt" not in (reader.fieldnames or ()):
-            raise ValueError(f"{path} needs a header with a column 'prompt'")
+        header = [name.strip() for name in reader.fieldnames or ()]
+        if "prompt" not in header:
+            raise ValueError(f"{path} needs a header with a column 'prompt', and commas between columns")
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path} has two columns of the same name")
+        reader.fieldnames = header
         for values in reader:
             if None in values:
                 raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has")
@@ -120,15 +138,16 @@ def _table(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _text(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, from 1; UTF-8, with or without a mark of it."""
+    """Lines with their numbers, from 1; UTF-8, with or without a mark of it, and with any kind of line ends."""
     try:
-        with path.open("rb") as file:
-            for line, raw in enumerate(file, 1):
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                if "\0" in text:
-                    raise ValueError(f"{path}, line {line}: a zero byte; this is no text")
-                yield line, text.replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}, line {line}: this is not UTF-8; save the file as UTF-8") from None
+        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    for line, piece in enumerate(raw.splitlines(), 1):
+        try:
+            text = piece.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}, line {line}: this is not UTF-8; save the file as UTF-8") from None
+        if "\0" in text:
+            raise ValueError(f"{path}, line {line}: a zero byte; this is no text")
+        yield line, text + "\n"

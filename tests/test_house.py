@@ -69,7 +69,6 @@ RULES = {  # the first pattern that fits a module is its row
     "eval.compiled": May("public kernels.*", lazily="triton kernels.*_triton"),
     "eval.compare": May(f"{USER} eval.* budget methods"),
     "eval.takes": May(f"{USER} eval.* composition methods.* search", others="numpy"),
-    "eval.batch": May(f"{USER} eval.*", lazily="accelerate"),
     "eval.prompt_files eval.stored": May(others="pydantic"),
     "eval.reproduce": May(f"{USER} eval.*", others="pydantic tomli", lazily="diffusers"),
     "eval.profiling": May(f"{USER} eval.* search"),

@@ -244,6 +244,8 @@ def test_concentration_of_flat_and_of_sharp_attention():
     sharp = attention_weights(100 * key, key)
     assert best_blocks_share(sharp).min() > 0.99
     assert other_frames_share(sharp, 4).max() < 0.01
+    ragged = torch.full((1, 2, 500, 500), 1 / 500)  # the last block holds 52 tokens
+    torch.testing.assert_close(best_blocks_share(ragged), torch.full((2,), 128 / 500))
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,13 @@ def attention_weights(query, key):
 
 
 def best_blocks_share(weights):
-    """Attention held by the best key blocks, averaged over query blocks, (heads,)."""
-    blocks = weights.shape[-1] // BLOCK
-    mass = weights.unflatten(-1, (blocks, BLOCK)).sum(-1).unflatten(-2, (blocks, BLOCK)).mean(-2)
+    """Attention held by the best key blocks, averaged over whole query blocks, (heads,)."""
+    tokens = weights.shape[-1]
+    whole, blocks = tokens // BLOCK, -(-tokens // BLOCK)
+    by_key = (
+        F.pad(weights[..., : whole * BLOCK, :], (0, blocks * BLOCK - tokens)).unflatten(-1, (blocks, BLOCK)).sum(-1)
+    )
+    mass = by_key.unflatten(-2, (whole, BLOCK)).mean(-2)
     return mass.topk(round(KEPT * blocks), dim=-1).values.sum(-1).mean(dim=(0, 2))
 
 
@@ -104,7 +108,7 @@ def _rounded(table):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--tokens", type=int, nargs=3, default=(8, 16, 16), metavar=("FRAMES", "ROWS", "COLUMNS"))
+    parser.add_argument("--tokens", type=int, nargs=3, default=(21, 20, 20), metavar=("FRAMES", "ROWS", "COLUMNS"))
     parser.add_argument("--clips", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
