@@ -26,7 +26,7 @@ import torch
 from dit_sparse import SparseAttnProcessor, prepare
 
 from .environment import conditions
-from .files import for_json, read_video, save_json, save_video, writable_folder
+from .files import for_json, save_json, save_video, writable_folder
 from .generate import BUNDLED, Progress, generate, load, usual_call, usual_fps
 from .prompt_files import LARGEST, Row
 
@@ -152,7 +152,6 @@ class Batch:
         return [job.name for job in jobs if not self._done(job)]
 
     def _make(self, pipe: Any, job: Job, progress: Progress) -> None:
-        error = ""
         for _ in range(1 + self.retries):
             try:
                 return self._clip(pipe, job, progress)
@@ -173,20 +172,13 @@ class Batch:
             report = pipe.sparse_run.report().as_dict()
         finally:
             pipe.set_attn_processor(None)
-        self._save(self._path(job, "mp4"), clip.frames, job.fps)
+        video = self._path(job, "mp4")
+        save_video(video, clip.frames, job.fps)
+        if not _whole(video):  # the encoder says nothing when the disk is full or somebody kills it
+            video.unlink()
+            raise OSError(f"{video} could not be written whole; is the disk full?")
         done = {"status": "done", "seconds": clip.seconds, "report": report, "asked": job.asked}
         save_json(self._path(job, "json"), done | conditions())
-
-    def _save(self, path: Path, frames: Any, fps: int) -> None:
-        """The encoder says nothing when the disk is full or somebody kills it, so the video is read again."""
-        save_video(path, frames, fps)
-        try:
-            whole = len(read_video(path)[0]) == len(frames)
-        except ValueError:
-            whole = False
-        if not whole:
-            path.unlink()
-            raise OSError(f"{path} could not be written whole; is the disk full?")
 
     def _manifest(self, jobs: Sequence[Job]) -> dict:
         """All clips and how they stand, written to ``manifest.json``."""
@@ -282,6 +274,21 @@ def _told(progress: Progress, number: int, count: int, stopping: list) -> Progre
             raise Stopped
 
     return told
+
+
+def _whole(video: Path) -> bool:
+    """Whether an MP4 file ends where its last part ends, and has the index, which is written last."""
+    parts, at, end = set(), 0, video.stat().st_size
+    with video.open("rb") as file:
+        while at < end:
+            file.seek(at)
+            size, part = int.from_bytes(file.read(4), "big"), file.read(4)
+            size = int.from_bytes(file.read(8), "big") if size == 1 else size
+            if size < 8:
+                return False
+            parts.add(part)
+            at += size
+    return at == end and b"moov" in parts
 
 
 def _out_of_memory(error: Exception) -> bool:
