@@ -69,7 +69,7 @@ def page(result: dict) -> str:
         f"<h1>{escape(result['model'])}: sparse attention compared</h1><p class=soft>{escape(_told(result))}</p>",
         *([f"<p class=missed>{unfinished(result)}</p>"] if unfinished(result) else []),
         f"<h2>Quality against cost</h2><p class=soft>{_CHARTS}</p><div class=pair>",
-        _chart(result, "pairs", "pairs computed, as a share of the dense run's", "Up and to the left is good."),
+        _chart(result, "density_run", "pairs computed, as a share of the dense run's", "Up and to the left is good."),
         _chart(result, "speedup", "denoising, times as fast as dense", "Up and to the right is good."),
         f"</div><h2>Every row</h2><div class=wide>{_table(rows)}</div><p class=soft>{_EXPLAINED} {TIMED}</p>",
         *(f"<p class=soft>{name} is not here: {escape(why)}</p>" for name, why in _missing(rows)),
@@ -107,9 +107,8 @@ def _told(result: dict) -> str:
 
 
 def compared(result: dict) -> list[dict]:
-    """The rows that can stand in a chart, with the pairs that they compute as a share of the dense run's."""
-    share = lambda row: row["density_run"] * row["steps"] / result["steps"]
-    return [row | {"pairs": share(row)} for row in result["rows"] if row["psnr"] and row["psnr"]["mean"] is not None]
+    """The rows that can stand in a chart."""
+    return [row for row in result["rows"] if row["psnr"] and row["psnr"]["mean"] is not None]
 
 
 def _chart(result: dict, x: str, x_title: str, told: str) -> str:

@@ -100,7 +100,7 @@ class Scatter:
 
     def _unbeaten(self, mark: Mark) -> bool:
         """Whether nothing is better in both: a larger speed is better, and a smaller share of pairs."""
-        sign = -1 if self.x == "pairs" else 1
+        sign = -1 if self.x == "density_run" else 1
         told = lambda one: (round(sign * one.row[self.x], 2), one.row[self.y]["mean"])
         better = lambda other: (
             told(other) != told(mark) and all(a >= b for a, b in zip(told(other), told(mark), strict=True))

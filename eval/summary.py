@@ -43,7 +43,7 @@ def summary(wanted: Wanted, studio: Studio, with_quality: bool = False) -> dict:
         "steps": notes[0]["steps"],
         "settings": notes[0]["settings"],
     }
-    row |= _densities(wanted, notes)
+    row |= _densities(wanted, notes, references)
     for name, values in measured.items():
         row[name] = None if is_dense else _spread(values, studio.seeds, larger_is_better=name != "lpips")
     if wanted.equal_to:
@@ -56,16 +56,17 @@ def summary(wanted: Wanted, studio: Studio, with_quality: bool = False) -> dict:
     return row | {"executors": notes[0]["executors"], "grids": notes[0]["grids"], "strip": strip}
 
 
-def _densities(wanted: Wanted, notes: list[dict]) -> dict:
+def _densities(wanted: Wanted, notes: list[dict], references: list[dict]) -> dict:
     achieved = [note["density_achieved"] for note in notes if note["density_achieved"] is not None]
     mean = fmean(achieved) if achieved else None
     mass = [note["mass"] for note in notes if note["mass"]]
     tables = np.mean(mass, 0).tolist() if mass else None
+    of_dense = [n["density_run"] * n["steps"] / dense["steps"] for n, dense in zip(notes, references, strict=True)]
     return {
         "density_asked": wanted.density,
         "density_achieved": mean,
         "density_hit": None if None in (mean, wanted.density) else near(mean, wanted.density),
-        "density_run": fmean(note["density_run"] for note in notes),
+        "density_run": fmean(of_dense),  # fewer steps are fewer pairs, too
         "retained": float(np.mean(tables)) if tables else None,
         "mass": tables,
     }

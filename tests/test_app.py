@@ -229,6 +229,21 @@ def test_draw_both_with_another_method_and_setting(visit, tmp_path):
 
 
 @in_a_browser
+def test_cancel_ends_a_run_and_the_next_one_starts(visit):
+    tab = visit()
+    fill(tab, steps=50)
+    tab.get_by_role("button", name="Draw both").click()
+    numbers(tab).get_by_text("s left").wait_for()
+    tab.get_by_role("button", name="Cancel").click()
+    drawn(tab, "Cancelled.")
+    box = tab.get_by_label("number input for Denoising steps")
+    box.fill("2")
+    box.press("Enter")
+    tab.get_by_role("button", name="Draw both").click()
+    drawn(tab, "2 steps")
+
+
+@in_a_browser
 def test_wrong_input_is_told_in_a_sentence(visit):
     tab = visit()
     fill(tab, Frames=1000)

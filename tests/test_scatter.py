@@ -38,7 +38,7 @@ def assert_names_cover_nothing(chart):
             assert all(apart((x, y, x, y), box) for box in others), name
 
 
-@pytest.mark.parametrize("x", ["pairs", "speedup"])
+@pytest.mark.parametrize("x", ["density_run", "speedup"])
 def test_every_name_of_the_charts_is_readable(x):
     rows = page.compared(json.loads(LARGEST.read_text()))
     chart = scatter.Scatter(rows, x, "psnr")

@@ -195,8 +195,8 @@ def test_the_steps_of_a_pipeline_that_nobody_gave_are_checked(monkeypatch, tmp_p
 # --- what the rows say
 
 
-def note(seconds, attention, planning=0.0, achieved=None, run=1.0) -> dict:
-    told = {"seconds": seconds, "attention_seconds": attention, "planning_seconds": planning, "steps": 4}
+def note(seconds, attention, planning=0.0, achieved=None, run=1.0, steps=4) -> dict:
+    told = {"seconds": seconds, "attention_seconds": attention, "planning_seconds": planning, "steps": steps}
     told |= {"density_achieved": achieved, "density_run": run, "mass": [], "latent_error": [], "settings": {}}
     return told | {"executors": {}, "grids": ["1x2x3"], "prompt": "a"}
 
@@ -209,6 +209,12 @@ def test_a_row_is_the_sum_of_its_clips():
     assert told == dict(seconds=10, attention_seconds=4, speedup=3, attention_speedup=3, planning_share=0.25)
     assert row["density_achieved"] == pytest.approx(0.32) and row["density_run"] == pytest.approx(0.6)
     assert row["density_hit"] is False and row["psnr"]["mean"] == pytest.approx(20 * math.log10(255 / 2))
+
+
+def test_pairs_are_counted_against_those_of_the_full_dense_run():
+    pairs = [(Take(FRAMES, note(4, 2, steps=3)), Take(FRAMES, note(5, 3)))]
+    row = summary.summary(wanted(), SimpleNamespace(seeds=1, takes=lambda _: iter(pairs)))
+    assert row["density_run"] == 0.75 and row["steps"] == 3
 
 
 def test_the_seeds_of_a_prompt_stand_side_by_side():
