@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -68,7 +67,7 @@ class Page:
         self.models, self.any_model = models, any_model
         self.playground = Playground()
         self._folders: dict[str, TemporaryDirectory] = {}
-        self._cancels: dict[str, Event] = defaultdict(Event)
+        self._cancels: dict[str, Event] = {}  # of those who wait or watch
 
     def build(self) -> gr.Blocks:
         with gr.Blocks(title="dit-sparse", delete_cache=(3600, 6 * 3600)) as blocks:
@@ -95,10 +94,11 @@ class Page:
                 [blocks.load, *(each.change for each in inputs)], self._snippet, inputs, snippet, show_progress="hidden"
             )
             status = outputs[0]
+            devices = len(self.playground.devices)
             start.click(self._wanted, None, status, queue=False, show_progress="hidden").then(
-                self._run, inputs, outputs, concurrency_limit=len(self.playground.devices), show_progress_on=status
+                self._run, inputs, outputs, concurrency_limit=devices, show_progress_on=status, trigger_mode="multiple"
             )
-            cancel.click(self._cancel, None, None, queue=False, show_progress="hidden")
+            cancel.click(self._cancel, concurrency_limit=None, show_progress="hidden")
             blocks.unload(self._left)
         return blocks
 
@@ -155,16 +155,23 @@ class Page:
             return f"# {error}"
 
     def _wanted(self, request: gr.Request) -> str:
+        self._stop(request)  # a new wish takes the place of the one before
         self._cancels[request.session_hash] = Event()
         return "Waiting for a free device."
 
     def _cancel(self, request: gr.Request) -> None:
-        self._cancels[request.session_hash].set()
-        gr.Info("It ends with the current step.")
+        gr.Info("It ends with the current step." if self._stop(request) else "Nothing is being drawn.")
 
     def _left(self, request: gr.Request) -> None:
-        self._cancels.pop(request.session_hash, Event()).set()
+        self._stop(request)
+        self._cancels.pop(request.session_hash, None)
         self._folders.pop(request.session_hash, None)
+
+    def _stop(self, request: gr.Request) -> bool:
+        """End what the visitor waits for, if anything."""
+        if cancel := self._cancels.get(request.session_hash):
+            cancel.set()
+        return cancel is not None
 
     def _run(self, request: gr.Request, progress=gr.Progress(), *given):
         """Wrong input becomes a message on the page."""
@@ -179,14 +186,18 @@ class Page:
             progress((0, None), desc=name, unit="steps")
             return step_ended
 
+        cancel = self._cancels.setdefault(request.session_hash, Event())
         try:
             wish = self._wish(*given)
             folder = TemporaryDirectory(prefix="dit-sparse-")
-            self.playground.run(wish, Path(folder.name), stage, self._cancels[request.session_hash])
+            self.playground.run(wish, Path(folder.name), stage, cancel)
         except Cancelled:
             return ["Cancelled.", *[None] * (len(VIDEOS) + len(PICTURES) + 1)]
         except ValueError as error:
             raise gr.Error(str(error)) from None
+        finally:
+            if self._cancels.get(request.session_hash) is cancel:
+                del self._cancels[request.session_hash]
         self._folders[request.session_hash] = folder
         return _shown(Path(folder.name))
 

@@ -18,6 +18,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 REQUIRED = os.environ.get("DIT_SPARSE_BROWSER") == "required"
 in_a_browser = pytest.mark.skipif(not (BROWSER or REQUIRED), reason="needs Chromium")
 SMALL = {"Frames": 3, "Height": 48, "Width": 48}
+LONG = {"Frames": 8, "Height": 80, "Width": 80}  # a second a step: minutes, if nobody stops it
 PATIENCE = 120_000  # milliseconds
 WISH = {"prompt": "a red circle moves right", "steps": 2, "frames": 3, "height": 48, "width": 48}
 
@@ -172,7 +173,8 @@ def visit(chromium, address):
 
 
 def fill(tab, steps=2, **size):
-    tab.get_by_role("button", name="Size").click()
+    if not tab.get_by_label("Frames", exact=True).is_visible():
+        tab.get_by_role("button", name="Size").click()
     for label, value in (SMALL | size).items():
         tab.get_by_label(label, exact=True).fill(str(value))
     box = tab.get_by_label("number input for Denoising steps")
@@ -231,16 +233,28 @@ def test_draw_both_with_another_method_and_setting(visit, tmp_path):
 @in_a_browser
 def test_cancel_ends_a_run_and_the_next_one_starts(visit):
     tab = visit()
-    fill(tab, steps=50)
+    tab.get_by_role("button", name="Cancel").click()
+    tab.get_by_text("Nothing is being drawn.").wait_for()
+    fill(tab, steps=50, **LONG)
     tab.get_by_role("button", name="Draw both").click()
     numbers(tab).get_by_text("s left").wait_for()
     tab.get_by_role("button", name="Cancel").click()
+    tab.get_by_text("It ends with the current step.").wait_for()
     drawn(tab, "Cancelled.")
-    box = tab.get_by_label("number input for Denoising steps")
-    box.fill("2")
-    box.press("Enter")
+    fill(tab)
     tab.get_by_role("button", name="Draw both").click()
-    drawn(tab, "2 steps")
+    drawn(tab, "4x12x12 tokens, 2 steps")
+
+
+@in_a_browser
+def test_a_new_wish_takes_the_place_of_the_one_before(visit):
+    tab = visit()
+    fill(tab, steps=50, **LONG)
+    tab.get_by_role("button", name="Draw both").click()
+    numbers(tab).get_by_text("s left").wait_for()
+    fill(tab)
+    tab.get_by_role("button", name="Draw both").click()
+    drawn(tab, "4x12x12 tokens, 2 steps")
 
 
 @in_a_browser
