@@ -22,7 +22,7 @@ def bench_attention(
     head_dim: Annotated[list[int] | None, typer.Option(help="Head sizes; may be repeated.")] = None,
     density: Annotated[list[float] | None, typer.Option("--density", "-d", help="May be repeated.")] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="radial, random_blocks, clusters; may be repeated.")] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads.")] = None,
     seconds: Annotated[float | None, typer.Option(help="About how long to measure in all.")] = None,
 ) -> None:
     """Time every executor at hand against the best dense attention."""
@@ -40,7 +40,7 @@ def bench_attention(
             if unknown := next((name for name in asked if name not in known), None):
                 raise ValueError(f"there is no {unknown!r}; there are {', '.join(known)}")
         grids = [Grid.parse(text) for text in grid or ()]
-        cases = measure.cases(device, grids, head_dim or (64, 128), density or measure.DENSITIES, patterns, heads)
+        cases = measure.cases(device, grids, head_dim or (64, 128), density or (), patterns, heads)
         writable_file(out)
         rows, share = [], (seconds or (240 if device == "cuda" else 90)) / len(cases)
         with progress_bars() as stage:
@@ -49,7 +49,7 @@ def bench_attention(
                 progress(done, len(cases))
                 rows += measure.measured(case, executors, share)
             progress(len(cases), len(cases))
-        note = f"{heads} heads, medians of runs that took turns"
+        note = f"{cases[0].heads} heads, medians of runs that took turns"
         save_json(out, {"rows": rows, "note": note} | conditions(device))
     _print_bench(rows)
     console.print(f"{len(rows)} rows in {escape(str(out))}")

@@ -17,6 +17,8 @@ from dit_sparse import METHODS, Method
 from dit_sparse.methods import name_of
 from dit_sparse.pipelines.family import FAMILIES
 
+from .bench import PATTERNS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
 TIMED = (
@@ -153,17 +155,19 @@ def unfinished(result: dict) -> str:
 
 
 def executor_table() -> str:
-    """Speed-up over torch's own attention in the same process, from ``eval/results/*/attention.json``."""
+    """Speed-up over the best dense attention of the same process at density .25, by the shape of the plan, from
+    ``eval/results/*/attention.json``."""
     rows, notes = [], []
     for path in sorted(RESULTS.glob("*/attention.json")):
-        result = json.loads(path.read_text())
-        for r in (row for row in result["rows"] if "why_not" not in row):
-            shape = f"{r['tokens']} x {r['head_dim']}"
-            rows.append((r["executor"], r["dtype"], shape, r["block"], r["density"], f"{r['speedup']:.2f}x"))
+        result, speeds = json.loads(path.read_text()), {}
+        for r in (row for row in result["rows"] if "why_not" not in row and row["density_asked"] == 0.25):
+            shape = (r["executor"], r["dtype"], f"{r['tokens']} x {r['head_dim']}")
+            speeds.setdefault(shape, {})[r["pattern"]] = f"{r['speedup']:.2f}x"
+        rows += [(*shape, *(found.get(name, "-") for name in PATTERNS)) for shape, found in speeds.items()]
         notes.append(
             f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit']}, {result['note']}."
         )
-    columns = ("executor", "dtype", "tokens x head_dim", "block", "density", "speed-up over SDPA")
+    columns = ("executor", "dtype", "tokens x head_dim", *(name.replace("_", " ") for name in PATTERNS))
     return _markdown(columns, rows) + "\n\n" + " ".join(notes)
 
 

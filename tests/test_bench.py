@@ -45,7 +45,7 @@ def test_a_case_gives_a_row_for_every_executor_or_the_reason_why_not(pattern):
         assert row["speedup"] == pytest.approx(row["dense_seconds"] / row["seconds"])
         assert row["cost_per_block"] == pytest.approx(1 / (row["density"] * row["speedup"]), rel=1e-3)
         pairs = row["density"] * 144**2
-        assert row["tflops"] == pytest.approx(4 * pairs * 4 * 64 / row["seconds"] / 1e12, rel=1e-3)
+        assert row["tflops"] == pytest.approx(4 * pairs * case.heads * 64 / row["seconds"] / 1e12, rel=1e-3)
 
 
 def test_a_wrong_executor_is_never_timed(monkeypatch):
