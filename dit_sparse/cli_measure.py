@@ -82,9 +82,12 @@ def profile(
     prompts: Prompts = "2",
     candidates: Annotated[
         str, typer.Option(help="Methods to try on every head, separated by commas; vdit stands for its four modes.")
-    ] = "svg.spatial,svg.temporal,radial,vdit.vertical",
+    ] = "svg.spatial,svg.temporal,radial,vdit.vertical,subblock,xattention",
     target_density: Annotated[float | None, typer.Option(help="Mean density of the heads.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Or: root mean square of the heads' relative errors.")] = None,
+    spread: Annotated[
+        str | None, typer.Option(help="Densities to try, as multiples of the target: 0.5,1,2. By default all have it.")
+    ] = None,
     dense_steps: DenseSteps = "0.25",
     block: Block = None,
     steps: Steps = None,
@@ -116,6 +119,7 @@ def profile(
             out=out,
             target_density=target_density,
             max_error=max_error,
+            spread=fractions(spread, "--spread") if spread else None,
             schedule=Schedule(dense_steps=count_or_fraction(dense_steps)),
             block=block,
             call=call,
@@ -162,7 +166,7 @@ def count_or_fraction(text: str | None) -> int | float | None:
         raise ValueError(f"--dense-steps is a count such as 3 or a fraction such as 0.2, not {text!r}") from None
 
 
-def fractions(text: str) -> list[float]:
+def fractions(text: str, option: str = "--density") -> list[float]:
     """``"0.15,0.25"``: both.
 
     Raises:
@@ -171,7 +175,7 @@ def fractions(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"--density is fractions separated by commas, such as 0.15,0.25, not {text[:60]!r}") from None
+        raise ValueError(f"{option} is numbers separated by commas, such as 0.15,0.25, not {text[:60]!r}") from None
 
 
 def given(**values: object) -> dict:

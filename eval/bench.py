@@ -47,7 +47,7 @@ USUAL = {
         dtypes=(torch.bfloat16,),
         heads=4,
     ),
-    "cpu": Usual((Grid(16, 16, 32),), (1.0, 0.25, 0.1), (torch.float32, torch.bfloat16), heads=2),
+    "cpu": Usual((Grid(16, 16, 32),), (0.25, 0.1), (torch.float32, torch.bfloat16), heads=2),
 }
 
 

@@ -30,6 +30,8 @@ class Profiling:
         candidates: names of methods, separated by commas.
         out: the JSON file; a picture of the same name stands beside it.
         target_density, max_error: one of the two, see ``search.choose``.
+        spread: densities to try, as multiples of the target. None: the target alone, so that all heads have it; with
+            ``max_error``, ``search.SPREAD`` around .25.
         schedule: which steps and layers stay dense.
         call: arguments of the pipeline.
     """
@@ -40,6 +42,7 @@ class Profiling:
     out: Path
     target_density: float | None = None
     max_error: float | None = None
+    spread: Sequence[float] | None = None
     schedule: Schedule = Schedule()  # noqa: RUF009
     block: int | None = None
     call: dict = field(default_factory=dict)
@@ -61,13 +64,14 @@ class Profiling:
         _check_steps(self.schedule, self.call)
 
     def tried(self) -> list[search.Candidate]:
-        return search.candidates(self.candidates, self.target_density or 0.25)
+        usual = search.SPREAD if self.target_density is None else (1.0,)
+        return search.candidates(self.candidates, self.target_density or 0.25, self.spread or usual)
 
     def run(self, stage: Stage) -> Profile:
         """Measure, choose, write the JSON and the picture."""
         pipe, tried = prepare(load(self.model)), self.tried()
         seen = search.measure(pipe, lambda: self._generate(pipe, stage), tried, self.schedule, self.block)
-        choice = search.choose(seen.error, seen.density, self.target_density, self.max_error)
+        choice = self._choice(seen)
         used, layers = search.letters(tried, choice)
         taken = lambda table: table.gather(0, choice[None])[0]
         error = taken(seen.error).sqrt()
@@ -87,7 +91,7 @@ class Profiling:
                 "prompts": list(self.prompts),
                 "call": self.call,
                 "block": self.block,
-                "asked": {"target_density": self.target_density, "max_error": self.max_error},
+                "asked": {name: getattr(self, name) for name in ("target_density", "max_error", "spread")},
                 "errors": [[_short(x) for x in row] for row in error],
                 "candidates": [_told(*row) for row in zip(tried, seen.error, seen.density, seen.seconds, strict=True)],
                 **conditions(),
@@ -100,6 +104,11 @@ class Profiling:
         legend = [f"{letter}  {one.name}, density {one.method.density or 1:.3g}" for letter, one in used.items()]
         save_picture(self.out.with_suffix(".png"), heat_map(error.clamp(max=1), title, layers, legend))
         return profile
+
+    def _choice(self, seen: search.Measured) -> torch.Tensor:
+        if self.target_density is not None and len(self.spread or (1.0,)) == 1:
+            return search.best(seen.error)
+        return search.choose(seen.error, seen.density, self.target_density, self.max_error)
 
     def _generate(self, pipe: Any, stage: Stage) -> None:
         progress = stage("measuring")

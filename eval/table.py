@@ -162,7 +162,7 @@ def executor_table() -> str:
         result, speeds = json.loads(path.read_text()), {}
         for r in (row for row in result["rows"] if "why_not" not in row and row["density_asked"] == 0.25):
             shape = (r["executor"], r["dtype"], f"{r['tokens']} x {r['head_dim']}")
-            speeds.setdefault(shape, {})[r["pattern"]] = f"{r['speedup']:.2f}x"
+            speeds.setdefault(shape, {})[r["pattern"]] = f"{r['speedup']:.2f}x ({r['density']:.2f})"
         rows += [(*shape, *(found.get(name, "-") for name in PATTERNS)) for shape, found in speeds.items()]
         notes.append(
             f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit']}, {result['note']}."

@@ -165,6 +165,12 @@ def test_the_choice_meets_the_error(seed, most):
     assert float(error.gather(0, choice[None]).mean()) ** 0.5 <= most + 1e-6
 
 
+def test_at_one_density_every_head_takes_what_errs_least():
+    error, _ = tables(5)
+    choice = search.best(error)
+    assert (choice > 0).all() and error.gather(0, choice[None])[0].equal(error[1:].amin(0))
+
+
 def test_a_larger_error_buys_a_smaller_density():
     error, density = tables(3, 8, 8, 9)
     taken = [float(density.gather(0, search.choose(error, density, max_error=e)[None]).mean()) for e in (0.1, 0.3, 0.6)]
@@ -189,6 +195,9 @@ def test_candidates_are_tried_at_several_densities():
         "vdit.skip",
     }
     assert [one.method.density for one in tried if one.name == "radial"] == pytest.approx([0.08, 0.14, 0.2, 0.3, 0.5])
+    assert [one.method.density for one in search.candidates("radial", 0.2, (1.0,))[1:]] == [0.2]
+    with pytest.raises(ValueError, match="the spread is multiples of the density"):
+        search.candidates("radial", 0.2, (5.0,))
     for name, words in (
         ("nope", "no method"),
         ("rettention", "single calls"),
@@ -244,16 +253,21 @@ def test_steps_looked_at_are_sparse_ones():
 # --- the commands
 
 
-def test_profile_writes_what_enable_takes(tmp_path):
+@pytest.mark.parametrize("spread", [(), ("--spread", "0.5,1,1.5")])
+def test_profile_writes_what_enable_takes(tmp_path, spread):
     out = tmp_path / "mine.json"
     run = CliRunner().invoke(
         app,
         ["profile", "shapes-wan", "--prompts", "1", "--candidates", "radial,svg.temporal", "--target-density", "0.5"]
-        + ["--block", "16", "--out", str(out), *SMALL],
+        + ["--block", "16", "--out", str(out), *spread, *SMALL],
     )
     assert run.exit_code == 0, run.output
     made = Profile.load(out)
-    assert made.measured["density"] <= 0.5 and len(made.layers) == 6 and len(made.measured["errors"]) == 6
+    assert (
+        made.measured["density"] == pytest.approx(0.5, abs=0.01)
+        and len(made.layers) == 6
+        and len(made.measured["errors"]) == 6
+    )
     assert {"device", "versions", "commit", "grids", "prompts", "candidates"} <= set(made.measured)
     assert out.with_suffix(".png").stat().st_size > 1000
     check = CliRunner().invoke(app, ["profile", "shapes-wan", "--prompts", "1", "--check", str(out), *SMALL])
@@ -286,6 +300,9 @@ def test_compositions_are_candidates_that_load_again(tmp_path):
         (["profile", "shapes-wan", "--target-density", "2"], "between 0 and 1"),
         (["profile", "shapes-wan", "--target-density", "0.2", "--max-error", "0.1"], "one of the two"),
         (["profile", "shapes-wan", "--candidates", "nope"], "no method 'nope'"),
+        (["profile", "shapes-wan", "--spread", "wide"], "--spread is numbers separated by commas"),
+        (["profile", "shapes-wan", "--spread", "4"], "the spread is multiples of the density"),
+        (["profile", "shapes-wan", "--spread", "-1,1"], "the spread is multiples of the density"),
         (["profile", "shapes-wan", "--out", "profile.txt"], "ends in .json"),
         (["profile", "shapes-wan", "--dense-steps", "1.0"], "all 16 steps dense"),
         (["profile", "shapes-wan", "--check", "nope"], "no profile 'nope'"),
