@@ -17,6 +17,7 @@ from .files import aside, save_picture, writable_folder
 from .generate import Progress, generate, load, usual_call
 from .pictures import heat_map
 
+ONE_FOR_ALL = (1.0,)  # the target is the density of every head
 Stage = Callable[[str], Progress]
 
 
@@ -58,14 +59,17 @@ class Profiling:
             raise ValueError(f"the maximal error is a positive relative error, not {self.max_error}")
         if self.out.suffix != ".json":
             raise ValueError(f"--out names the profile and ends in .json, not {self.out}")
+        usual = search.SPREAD if self.target_density is None else ONE_FOR_ALL
+        object.__setattr__(self, "spread", tuple(self.spread or usual))
         self.tried()
+        if self.target_density is not None and min(self.spread) > 1:
+            raise ValueError(f"a spread of {list(self.spread)} cannot meet the target: begin with 1 or less")
         writable_folder(self.out.parent)
         object.__setattr__(self, "call", usual_call(self.model) | self.call)
         _check_steps(self.schedule, self.call)
 
     def tried(self) -> list[search.Candidate]:
-        usual = search.SPREAD if self.target_density is None else (1.0,)
-        return search.candidates(self.candidates, self.target_density or 0.25, self.spread or usual)
+        return search.candidates(self.candidates, self.target_density or 0.25, self.spread)
 
     def run(self, stage: Stage) -> Profile:
         """Measure, choose, write the JSON and the picture."""
@@ -106,7 +110,7 @@ class Profiling:
         return profile
 
     def _choice(self, seen: search.Measured) -> torch.Tensor:
-        if self.target_density is not None and len(self.spread or (1.0,)) == 1:
+        if self.target_density is not None and self.spread == ONE_FOR_ALL:
             return search.best(seen.error)
         return search.choose(seen.error, seen.density, self.target_density, self.max_error)
 

@@ -263,11 +263,8 @@ def test_profile_writes_what_enable_takes(tmp_path, spread):
     )
     assert run.exit_code == 0, run.output
     made = Profile.load(out)
-    assert (
-        made.measured["density"] == pytest.approx(0.5, abs=0.01)
-        and len(made.layers) == 6
-        and len(made.measured["errors"]) == 6
-    )
+    assert made.measured["density"] == pytest.approx(0.5, abs=0.01)
+    assert len(made.layers) == len(made.measured["errors"]) == 6
     assert {"device", "versions", "commit", "grids", "prompts", "candidates"} <= set(made.measured)
     assert out.with_suffix(".png").stat().st_size > 1000
     check = CliRunner().invoke(app, ["profile", "shapes-wan", "--prompts", "1", "--check", str(out), *SMALL])
@@ -303,6 +300,7 @@ def test_compositions_are_candidates_that_load_again(tmp_path):
         (["profile", "shapes-wan", "--spread", "wide"], "--spread is numbers separated by commas"),
         (["profile", "shapes-wan", "--spread", "4"], "the spread is multiples of the density"),
         (["profile", "shapes-wan", "--spread", "-1,1"], "the spread is multiples of the density"),
+        (["profile", "shapes-wan", "--spread", "2"], "cannot meet the target"),
         (["profile", "shapes-wan", "--out", "profile.txt"], "ends in .json"),
         (["profile", "shapes-wan", "--dense-steps", "1.0"], "all 16 steps dense"),
         (["profile", "shapes-wan", "--check", "nope"], "no profile 'nope'"),
