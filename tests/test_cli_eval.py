@@ -125,7 +125,7 @@ def test_scaling_writes_exponents_and_pictures(tmp_path):
         (["eval", "video", "nowhere.mp4"], "cannot read a video from nowhere.mp4"),
         (["eval", "export", "nowhere"], "no result of dit-sparse compare"),
         (["eval", "attention", "--methods", "nope"], "no method 'nope'"),
-        (["eval", "attention", "--density", "x"], "fractions separated by commas"),
+        (["eval", "attention", "--density", "x"], "numbers separated by commas"),
         (["bench", "scaling", "--frames", "8,a"], "lengths separated by commas"),
         (["bench", "scaling", "--frames", "16,8"], "ascending"),
         (["bench", "scaling", "--frame", "8"], "cannot read the grid"),

@@ -376,7 +376,7 @@ def test_recipes_are_listed():
 @pytest.mark.parametrize(
     "given, words",
     [
-        (["--density", "a"], "fractions separated by commas"),
+        (["--density", "a"], "numbers separated by commas"),
         (["--density", ""], "no density"),
         (["--density", "0.2,3"], "density is the fraction"),
         (["--methods", "svg@x"], "METHOD@DENSITY"),
