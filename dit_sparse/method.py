@@ -54,6 +54,7 @@ class Method:
     static: ClassVar[bool] = False  # the plan depends on the grid alone: made once, shared by all layers and steps
     own_pace: ClassVar[bool] = False  # it keeps plans itself, and is asked at every step, not by the schedule
     clusters: ClassVar[bool] = False  # its plans are between clusters of any size
+    untouched: ClassVar[bool] = False  # the model's own call runs in all steps: what others are compared with
     needs_lse: ClassVar[bool] = False  # the correction asks for the log-sum-exp, which not all executors return
     density: float | None = None
 

@@ -153,8 +153,8 @@ class Plan(Lists):
     @classmethod
     def full(cls, tokens: int, block: int, device: torch.device | str = "cpu") -> Plan:
         """Every block visits every block: dense attention, as a plan."""
-        blocks = blocks_in(tokens, block)
-        return cls.of(torch.ones(1, 1, blocks, blocks, dtype=torch.bool, device=device), tokens, block)
+        first = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
+        return cls(first, first[..., 0] + 1, tokens, block).whole()
 
     @property
     def blocks(self) -> int:

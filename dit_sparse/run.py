@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .grid import Grid, Site
 from .kernels.pick import Choice, pick
 from .method import Computed, Method
 from .methods import name_of
+from .obstacles import obstacle, read_padding
 from .pipelines.family import Family, Shape
 from .plan import Plan
 from .report import Report, Tally
@@ -164,23 +164,31 @@ class Run:
         """What a diverted attention call becomes: sparse where that is possible and pays, else the call it was."""
         pairs = query.shape[2] * key.shape[2] * query.shape[0] * query.shape[1]
 
-        def dense(reason: str) -> Tensor:
+        def as_it_was() -> Tensor:
+            return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+        def dense(reason: str, attend: Callable[[], Tensor] = as_it_was) -> Tensor:
             self._tally.stayed_dense(reason, pairs)
             with self._tally.attention.running(query.device):
-                return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+                return attend()
 
         grid = Grid(*self._grid).with_text(query.shape[2], place.text)
-        if reason := _obstacle(self._grid, grid, query, key, is_causal or dropout_p > 0, place.module.processor):
+        if reason := obstacle(self._grid, grid, query, key, is_causal or dropout_p > 0, place.module.processor):
             return dense(self._warn_once(reason))
         site = self._site(place, grid)
         self._turns[place.module] += 1
         if site.branch not in self._begun:
             self._begun[site.branch] = self._settings.method.begin(query, site, sum(self._begun.values()))
+        lengths = self._key_lengths(attn_mask, query, grid)
         if self._settings.schedule.dense(site):
-            return dense("the schedule")
+            quicker = None if isinstance(lengths, str) else self._quicker(query, key, lengths, site)
+            if quicker is None:
+                return dense("the schedule")
+            whole = Plan.full(grid.tokens, site.block, query.device).padded(lengths)
+            attend = partial(quicker.executor.attend, query, key, value, whole, scale)
+            return dense(f"the schedule, by the executor {quicker.name}", lambda: attend()[0])
         if reason := self._settings.too_short(grid) or self._stay_dense.get((site.grid, site.layer)):
             return dense(reason)
-        lengths = self._key_lengths(attn_mask, query, grid)
         if isinstance(lengths, str):
             return dense(self._warn_once(lengths))
         with self._tally.attention.running(query.device):
@@ -218,6 +226,18 @@ class Run:
                 self._stay_dense[site.grid, site.layer] = "faster here, by what was measured"
         return self._choices[call]
 
+    def _quicker(self, q: Tensor, k: Tensor, lengths: Tensor | None, site: Site) -> Choice | None:
+        """The executor that computes all pairs of a dense step faster than torch's own attention, by what "auto" has
+        measured on this machine; None: there is none."""
+        if self._settings.executor != "auto" or self._settings.method.untouched:
+            return None
+        call = ("every pair", site.grid, q.shape, q.dtype, lengths is None)
+        if call not in self._choices:
+            whole = Plan.full(site.grid.tokens, site.block, q.device).padded(lengths)
+            self._choices[call] = choice = pick("auto", q, k, whole, or_dense=True)
+            self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
+        return None if self._choices[call].name == "dense" else self._choices[call]
+
     def _plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | None:
         method = self._settings.method
         place = (site.grid, q.device) if method.static else (site.grid, q.device, site.layer, site.branch)
@@ -232,7 +252,7 @@ class Run:
         if mask is None:
             return None
         if id(mask) not in self._lengths:
-            self._lengths[id(mask)] = (mask, _read_padding(mask, q.shape[0], grid))
+            self._lengths[id(mask)] = (mask, read_padding(mask, q.shape[0], grid))
         return self._lengths[id(mask)][1]
 
     def _warn_once(self, reason: str) -> str:
@@ -248,31 +268,3 @@ class Run:
         self._begun.clear()
         if not self._settings.method.static:
             self._plans.clear()
-
-
-def _obstacle(shape: Shape, grid: Grid | None, q: Tensor, k: Tensor, inexact: bool, processor: Any) -> str | None:
-    """Why this call cannot be sparse, in words; None where it can."""
-    if q.shape[2] != k.shape[2] or grid is None:
-        return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {'x'.join(map(str, shape))}"
-    if inexact:
-        return "causal attention and dropout are not supported"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "gradients are asked for, and the executors have no backward pass"
-    if getattr(processor, "_parallel_config", None) is not None:
-        return "context parallelism is not supported"
-    return None
-
-
-def _read_padding(mask: Tensor, batch: int, grid: Grid) -> Tensor | str:
-    tokens = grid.tokens
-    if mask.dtype != torch.bool:
-        return "the attention mask is additive, not a boolean padding mask"
-    if mask.shape[-1] != tokens or mask.numel() not in (tokens, batch * tokens):
-        return f"the attention mask {list(mask.shape)} is no padding mask over {tokens} keys"
-    mask = mask.reshape(-1, tokens)
-    lengths = mask.sum(-1)
-    if not (mask == (torch.arange(tokens, device=mask.device) < lengths[:, None])).all():
-        return "the attention mask leaves out tokens in the middle of the sequence"
-    if (lengths < tokens - grid.after).any():
-        return "the attention mask leaves out video tokens"
-    return lengths.expand(batch)

@@ -18,7 +18,7 @@ from dit_sparse.plan import Plan, arranged, blocks_in
 from . import block_sparse, launching
 from .permute import permuted
 
-SCORES_PER_CHUNK = 1 << 22
+SCORES_PER_CHUNK = 1 << 19  # 2 MiB: what is written is still in the cache when it is read
 FEWEST_ROWS = 16  # that matrix units take
 
 
@@ -53,7 +53,23 @@ def block_mass(
     rows = _checked(rows, block)
     if _by_triton(q, k, block, rows):
         return _launched(q, k, lse, block, rows, order, lengths, scale, None)
-    return _plain(q, k, lse, block, rows, order, lengths, scale)
+    return _plain(q, k, lse, block, rows, order, lengths, scale)[0]
+
+
+def first_block_mass(
+    q: Tensor, k: Tensor, block: int, *, rows: int | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`block_mass` where no log-sum-exp is at hand yet, and the one that it found: that of the queries looked at, 0 for
+    the others, float32 ``[B, H, N]``. One pass over the scores in plain PyTorch, two on a GPU."""
+    rows = _checked(rows, block)
+    apart = block // rows
+    if _by_triton(q, k, block, rows):
+        lse = log_sum_exp(q, k, scale, every=apart)
+        return _launched(q, k, lse, block, rows, None, None, scale, None), lse
+    mass, found = _plain(q, k, None, block, rows, None, None, scale)
+    lse = torch.zeros(q.shape[:3], device=q.device)
+    lse[:, :, ::apart] = found
+    return mass, lse
 
 
 def retained_mass(
@@ -66,7 +82,7 @@ def retained_mass(
     rows = _checked(rows, plan.block)
     if _by_triton(q, k, plan.block, rows):
         return _launched(q, k, lse, plan.block, rows, plan.order, plan.lengths, scale, plan)
-    mass = _plain(q, k, lse, plan.block, rows, plan.order, plan.lengths, scale)
+    mass, _ = _plain(q, k, lse, plan.block, rows, plan.order, plan.lengths, scale)
     return (mass * plan.keep()).sum(-1)
 
 
@@ -99,30 +115,36 @@ def _by_triton(q: Tensor, k: Tensor, block: int, rows: int) -> bool:
     return block_sparse.why_not(q.detach(), k.detach(), Plan(q, q, q.shape[2], block)) is None
 
 
-def _plain(q, k, lse, block, rows, order, lengths, scale) -> Tensor:
-    """The definition, a few query blocks at a time."""
+def _plain(q, k, lse, block, rows, order, lengths, scale) -> tuple[Tensor, Tensor]:
+    """The definition, a few query blocks at a time; and the log-sum-exp of the queries looked at, where it is None of
+    these scores, ``[B, H, ceil(N / (block / rows))]``."""
     batch, heads, tokens, dim = q.shape
-    blocks = blocks_in(tokens, block)
-    scale = dim**-0.5 if scale is None else scale
-    q, k, lse = (arranged(x, order) for x in (q, k, lse))
-    k = k.repeat_interleave(heads // k.shape[1], 1).float()
+    apart, blocks = block // rows, blocks_in(tokens, block)
+    q, k, lse = (x if x is None else arranged(x, order) for x in (q, k, lse))
+    q = q[:, :, ::apart].float() * (dim**-0.5 if scale is None else scale)
+    keys = k.repeat_interleave(heads // k.shape[1], 1).float().mT
+    if lse is not None:
+        lse = lse[:, :, ::apart]
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # who sees nothing pays nothing: exp(score - inf) is 0
     end = torch.full((1,), tokens, device=q.device) if lengths is None else lengths
     real = (torch.arange(tokens, device=q.device) < end[:, None])[:, None]
-    mass = torch.zeros(batch, heads, blocks, blocks, device=q.device)
-    for chunk in torch.arange(blocks, device=q.device).split(
-        max(1, SCORES_PER_CHUNK // (batch * heads * rows * tokens))
-    ):
-        place = (chunk[:, None] * block + torch.arange(0, block, block // rows, device=q.device)).flatten()
-        place = place[place < tokens]
-        weights = (q[:, :, place].float() @ k.mT * scale - lse[:, :, place, None]).exp()
-        seen = real[..., place, None] & real[..., None, :] & (lse[:, :, place, None] > -torch.inf)
-        weights = torch.where(seen, weights, 0.0)
-        received = F.pad(weights, (0, blocks * block - tokens)).unflatten(-1, (blocks, block)).sum(-1)
-        mass.index_add_(2, place // block, received)
-    looked_at = torch.zeros(len(end), 1, blocks, 1, device=q.device)
-    place = torch.arange(0, tokens, block // rows, device=q.device)
-    looked_at.index_add_(2, place // block, real[..., place, None].expand(len(end), 1, -1, 1).float())
-    return mass / looked_at.clamp(min=1)
+    real_rows = real[..., ::apart]
+    at_once = rows * max(1, SCORES_PER_CHUNK // (batch * heads * rows * tokens))
+    mass, found = [], []
+    for first in range(0, q.shape[2], at_once):
+        some = slice(first, first + at_once)
+        scores = q[:, :, some] @ keys
+        if lse is None:
+            weights = scores.softmax(-1)
+            found.append(scores.amax(-1) - weights.amax(-1).log())
+        else:
+            weights = scores.sub_(lse[:, :, some, None]).exp_()
+        if lengths is not None:
+            weights = torch.where(real_rows[..., some, None] & real[..., None, :], weights, 0.0)
+        by_block = F.pad(weights, (0, 0, 0, -weights.shape[2] % rows)).unflatten(2, (-1, rows)).sum(3)
+        mass.append(F.pad(by_block, (0, -tokens % block)).unflatten(-1, (blocks, block)).sum(-1))
+    looked_at = F.pad(real_rows.float(), (0, -q.shape[2] % rows)).unflatten(-1, (blocks, rows)).sum(-1)
+    return torch.cat(mass, 2) / looked_at.clamp(min=1)[..., None], torch.cat(found, 2) if lse is None else lse
 
 
 def _launched(q, k, lse, block, rows, order, lengths, scale, plan) -> Tensor:

@@ -60,8 +60,9 @@ RULES = {  # the first pattern that fits a module is its row
     "pipelines.*": May("grid pipelines.family"),
     "presets": May(f"{FLOOR_2} composition", others="pydantic"),
     "call report": May(FLOOR_3),
+    "obstacles": May("grid pipelines.family"),
     "seam locate": May(FLOOR_3, others="diffusers"),
-    "run": May(f"{FLOOR_3} report seam", lazily="locate"),
+    "run": May(f"{FLOOR_3} obstacles report seam", lazily="locate"),
     "engine": May(f"{FLOOR_3} report run"),
     "search": May(f"{FLOOR_3} composition engine methods.* kernels.trial"),
     "package": May("*"),  # dit_sparse/__init__.py

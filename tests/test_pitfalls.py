@@ -385,6 +385,46 @@ def test_auto_stays_dense_where_that_is_faster(name, dynamic, monkeypatch):
     assert run.report().dense_calls == {} and all(name in {"cpu", "gather"} for name in run.report().executors)
 
 
+ALL_DENSE = dict(executor="auto", dense_steps=STEPS, block=16)
+
+
+@pytest.fixture
+def executors_are_quick(monkeypatch):
+    monkeypatch.setattr(
+        "dit_sparse.kernels.pick.cost", lambda name, kind: Cost(100.0 if name == "dense" else 0.0, 1e-9)
+    )
+
+
+def test_dense_steps_run_by_an_executor_where_that_is_faster(stock, executors_are_quick):
+    plain = dense_latents(stock.name)
+    with sparse(stock, **ALL_DENSE) as run:
+        near(latents(stock), plain, 1e-4)
+    ((reason, calls),) = run.report().dense_calls.items()
+    assert reason.startswith("the schedule, by the executor ") and calls == STEPS * calls_per_step(stock)
+    assert reason.split()[-1] in {"cpu", "gather"} and run.report().sparse_calls == 0
+    assert run.report().density_run == 1.0
+
+
+@pytest.mark.parametrize(
+    "method, settings", [("dense", {}), ("radial", {"executor": "gather"}), ("radial", {"executor": "cpu"})]
+)
+def test_dense_steps_are_untouched_for_the_baseline_and_a_named_executor(method, settings, executors_are_quick):
+    """The baseline stays torch's own attention; a named executor was asked to compute the method's plans."""
+    stock, plain = built("wan"), dense_latents("wan")
+    with sparse(stock, method, **ALL_DENSE | settings) as run:
+        assert latents(stock).equal(plain)
+    assert run.report().dense_calls == {"the schedule": STEPS * calls_per_step(stock)}
+
+
+def test_dense_steps_are_untouched_where_an_executor_is_no_faster(monkeypatch):
+    stock, plain = built("hunyuan_video"), dense_latents("hunyuan_video")
+    costs = {"dense": Cost(0.0, 1e-9)}
+    monkeypatch.setattr("dit_sparse.kernels.pick.cost", lambda name, kind: costs.get(name, Cost(0.0, 1.1e-9)))
+    with sparse(stock, **ALL_DENSE) as run:
+        assert latents(stock).equal(plain)
+    assert run.report().dense_calls == {"the schedule": STEPS * calls_per_step(stock)}
+
+
 N = 5 * 5 * 7
 
 
@@ -426,6 +466,14 @@ def test_a_mask_that_is_no_padding_stays_dense(mask, words, caplog):
     assert words in reason and run.report().dense_calls[reason] == 12 and run.report().sparse_calls == 0
     warnings = [record for record in caplog.records if record.name == "dit_sparse"]
     assert [record.getMessage() for record in warnings] == [f"attention stays dense: {reason}"]
+
+
+def test_a_mask_that_is_no_padding_is_heard_in_dense_steps(executors_are_quick):
+    stock = built("wan")
+    with masked(stock, hole()):
+        plain = latents(stock)
+        with sparse(stock, **ALL_DENSE):
+            assert latents(stock).equal(plain)
 
 
 def test_a_mask_that_keeps_all_is_no_obstacle():

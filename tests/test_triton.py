@@ -204,6 +204,24 @@ def test_block_mass_in_plain_pytorch_is_the_same(monkeypatch):
         assert_near(block_mass.block_mass(q, k, lse.to(DEVICE), 64, **layout).cpu(), expected, TOLERANCE[q.dtype])
 
 
+@pytest.mark.parametrize("rows", [64, 16])
+def test_the_first_block_mass_finds_its_log_sum_exp(rows):
+    for shape in ("ragged", "one token in the last block", "order for each head, grouped heads"):
+        (q, k, _), plan = case(shape, 64)
+        lse, expected = paid(q.cpu(), k.cpu(), Plan.full(plan.tokens, 64), rows)
+        mass, found = block_mass.first_block_mass(q, k, 64, rows=rows)
+        looks = torch.arange(plan.tokens) % (64 // rows) == 0
+        assert_near(mass.cpu(), expected, TOLERANCE[q.dtype])
+        assert_near(found.cpu(), lse * looks, TOLERANCE[q.dtype])
+
+
+def test_the_first_block_mass_in_plain_pytorch_is_the_same(monkeypatch):
+    monkeypatch.setattr(block_mass, "_by_triton", lambda *_: False)
+    monkeypatch.setattr(block_mass, "SCORES_PER_CHUNK", 1 << 15)
+    for rows in (64, 16, 1):
+        test_the_first_block_mass_finds_its_log_sum_exp(rows)
+
+
 def test_block_mass_hides_padding_and_needs_rows_that_divide_the_block():
     (q, k, _), plan = case("lengths", 64)
     lse, _ = paid(q.cpu(), k.cpu(), plan.to("cpu"), 64)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..grid import Blocks, Site
-from ..kernels.block_mass import block_mass, log_sum_exp
+from ..kernels.block_mass import block_mass, first_block_mass
 from ..method import Method, always_kept
 from ..plan import Plan
 
@@ -67,9 +67,10 @@ class AdaSpa(Method):
 
     def _search(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         rows = min(self.rows or site.block, site.block)
-        if "lse" not in memory:
-            memory["lse"] = log_sum_exp(q, k, every=site.block // rows)
-        mass = block_mass(q, k, memory["lse"], site.block, rows=rows)
+        if "lse" in memory:
+            mass = block_mass(q, k, memory["lse"], site.block, rows=rows)
+        else:
+            mass, memory["lse"] = first_block_mass(q, k, site.block, rows=rows)
         always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
         rank = mass.masked_fill(always, torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
         base = 0.2 if self.density is None else self.density

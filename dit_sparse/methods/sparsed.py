@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..grid import Blocks, Site
-from ..kernels.block_mass import block_mass, log_sum_exp
+from ..kernels.block_mass import first_block_mass
 from ..method import Method, always_kept
 from ..plan import Plan
 
@@ -54,7 +54,7 @@ class SparseD(Method):
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         if "plan" not in memory:
             rows = min(self.rows or site.block, site.block)
-            mass = block_mass(q, k, log_sum_exp(q, k, every=site.block // rows), site.block, rows=rows)
+            mass, _ = first_block_mass(q, k, site.block, rows=rows)
             always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
             parts = mass.masked_fill(always, torch.inf).tensor_split(self.groups, -1)
             density = 0.3 if self.density is None else self.density
