@@ -45,7 +45,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results."
 @app.command(epilog="Example: dit-sparse demo --method radial --density 0.22 --out out/demo")
 def demo(
     method: MethodName = "radial",
-    density: Density = 0.22,
+    density: Density = 0.25,
     dense_steps: DenseSteps = None,
     executor: Executor = "auto",
     block: Block = None,
@@ -206,10 +206,17 @@ def main() -> None:
 
 def _print_comparison(result: dict) -> None:
     table = Table("", "dense", result["method"], "ratio", box=None, header_style="bold")
-    rows = (("denoising", "seconds"), ("attention", "attention_seconds"))
-    for label, key in rows:
-        dense, sparse = result[f"{key}_dense"], result[f"{key}_sparse"]
-        table.add_row(f"{label}, s", f"{dense:.1f}", f"{sparse:.1f}", f"{dense / sparse:.2f}x")
+    by_step = [result[f"attention_by_step_{which}"] for which in ("dense", "sparse")]
+    first = result["dense_steps"]
+    rows = {
+        "denoising, s": (result["seconds_dense"], result["seconds_sparse"]),
+        "attention, s": (result["attention_seconds_dense"], result["attention_seconds_sparse"]),
+    }
+    if first:
+        rows[f"- first {first} steps, dense"] = [sum(seconds[:first]) for seconds in by_step]
+        rows[f"- other {result['steps'] - first} steps"] = [sum(seconds[first:]) for seconds in by_step]
+    for label, (dense, sparse) in rows.items():
+        table.add_row(label, f"{dense:.1f}", f"{sparse:.1f}", f"{dense / sparse:.2f}x" if sparse else "-")
     achieved = "-" if result["density_achieved"] is None else f"{result['density_achieved']:.3f}"
     table.add_row("density in sparse calls", "1", achieved)
     table.add_row("density of the whole run", "1", f"{result['density_run']:.3f}")

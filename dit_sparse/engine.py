@@ -43,7 +43,8 @@ class SparseAttnProcessor:
             method: a name from ``dit_sparse.METHODS``, with ``settings`` of its own, or a Method.
             density: fraction of the query-key pairs to compute; 0.25 where neither it nor a setting is given.
             schedule: when to stay dense; ``dense_steps`` and ``dense_layers`` are short for parts of it.
-            executor: what computes the plans: "auto", or a name that runs or raises.
+            executor: what computes the plans: "auto", or a name that runs or raises. "auto" computes dense steps, too,
+                where an executor is faster at all pairs than torch's own attention.
             block: tokens in a block, 16 to 256; None: 64 below 32,768 tokens, else 128.
             min_tokens: shorter sequences stay dense. None: "auto" stays dense wherever that is faster by what was
                 measured on this machine; 0: nothing stays dense for its length.

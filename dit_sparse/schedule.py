@@ -13,7 +13,8 @@ class Schedule:
 
     Attributes:
         dense_steps: the first denoising steps stay dense: a count (int) or a fraction of all steps (float, floored).
-            They settle the layout of the video; nearly every paper keeps 10-30 % of them, Radial Attention 24 %.
+            They settle the layout of the video; nearly every paper keeps 10-30 % of them, Radial Attention 24 %. Every
+            pair is computed in them, by torch's own attention or by an executor that "auto" has measured to be faster.
         dense_layers: the first layers stay dense in every step: a count or a fraction.
         every: a plan is made anew after this many sparse steps. Attention changes slowly: on the bundled model every
             second step costs at most 0.9 dB, mostly nothing, and half the planning. Static patterns are planned once

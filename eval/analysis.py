@@ -72,7 +72,7 @@ class Analysis:
             raise ValueError(f"looks is how many steps are looked at, at least 1, not {self.looks}")
         SparseAttnProcessor("dense", block=self.block)
         self.tried()
-        object.__setattr__(self, "call", usual_call(self.model) | self.call)
+        object.__setattr__(self, "call", usual_call(self.model, small=True) | self.call)
         if steps := self.call.get("num_inference_steps"):
             looked_at(self.schedule, steps, self.looks)
 

@@ -25,8 +25,7 @@ from .summary import density_of, near, over_random, summary
 from .takes import Studio, Wanted, check_steps
 
 ALWAYS = ("dense", "random_blocks")  # the ceiling and the floor of every comparison
-SMALL_CALL = {"num_inference_steps": 8, "num_frames": 7, "height": 64, "width": 64}  # of the bundled model
-QUICK_CALL = SMALL_CALL | {"num_inference_steps": 6, "num_frames": 4}
+QUICK_CALL = {"num_inference_steps": 6, "num_frames": 4, "height": 64, "width": 64}  # of the bundled model
 Stage = Callable[[str], Progress]
 
 
@@ -72,8 +71,7 @@ class Comparison:
         names = [name for given in self.methods for name in (METHODS if given == "all" else (given,))]
         object.__setattr__(self, "methods", list(dict.fromkeys([*ALWAYS, *names])))
         object.__setattr__(self, "densities", sorted({_checked(density) for density in self.densities}))
-        small = SMALL_CALL if self.model == BUNDLED else {}
-        object.__setattr__(self, "call", usual_call(self.model) | small | self.call)
+        object.__setattr__(self, "call", usual_call(self.model, small=True) | self.call)
         if "num_inference_steps" in self.call:
             check_steps(self.schedule, self.call["num_inference_steps"])
         self.rows()

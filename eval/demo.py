@@ -107,6 +107,7 @@ class Demo:
             "psnr": psnr(sparse.frames, dense.frames),
             "ssim": ssim(sparse.frames, dense.frames),
             "executor": ", ".join(report.executors) or "dense",
+            "dense_calls": report.dense_calls,
             "grid": ", ".join(report.grids),
             "steps": self.steps,
             "dense_steps": self.processor.settings.schedule.first_sparse_step(self.steps),

@@ -19,6 +19,7 @@ from .files import to_uint8
 
 BUNDLED = "shapes-wan"
 BUNDLED_CALL = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 20, "height": 80, "width": 80}
+SMALL_CALL = BUNDLED_CALL | {"num_inference_steps": 8, "num_frames": 7, "height": 64, "width": 64}
 BUNDLED_FPS, USUAL_FPS = 8, 16
 BUNDLED_PROMPT = "a red circle moves right while a blue square moves up"
 
@@ -34,9 +35,11 @@ class Clip:
     seconds: float
 
 
-def usual_call(model: str) -> dict:
-    """Arguments of the pipeline where nobody says otherwise."""
-    return dict(BUNDLED_CALL) if model == BUNDLED else {}
+def usual_call(model: str, small: bool = False) -> dict:
+    """Arguments of the pipeline where nobody says otherwise; ``small``: of a clip that the bundled model makes in some
+    seconds, for commands that need many."""
+    usual = SMALL_CALL if small else BUNDLED_CALL
+    return dict(usual) if model == BUNDLED else {}
 
 
 def usual_fps(model: str) -> int:

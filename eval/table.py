@@ -217,10 +217,11 @@ def _demo_conditions(results: Sequence[dict]) -> str:
     r = results[0]
     same = ("device", "commit", "steps", "dense_steps", "grid", "seed", "prompt")
     mixed = [key for key in same if len({str(other[key]) for other in results}) > 1]
+    own, sparse_run = (sum(r[f"attention_by_step_{which}"][: r["dense_steps"]]) for which in ("dense", "sparse"))
     told = (
         f"`{r['model']}`, “{r['prompt']}”, seed {r['seed']}, {r['grid']} tokens, {r['steps']} steps of which the first "
-        f"{r['dense_steps']} dense, {r['executor']} executor, {r['device']}, torch {r['versions']['torch']}, "
-        f"commit {r['commit']}."
+        f"{r['dense_steps']} dense (attention {own / sparse_run:.2f}x: {', '.join(r['dense_calls'])}), "
+        f"{r['executor']} executor, {r['device']}, torch {r['versions']['torch']}, commit {r['commit']}."
     )
     return told + (f" Rows differ in {', '.join(mixed)}: see their files." if mixed else "")
 

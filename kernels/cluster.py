@@ -13,7 +13,7 @@ from dit_sparse.clusters import Clusters
 
 from . import launching
 
-SCORES_PER_CHUNK = 1 << 22
+SCORES_PER_CHUNK = 1 << 19  # 2 MiB: what is written is still in the cache when it is read
 ROWS, GROUP = 128, 64  # tokens and centroids of one tile
 
 
@@ -56,8 +56,9 @@ def kmeans(x: Tensor, clusters: int, iterations: int = 2, centroids: Tensor | No
 def _assign(x: Tensor, centroids: Tensor, half_squares: Tensor) -> Tensor:
     """The nearest centroid of every token, int64 ``[B, H, N]``: the largest ``x.c - |c|^2 / 2``."""
     chunk = max(1, SCORES_PER_CHUNK // half_squares.numel())
-    parts = (part.float() @ centroids.float().mT - half_squares[:, :, None] for part in x.split(chunk, 2))
-    return torch.cat([scores.argmax(-1) for scores in parts], -1)
+    less, columns = half_squares.flatten(0, 1)[:, None], centroids.float().mT.flatten(0, 1)
+    parts = (torch.baddbmm(less, part.float(), columns, beta=-1) for part in x.flatten(0, 1).split(chunk, 1))
+    return torch.cat([scores.argmax(-1) for scores in parts], -1).unflatten(0, x.shape[:2])
 
 
 def _means(x: Tensor, found: Clusters, old: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -92,15 +93,25 @@ def cost(name: str, kind: Kind) -> Cost:
     """What a call of this kind costs by an executor, or by PyTorch's dense attention when ``name`` is "dense"."""
     key = json.dumps([name, str(kind), *_circumstances(kind.device)])
     file = cache_folder() / f"cost_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if (known := _read(file)) is not None:
+        return known
+    measured = _measured(name, kind)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps({"measured": json.loads(key), "cost": asdict(measured)}, indent=1))
+    # What another process has measured meanwhile counts here too: processes of a machine have to choose alike.
+    if _read(file) is None:
+        aside.replace(file)
+    aside.unlink(missing_ok=True)
+    return _read(file) or measured
+
+
+def _read(file: Path) -> Cost | None:
+    """The cost in a file; None where there is none, or something else."""
     try:
         return Cost(**json.loads(file.read_text())["cost"])
     except (OSError, ValueError, KeyError, TypeError):
-        measured = _measured(name, kind)
-    aside = file.with_suffix(f".{os.getpid()}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(json.dumps({"measured": json.loads(key), "cost": asdict(measured)}, indent=1))
-    aside.replace(file)
-    return measured
+        return None
 
 
 def _measured(name: str, kind: Kind) -> Cost:

@@ -215,7 +215,7 @@ def test_the_bundled_model_is_analysed():
         (dict(methods=["radial"], prompts=()), "no prompts"),
         (dict(methods=["radial"], looks=0), "at least 1"),
         (dict(methods=["radial"], block=7), "multiple of 16"),
-        (dict(methods=["radial"], schedule=Schedule(dense_steps=16)), "all 16 steps dense"),
+        (dict(methods=["radial"], schedule=Schedule(dense_steps=8)), "all 8 steps dense"),
     ],
 )
 def test_bad_input_is_one_sentence(given, words):

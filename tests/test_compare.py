@@ -200,7 +200,8 @@ def test_what_is_not_finished_says_so_and_takes_no_place_of_what_is(tmp_path, mo
 
 def test_killed_and_called_again_it_ends_with_the_same_table(tmp_path):
     command = [sys.executable, "-m", "dit_sparse.cli", "compare", "--methods", "radial", "--prompts", "2"]
-    command += ["--density", "0.4", "--block", "16", *SMALL, "--dense-steps", "1", "--out", str(tmp_path / "killed")]
+    command += ["--density", "0.4", "--block", "16", *SMALL, "--dense-steps", "1", "--executor", "gather"]
+    command += ["--out", str(tmp_path / "killed")]
     clips = tmp_path / "killed" / "clips"
     for kill in (1, 2):
         run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -210,7 +211,9 @@ def test_killed_and_called_again_it_ends_with_the_same_table(tmp_path):
         run.wait()
     before = {path: path.stat().st_mtime_ns for path in clips.glob("[!.]*.npz")}
     prompts = [task.text for task in held_out_tasks(2)]
-    killed, straight = (compared(tmp_path / out, prompts).run(silent) for out in ("killed", "straight"))
+    killed, straight = (
+        compared(tmp_path / out, prompts, executor="gather").run(silent) for out in ("killed", "straight")
+    )
     assert len(before) >= 4 and all(path.stat().st_mtime_ns == when for path, when in before.items())
     for a, b in zip(killed["rows"][:3], straight["rows"][:3], strict=True):
         for key in ("name", "density_achieved", "density_run", "psnr", "ssim", "ms_ssim", "mass", "latent_error"):

@@ -130,6 +130,22 @@ def test_a_damaged_cost_is_measured_again(damage, monkeypatch, tmp_path):
     assert json.loads(file.read_text())["cost"] == {"fixed": 1.0, "per_pair": 2.0}
 
 
+def test_the_cost_that_another_process_kept_first_counts(monkeypatch, tmp_path):
+    trial.cost("dense", BLOCKS)
+    (file,) = tmp_path.iterdir()
+    theirs = file.read_text()
+    file.unlink()
+    trial.cost.cache_clear()
+
+    def measured_meanwhile(name, kind):
+        file.write_text(theirs)
+        return Cost(1.0, 2.0)
+
+    monkeypatch.setattr(trial, "_measured", measured_meanwhile)
+    assert trial.cost("dense", BLOCKS) == Cost(**json.loads(theirs)["cost"]) and file.read_text() == theirs
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_noise_never_makes_pairs_free(monkeypatch):
     seconds = iter([2.0, 1.0])
     monkeypatch.setattr(trial, "_seconds", lambda call: next(seconds))

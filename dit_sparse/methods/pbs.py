@@ -26,7 +26,7 @@ from ..budget import Mass, up_to
 from ..clusters import ClusterPlan, Clusters
 from ..grid import Site
 from ..method import Method
-from ..plan import blocks_in
+from ..plan import arranged, blocks_in
 from ..scoring import by_query_blocks, in_blocks
 
 
@@ -59,18 +59,18 @@ class PBS(Method):
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
         grid, block, scale = site.grid, site.block, q.shape[-1] ** -0.5
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        q, k = (x[:, :, grid.before : grid.before + grid.video].float() for x in (q, k))
+        q, k = (x[:, :, grid.before : grid.before + grid.video].float() for x in (q * scale, k))
         probes = q[:, :, :: max(1, grid.video // self.probes)]
-        importance = (probes @ k.mT * scale).softmax(-1).mean(2)
+        importance = (probes @ k.mT).softmax(-1).mean(2)
         in_place = torch.arange(grid.video, device=q.device)
         segment = in_place // (self.segment * block)
         rank = (segment.double() - importance).argsort(dim=-1, stable=True)  # an importance is at most 1
-        k, blocks = torch.take_along_dim(k, rank[..., None], 2), blocks_in(grid.video, block)
+        k, blocks = arranged(k, rank), blocks_in(grid.video, block)
         some = (..., slice(None, None, max(1, block // self.rows)), slice(None))
         rows, real = in_blocks(q, block)[some], in_blocks(torch.ones_like(q[:1, :1, :, :1]), block)[some]
 
         def asked(part: slice) -> Tensor:
-            weights = (rows[:, :, part].flatten(2, 3) @ k.mT * scale).softmax(-1) * real[:, :, part].flatten(2, 3)
+            weights = (rows[:, :, part].flatten(2, 3) @ k.mT).softmax(-1) * real[:, :, part].flatten(2, 3)
             sums = F.pad(weights, (0, -grid.video % block)).unflatten(-1, (blocks, block)).sum(-1)
             return sums.unflatten(2, (-1, rows.shape[3])).sum(3).log()
 
