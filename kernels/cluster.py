@@ -43,14 +43,21 @@ def kmeans(x: Tensor, clusters: int, iterations: int = 2, centroids: Tensor | No
     if centroids.shape != (batch, heads, clusters, dim):
         raise ValueError(f"centroids must be {[batch, heads, clusters, dim]}, not {list(centroids.shape)}")
     by_triton = launching.preferred(x) and launching.why_not(x.detach(), x.detach()) is None
-    assign, means = (_assign_by_triton, _means_by_triton) if by_triton else (_assign, _means)
+    step = _step_by_triton if by_triton else _step
     with torch.no_grad():
-        for _ in range(iterations):
+        for left in reversed(range(iterations)):
             # The distances are those to the centroids as rounded to x's type: both terms have to agree.
             rounded = centroids.to(x.dtype).contiguous()
-            found = Clusters.of(assign(x, rounded, rounded.float().square().sum(-1) / 2), clusters)
-            centroids = means(x, found, centroids)
+            found, centroids = step(x, rounded, rounded.float().square().sum(-1) / 2, centroids, last=left == 0)
     return found, centroids
+
+
+def _step(
+    x: Tensor, centroids: Tensor, half_squares: Tensor, old: Tensor, last: bool
+) -> tuple[Clusters | None, Tensor]:
+    """The means of the tokens nearest to each centroid; sorted into clusters are they only in the last step."""
+    labels = _assign(x, centroids, half_squares)
+    return Clusters.of(labels, old.shape[2]) if last else None, _means(x, labels, old)
 
 
 def _assign(x: Tensor, centroids: Tensor, half_squares: Tensor) -> Tensor:
@@ -61,11 +68,19 @@ def _assign(x: Tensor, centroids: Tensor, half_squares: Tensor) -> Tensor:
     return torch.cat([scores.argmax(-1) for scores in parts], -1).unflatten(0, x.shape[:2])
 
 
-def _means(x: Tensor, found: Clusters, old: Tensor) -> Tensor:
-    labels, sizes = found.labels.flatten(0, 1), found.sizes[..., None]
-    first = torch.arange(len(labels), device=x.device)[:, None] * old.shape[2]
-    sums = torch.zeros_like(old).flatten(0, 2).index_add_(0, (labels + first).flatten(), x.float().flatten(0, 2))
-    return torch.where(sizes > 0, sums.view_as(old) / sizes.clamp(min=1), old)
+def _means(x: Tensor, labels: Tensor, old: Tensor) -> Tensor:
+    labels = labels.flatten(0, 1)
+    place = (labels + torch.arange(len(labels), device=x.device)[:, None] * old.shape[2]).flatten()
+    sums = torch.zeros_like(old).flatten(0, 2).index_add_(0, place, x.float().flatten(0, 2)).view_as(old)
+    sizes = torch.bincount(place, minlength=old.shape[:3].numel()).view_as(old[..., 0])[..., None]
+    return torch.where(sizes > 0, sums / sizes.clamp(min=1), old)
+
+
+def _step_by_triton(
+    x: Tensor, centroids: Tensor, half_squares: Tensor, old: Tensor, last: bool
+) -> tuple[Clusters, Tensor]:
+    found = Clusters.of(_assign_by_triton(x, centroids, half_squares), old.shape[2])  # a sum runs over sorted tokens
+    return found, _means_by_triton(x, found, old)
 
 
 def _assign_by_triton(x: Tensor, centroids: Tensor, half_squares: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ attention. Queries stay where they are, and nothing has to be put back.
 Keys are sorted inside segments of the sequence only, so that they stay near where they were.
 
 Differs from the authors: the segments serve causality there and nearness here. The probes are queries evenly spaced
-over the sequence, not its last block. Sorted keys of one block have little in common, so that their mean says nothing:
-blocks are ranked by the attention that ``rows`` queries of the query block pay to them, exactly. Text is a group of its
-own that attends to and is attended by all; a query block keeps its own segment, as theirs does.
+over the sequence, not its last block, and half as many. Sorted keys of one block have little in common, so that their
+mean says nothing: blocks are ranked by the attention that ``rows`` queries of the query block pay to them, exactly.
+Text is a group of its own that attends to and is attended by all; a query block keeps its own segment, as theirs does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PBS(Method):
 
     clusters: ClassVar[bool] = True
 
-    probes: int = 128
+    probes: int = 64
     segment: int = 2
     rows: int = 4
     share: float = 0.9

@@ -8,13 +8,14 @@ k_j and n_j keys in cluster j,
 
 estimates the attention between clusters; each query cluster keeps the fewest key clusters that reach ``share`` of it,
 and never fewer than ``least`` of them. The first k-means takes ``first`` steps, later ones start from the centroids of
-the step before and take ``then``. Text is a cluster of its own that attends to and is attended by all.
+the plan before and take ``then``. Text is a cluster of its own that attends to and is attended by all.
 
 Differs from the authors: the number of clusters goes with the square root of the length of the sequence and is theirs
 at 720p (Wan: 300 and 1,000 clusters of 75,600 tokens), so that any grid works; k-means starts from evenly spaced
-tokens, not random ones, and runs a fixed number of steps, for testing convergence waits for the device; centroids are
-kept apart for the two branches of guidance (theirs share). With ``density`` each query cluster keeps its best key
-clusters up to that share of the tokens, to the nearest cluster.
+tokens, not random ones, and runs a fixed number of steps, for testing convergence waits for the device. They are few:
+on the bundled model 10 and 2 in the place of 4 and 1 take the error of the output from .154 to .150 and double the
+planning. Centroids are kept apart for the two branches of guidance (theirs share). With ``density`` each query cluster
+keeps its best key clusters up to that share of the tokens, to the nearest cluster.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class SVG2(Method):
     keys: int = 1000
     share: float = 0.9
     least: float = 0.1
-    first: int = 10
-    then: int = 2
+    first: int = 4
+    then: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
