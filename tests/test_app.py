@@ -230,14 +230,19 @@ def test_draw_both_with_another_method_and_setting(visit, tmp_path):
     )
 
 
+def begin_a_long_run(tab) -> None:
+    """Of minutes, if nobody ends it; seen to be under way."""
+    fill(tab, steps=50, **LONG)
+    tab.get_by_role("button", name="Draw both").click()
+    numbers(tab).get_by_text("s left").wait_for()
+
+
 @in_a_browser
 def test_cancel_ends_a_run_and_the_next_one_starts(visit):
     tab = visit()
     tab.get_by_role("button", name="Cancel").click()
     tab.get_by_text("Nothing is being drawn.").wait_for()
-    fill(tab, steps=50, **LONG)
-    tab.get_by_role("button", name="Draw both").click()
-    numbers(tab).get_by_text("s left").wait_for()
+    begin_a_long_run(tab)
     tab.get_by_role("button", name="Cancel").click()
     tab.get_by_text("It ends with the current step.").wait_for()
     drawn(tab, "Cancelled.")
@@ -249,9 +254,7 @@ def test_cancel_ends_a_run_and_the_next_one_starts(visit):
 @in_a_browser
 def test_a_new_wish_takes_the_place_of_the_one_before(visit):
     tab = visit()
-    fill(tab, steps=50, **LONG)
-    tab.get_by_role("button", name="Draw both").click()
-    numbers(tab).get_by_text("s left").wait_for()
+    begin_a_long_run(tab)
     fill(tab)
     tab.get_by_role("button", name="Draw both").click()
     drawn(tab, "4x12x12 tokens, 2 steps")
