@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test app fix shapes clean
+.PHONY: demo test app fix shapes gpu clean
 
 demo: .venv/ready
 	$(BIN)/dit-sparse demo
@@ -21,6 +21,9 @@ fix: .venv/ready
 
 shapes: .venv/ready  ## train the bundled model on
 	$(BIN)/python -m dit_sparse.shapes.train --out runs/shapes --resume --start dit_sparse/assets/shapes-wan
+
+gpu: .venv/ready  ## on a machine with an NVIDIA GPU: tests, benches, training, comparison
+	$(BIN)/python -m dit_sparse.eval.gpu --out out/gpu
 
 # Without an NVIDIA GPU the exact pin comes first: a range would fetch the newest CUDA build.
 .venv/ready: pyproject.toml constraints.txt
