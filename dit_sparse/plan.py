@@ -68,7 +68,7 @@ class Lists:
         """The same groups, each visiting all of them: dense attention, as a plan."""
         rows, columns = self.query_sizes.shape[-1], self.key_sizes.shape[-1]
         index = torch.arange(columns, dtype=torch.int32, device=self.index.device)
-        count = torch.tensor(columns, dtype=torch.int32, device=self.index.device)
+        count = torch.full((), columns, dtype=torch.int32, device=self.index.device)
         return replace(self, index=index.expand(1, 1, rows, -1), count=count.expand(1, 1, rows))
 
     def padded(self, lengths: Tensor | None) -> Lists:

@@ -77,6 +77,7 @@ class Run:
         self._memory: dict[tuple, dict] = defaultdict(dict)
         self._plans: dict[tuple, Plan | None] = {}
         self._choices: dict[tuple, Choice] = {}
+        self._every_pair: dict[Grid, Plan] = {}
         self._stay_dense: dict[tuple, str] = {}
         self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
         self._turns: Counter[nn.Module] = Counter()  # Mochi attends one batch item at a time: which one is this?
@@ -179,16 +180,15 @@ class Run:
         self._turns[place.module] += 1
         if site.branch not in self._begun:
             self._begun[site.branch] = self._settings.method.begin(query, site, sum(self._begun.values()))
-        lengths = self._key_lengths(attn_mask, query, grid)
         if self._settings.schedule.dense(site):
-            quicker = None if isinstance(lengths, str) else self._quicker(query, key, lengths, site)
-            if quicker is None:
+            if (quicker := self._quicker(query, key, attn_mask, site)) is None:
                 return dense("the schedule")
-            whole = Plan.full(grid.tokens, site.block, query.device).padded(lengths)
-            attend = partial(quicker.executor.attend, query, key, value, whole, scale)
-            return dense(f"the schedule, by the executor {quicker.name}", lambda: attend()[0])
+            choice, whole = quicker
+            attend = partial(choice.executor.attend, query, key, value, whole, scale)
+            return dense(f"the schedule, by the executor {choice.name}", lambda: attend()[0])
         if reason := self._settings.too_short(grid) or self._stay_dense.get((site.grid, site.layer)):
             return dense(reason)
+        lengths = self._key_lengths(attn_mask, query, grid)
         if isinstance(lengths, str):
             return dense(self._warn_once(lengths))
         with self._tally.attention.running(query.device):
@@ -226,17 +226,23 @@ class Run:
                 self._stay_dense[site.grid, site.layer] = "faster here, by what was measured"
         return self._choices[call]
 
-    def _quicker(self, q: Tensor, k: Tensor, lengths: Tensor | None, site: Site) -> Choice | None:
-        """The executor that computes all pairs of a dense step faster than torch's own attention, by what "auto" has
-        measured on this machine; None: there is none."""
-        if self._settings.executor != "auto" or self._settings.method.untouched:
+    def _quicker(self, q: Tensor, k: Tensor, mask: Tensor | None, site: Site) -> tuple[Choice, Plan] | None:
+        """Who computes all pairs of a dense step faster than torch's own attention, by what "auto" has measured on this
+        machine, and the plan that says so; None: nobody."""
+        settings = self._settings
+        if settings.executor != "auto" or settings.method.untouched or settings.too_short(site.grid):
+            return None
+        lengths = self._key_lengths(mask, q, site.grid)
+        if isinstance(lengths, str):
             return None
         call = ("every pair", site.grid, q.shape, q.dtype, lengths is None)
         if call not in self._choices:
-            whole = Plan.full(site.grid.tokens, site.block, q.device).padded(lengths)
-            self._choices[call] = choice = pick("auto", q, k, whole, or_dense=True)
+            self._every_pair[site.grid] = whole = Plan.full(site.grid.tokens, site.block, q.device)
+            self._choices[call] = choice = pick("auto", q, k, whole.padded(lengths), or_dense=True)
             self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
-        return None if self._choices[call].name == "dense" else self._choices[call]
+        if self._choices[call].name == "dense":
+            return None
+        return self._choices[call], self._every_pair[site.grid].padded(lengths)
 
     def _plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | None:
         method = self._settings.method

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dit_sparse import ClusterPlan, Plan, Site
 from dit_sparse.grid import Blocks
-from dit_sparse.kernels.block_mass import SCORES_PER_CHUNK, block_mass
+from dit_sparse.kernels import launching
+from dit_sparse.kernels.block_mass import block_mass
 from dit_sparse.method import Computed, always_kept
 
 
@@ -79,7 +80,9 @@ def _between_clusters(q: Tensor, k: Tensor, lse: Tensor, plan: ClusterPlan, scal
     k = k.repeat_interleave(heads // k.shape[1], 1).float()
     real = None if plan.lengths is None else real_tokens(plan)
     total = torch.zeros(batch, heads, plan.query_sizes.shape[-1], clusters, device=q.device)
-    for rows in torch.arange(tokens, device=q.device).split(max(1, SCORES_PER_CHUNK // (batch * heads * tokens))):
+    for rows in torch.arange(tokens, device=q.device).split(
+        max(1, launching.scores_at_once(q) // (batch * heads * tokens))
+    ):
         scores = q[:, :, rows].float() @ k.mT * (dim**-0.5 if scale is None else scale)
         weights = (scores - lse[:, :, rows, None]).exp()
         if real is not None:

@@ -215,15 +215,22 @@ def _demo_conditions(results: Sequence[dict]) -> str:
     if not results:
         return ""
     r = results[0]
-    same = ("device", "commit", "steps", "dense_steps", "grid", "seed", "prompt")
+    same = ("device", "commit", "steps", "dense_steps", "dense_calls", "grid", "seed", "prompt")
     mixed = [key for key in same if len({str(other[key]) for other in results}) > 1]
-    own, sparse_run = (sum(r[f"attention_by_step_{which}"][: r["dense_steps"]]) for which in ("dense", "sparse"))
+    speeds = " and ".join(f"{_of_dense_steps(other):.2f}x" for other in results)
     told = (
         f"`{r['model']}`, “{r['prompt']}”, seed {r['seed']}, {r['grid']} tokens, {r['steps']} steps of which the first "
-        f"{r['dense_steps']} dense (attention {own / sparse_run:.2f}x: {', '.join(r['dense_calls'])}), "
-        f"{r['executor']} executor, {r['device']}, torch {r['versions']['torch']}, commit {r['commit']}."
+        f"{r['dense_steps']} dense (in them, attention is {speeds}), {r['executor']} executor, {r['device']}, "
+        f"torch {r['versions']['torch']}, commit {r['commit']}."
     )
     return told + (f" Rows differ in {', '.join(mixed)}: see their files." if mixed else "")
+
+
+def _of_dense_steps(result: dict) -> float:
+    """How much faster the attention of its dense steps was than that of the dense run."""
+    first = slice(result["dense_steps"])
+    dense, sparse = (sum(result[f"attention_by_step_{run}"][first]) for run in ("dense", "sparse"))
+    return dense / sparse if sparse else 1.0
 
 
 def clips_told(result: dict) -> str:

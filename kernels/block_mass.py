@@ -18,7 +18,6 @@ from dit_sparse.plan import Plan, arranged, blocks_in
 from . import block_sparse, launching
 from .permute import permuted
 
-SCORES_PER_CHUNK = 1 << 19  # 2 MiB: what is written is still in the cache when it is read
 FEWEST_ROWS = 16  # that matrix units take
 
 
@@ -98,7 +97,7 @@ def log_sum_exp(q: Tensor, k: Tensor, scale: float | None = None, every: int = 1
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # what no public function of PyTorch returns
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, k, scale=scale)[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chunk = max(1, SCORES_PER_CHUNK // (q.shape[0] * q.shape[1] * k.shape[2]))
+    chunk = max(1, launching.scores_at_once(q) // (q.shape[0] * q.shape[1] * k.shape[2]))
     keys = k.float().mT
     return torch.cat([(part.float() @ keys * scale).logsumexp(-1) for part in q.split(chunk, 2)], 2)
 
@@ -129,7 +128,7 @@ def _plain(q, k, lse, block, rows, order, lengths, scale) -> tuple[Tensor, Tenso
     end = torch.full((1,), tokens, device=q.device) if lengths is None else lengths
     real = (torch.arange(tokens, device=q.device) < end[:, None])[:, None]
     real_rows = real[..., ::apart]
-    at_once = rows * max(1, SCORES_PER_CHUNK // (batch * heads * rows * tokens))
+    at_once = rows * max(1, launching.scores_at_once(q) // (batch * heads * rows * tokens))
     mass, found = [], []
     for first in range(0, q.shape[2], at_once):
         some = slice(first, first + at_once)

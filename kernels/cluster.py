@@ -13,7 +13,6 @@ from dit_sparse.clusters import Clusters
 
 from . import launching
 
-SCORES_PER_CHUNK = 1 << 19  # 2 MiB: what is written is still in the cache when it is read
 ROWS, GROUP = 128, 64  # tokens and centroids of one tile
 
 
@@ -62,7 +61,7 @@ def _step(
 
 def _assign(x: Tensor, centroids: Tensor, half_squares: Tensor) -> Tensor:
     """The nearest centroid of every token, int64 ``[B, H, N]``: the largest ``x.c - |c|^2 / 2``."""
-    chunk = max(1, SCORES_PER_CHUNK // half_squares.numel())
+    chunk = max(1, launching.scores_at_once(x) // half_squares.numel())
     less, columns = half_squares.flatten(0, 1)[:, None], centroids.float().mT.flatten(0, 1)
     parts = (torch.baddbmm(less, part.float(), columns, beta=-1) for part in x.flatten(0, 1).split(chunk, 1))
     return torch.cat([scores.argmax(-1) for scores in parts], -1).unflatten(0, x.shape[:2])
@@ -72,7 +71,8 @@ def _means(x: Tensor, labels: Tensor, old: Tensor) -> Tensor:
     labels = labels.flatten(0, 1)
     place = (labels + torch.arange(len(labels), device=x.device)[:, None] * old.shape[2]).flatten()
     sums = torch.zeros_like(old).flatten(0, 2).index_add_(0, place, x.float().flatten(0, 2)).view_as(old)
-    sizes = torch.bincount(place, minlength=old.shape[:3].numel()).view_as(old[..., 0])[..., None]
+    sizes = torch.zeros_like(old[..., 0]).flatten().index_add_(0, place, torch.ones_like(place, dtype=old.dtype))
+    sizes = sizes.view_as(old[..., :1])
     return torch.where(sizes > 0, sums / sizes.clamp(min=1), old)
 
 

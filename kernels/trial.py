@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
@@ -95,14 +96,14 @@ def cost(name: str, kind: Kind) -> Cost:
     file = cache_folder() / f"cost_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if (known := _read(file)) is not None:
         return known
+    file.unlink(missing_ok=True)  # it may be damaged
     measured = _measured(name, kind)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps({"measured": json.loads(key), "cost": asdict(measured)}, indent=1))
-    # What another process has measured meanwhile counts here too: processes of a machine have to choose alike.
-    if _read(file) is None:
-        aside.replace(file)
-    aside.unlink(missing_ok=True)
+    with suppress(OSError):  # what another process has kept meanwhile stays, so that all choose alike
+        os.link(aside, file)
+    aside.unlink()
     return _read(file) or measured
 
 

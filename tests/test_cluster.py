@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dit_sparse.kernels import cluster, launching
+from dit_sparse.kernels import launching
 from dit_sparse.kernels.cluster import kmeans
 from support import assert_near, poisoned, qkv
 
@@ -108,7 +108,7 @@ def test_wrong_input_is_named():
 
 def test_the_table_of_distances_is_never_whole(monkeypatch):
     monkeypatch.setattr(launching, "why_not", lambda *_: "the moon is full")
-    monkeypatch.setattr(cluster, "SCORES_PER_CHUNK", 64)
+    monkeypatch.setattr(launching, "scores_at_once", lambda x: 64)
     x = points(60)
     in_chunks, _ = kmeans(x, 5)
     monkeypatch.undo()

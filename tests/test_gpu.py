@@ -46,7 +46,7 @@ def test_what_is_done_is_not_run_again_but_with_other_sources(tmp_path, monkeypa
     for _ in range(2):
         assert states(gpu.run(todo, tmp_path, 1.0)) == {"one": "done", "two": "failed"}
     assert mark.read_text() == "."
-    monkeypatch.setattr(gpu, "sources", lambda: "others")
+    monkeypatch.setattr(gpu, "decided", lambda: "something else")
     gpu.run(todo, tmp_path, 1.0)
     assert mark.read_text() == ".."
     (tmp_path / "gpu.json").write_text("{")
@@ -73,11 +73,28 @@ def test_when_the_time_is_over_nothing_is_begun(tmp_path):
     assert states(gpu.run([python("one", "")], tmp_path, 1.0)) == {"one": "done"}
 
 
+def test_what_was_never_tried_comes_first_and_nothing_before_what_it_needs(tmp_path, monkeypatch):
+    mark, bad = tmp_path / "marks", tmp_path / "bad"
+    note = lambda name: f"open({str(mark)!r}, 'a').write({name!r})"
+    bad.touch()
+    todo = [
+        python("a", f"{note('a')}; import os; raise SystemExit(os.path.exists({str(bad)!r}))"),
+        Stage("b", python("", note("b")).command, 1.0, after="a"),
+        python("c", note("c")),
+    ]
+    assert states(gpu.run(todo[:2], tmp_path, 1.0)) == {"a": "failed", "b": "not begun"}
+    assert states(gpu.run(todo, tmp_path, 1.0)) == {"a": "failed", "b": "not begun", "c": "done"}
+    assert mark.read_text() == "aca"
+    bad.unlink()
+    assert set(states(gpu.run(todo, tmp_path, 1.0)).values()) == {"done"} and mark.read_text() == "acaab"
+
+
 def test_every_stage_names_what_is_there(tmp_path):
     """What is misspelt would cost a machine its minutes."""
     todo = {stage.name: list(stage.command[2:]) for stage in gpu.stages(tmp_path, 22)}
     assert list(todo) == ["tests", "attention", "transformer", "training", "compare"]
-    assert all((gpu.ROOT / "tests" / name).is_file() for name in gpu.TESTS)
+    on_a_gpu = {path.name for path in (gpu.ROOT / "tests").glob("test_*.py") if '\nDEVICE = "cuda"' in path.read_text()}
+    assert set(gpu.TESTS) == on_a_gpu
     for name in ("attention", "transformer", "compare"):
         module, *arguments = todo[name]
         assert module == "dit_sparse.cli"

@@ -76,7 +76,7 @@ RULES = {  # the first pattern that fits a module is its row
     "eval.bench": May(f"{USER} eval.* kernels.cluster kernels.permute"),
     "eval.bench_transformer": May(f"{USER} eval.*", lazily="diffusers"),
     "eval.analysis": May(f"{USER} eval.* composition method methods.* search", others="PIL"),
-    "eval.bounds": May("public grid method kernels.block_mass"),
+    "eval.bounds": May("public grid method kernels.block_mass kernels.launching"),
     "eval.scaling": May(f"{USER} eval.* method", others="PIL"),
     "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips pyiqa"),
     "terminal": May(others="typer rich"),

@@ -349,9 +349,17 @@ def test_the_content_of_padding_does_not_matter(method):
 # --- calls that stay dense, and say so
 
 
-def test_short_sequences_stay_dense(stock):
+@pytest.fixture
+def executors_are_quick(monkeypatch):
+    monkeypatch.setattr(
+        "dit_sparse.kernels.pick.cost", lambda name, kind: Cost(100.0 if name == "dense" else 0.0, 1e-9)
+    )
+
+
+@pytest.mark.parametrize("executor", ["gather", "auto"])
+def test_short_sequences_stay_dense(stock, executor, executors_are_quick):
     plain = dense_latents(stock.name)
-    with sparse(stock, density=0.3, min_tokens=10_000) as run:
+    with sparse(stock, density=0.3, min_tokens=10_000, executor=executor) as run:
         assert latents(stock).equal(plain)
     report = run.report()
     reason = "fewer than 10000 tokens"
@@ -386,13 +394,6 @@ def test_auto_stays_dense_where_that_is_faster(name, dynamic, monkeypatch):
 
 
 ALL_DENSE = dict(executor="auto", dense_steps=STEPS, block=16)
-
-
-@pytest.fixture
-def executors_are_quick(monkeypatch):
-    monkeypatch.setattr(
-        "dit_sparse.kernels.pick.cost", lambda name, kind: Cost(100.0 if name == "dense" else 0.0, 1e-9)
-    )
 
 
 def test_dense_steps_run_by_an_executor_where_that_is_faster(stock, executors_are_quick):

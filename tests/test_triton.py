@@ -195,11 +195,17 @@ def test_block_mass_agrees_with_float64(shape, block, rows):
     assert_near(retained.cpu(), (expected * plan.to("cpu").keep()).sum(-1), TOLERANCE[q.dtype])
 
 
+def in_plain_pytorch(monkeypatch) -> None:
+    """And some query blocks at a time."""
+    monkeypatch.setattr(block_mass, "_by_triton", lambda *_: False)
+    monkeypatch.setattr(launching, "scores_at_once", lambda x: 1 << 15)
+
+
 def test_block_mass_in_plain_pytorch_is_the_same(monkeypatch):
+    in_plain_pytorch(monkeypatch)
     for shape in MASS_CASES:
         (q, k, _), plan = case(shape, 64)
         lse, expected = paid(q.cpu(), k.cpu(), plan.to("cpu"), 32, scale=0.1)
-        monkeypatch.setattr(block_mass, "_by_triton", lambda *_: False)
         layout = dict(order=plan.order, lengths=plan.lengths, rows=32, scale=0.1)
         assert_near(block_mass.block_mass(q, k, lse.to(DEVICE), 64, **layout).cpu(), expected, TOLERANCE[q.dtype])
 
@@ -216,13 +222,26 @@ def test_the_first_block_mass_finds_its_log_sum_exp(rows):
 
 
 def test_the_first_block_mass_in_plain_pytorch_is_the_same(monkeypatch):
-    monkeypatch.setattr(block_mass, "_by_triton", lambda *_: False)
-    monkeypatch.setattr(block_mass, "SCORES_PER_CHUNK", 1 << 15)
+    in_plain_pytorch(monkeypatch)
     for rows in (64, 16, 1):
         test_the_first_block_mass_finds_its_log_sum_exp(rows)
 
 
-def test_block_mass_hides_padding_and_needs_rows_that_divide_the_block():
+@pytest.mark.parametrize("plain", [False, True])
+def test_queries_that_see_nothing_pay_nothing(plain, monkeypatch):
+    if plain:
+        in_plain_pytorch(monkeypatch)
+    (q, k, _), plan = case("ragged", 64)
+    lse, _ = paid(q.cpu(), k.cpu(), Plan.full(plan.tokens, 64), 64)
+    lse[..., 64:128] = -torch.inf
+    mass = block_mass.block_mass(q, k, lse.to(DEVICE), 64)
+    assert not mass[..., 1, :].any() and mass.isfinite().all() and (mass[..., 2, :] > 0).all()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_block_mass_hides_padding_and_needs_rows_that_divide_the_block(plain, monkeypatch):
+    if plain:
+        in_plain_pytorch(monkeypatch)
     (q, k, _), plan = case("lengths", 64)
     lse, _ = paid(q.cpu(), k.cpu(), plan.to("cpu"), 64)
     clean = block_mass.block_mass(q, k, lse.to(DEVICE), 64, lengths=plan.lengths)

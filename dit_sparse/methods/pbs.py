@@ -8,7 +8,8 @@ attention. Queries stay where they are, and nothing has to be put back.
 Keys are sorted inside segments of the sequence only, so that they stay near where they were.
 
 Differs from the authors: the segments serve causality there and nearness here. The probes are queries evenly spaced
-over the sequence, not its last block, and half as many. Sorted keys of one block have little in common, so that their
+over the sequence, not its last block, and half as many (on the bundled model the error of the output is .205 with 64
+and .203 with 128, at density .25). Sorted keys of one block have little in common, so that their
 mean says nothing: blocks are ranked by the attention that ``rows`` queries of the query block pay to them, exactly.
 Text is a group of its own that attends to and is attended by all; a query block keeps its own segment, as theirs does.
 """
@@ -59,7 +60,8 @@ class PBS(Method):
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
         grid, block, scale = site.grid, site.block, q.shape[-1] ** -0.5
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        q, k = (x[:, :, grid.before : grid.before + grid.video].float() for x in (q * scale, k))
+        q, k = (x[:, :, grid.before : grid.before + grid.video].float() for x in (q, k))
+        q = q * scale
         probes = q[:, :, :: max(1, grid.video // self.probes)]
         importance = (probes @ k.mT).softmax(-1).mean(2)
         in_place = torch.arange(grid.video, device=q.device)
