@@ -77,7 +77,7 @@ class Run:
         self._memory: dict[tuple, dict] = defaultdict(dict)
         self._plans: dict[tuple, Plan | None] = {}
         self._choices: dict[tuple, Choice] = {}
-        self._every_pair: dict[Grid, Plan] = {}
+        self._whole: dict[tuple, tuple[Choice, Plan]] = {}
         self._stay_dense: dict[tuple, str] = {}
         self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
         self._turns: Counter[nn.Module] = Counter()  # Mochi attends one batch item at a time: which one is this?
@@ -215,7 +215,7 @@ class Run:
 
     def _choice(self, plan: Plan, q: Tensor, k: Tensor, site: Site) -> Choice:
         """Who computes such calls of this layer. Found at the first of them, for on a GPU it waits for the device."""
-        call = (site.grid, site.layer, q.shape, q.dtype, type(plan), plan.lengths is None)
+        call = (site.grid, site.layer, q.shape, q.dtype, q.device, type(plan), plan.lengths is None)
         if call not in self._choices:
             or_dense, lse = self._settings.min_tokens is None, self._settings.method.needs_lse
             choice = pick(self._settings.executor, q, k, plan, or_dense=or_dense, lse=lse)
@@ -235,14 +235,14 @@ class Run:
         lengths = self._key_lengths(mask, q, site.grid)
         if isinstance(lengths, str):
             return None
-        call = ("every pair", site.grid, q.shape, q.dtype, lengths is None)
-        if call not in self._choices:
-            self._every_pair[site.grid] = whole = Plan.full(site.grid.tokens, site.block, q.device)
-            self._choices[call] = choice = pick("auto", q, k, whole.padded(lengths), or_dense=True)
+        call = (site.grid, q.shape, q.dtype, q.device, lengths is None)
+        if call not in self._whole:
+            whole = Plan.full(site.grid.tokens, site.block, q.device)
+            choice = pick("auto", q, k, whole.padded(lengths), or_dense=True)
             self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
-        if self._choices[call].name == "dense":
-            return None
-        return self._choices[call], self._every_pair[site.grid].padded(lengths)
+            self._whole[call] = choice, whole
+        choice, whole = self._whole[call]
+        return None if choice.name == "dense" else (choice, whole.padded(lengths))
 
     def _plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | None:
         method = self._settings.method
