@@ -122,8 +122,8 @@ def bench_scaling(
         with progress_bars() as stage:
             result = task.run(stage("plans"))
         save_json(out, result)
-        for setting in ("own", "fixed"):
-            save_picture(out.with_name(f"{out.stem}-{setting}.png"), scaling.picture(result, setting=setting))
+        for setting, what in (("own", "density"), ("fixed", "modelled_seconds")):
+            save_picture(out.with_name(f"{out.stem}-{setting}.png"), scaling.picture(result, what, setting))
     _print_exponents(result["exponents"])
     console.print(f"{len(result['rows'])} rows in {escape(str(out))}, pictures beside it")
 

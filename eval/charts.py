@@ -48,8 +48,19 @@ class _Axis:
         return [value for value in places if self.low <= value <= self.high]
 
 
+@dataclass(frozen=True)
+class _Style:
+    colour: tuple[int, int, int]
+    hollow: bool
+
+    def marks(self, size: float) -> list[tuple[float, tuple[int, int, int]]]:
+        """Sizes and colours of what is drawn, one over the other."""
+        return [(size, self.colour)] + ([(size - 2, PAPER)] if self.hollow else [])
+
+
 def log_log(lines: Mapping[str, Sequence[Point]], title: str, subtitle: str, x_label: str, y_label: str) -> Image.Image:
-    """One coloured line for every name, with a point at every value, and a legend in the order of their ends.
+    """One coloured line for every name, hollow where the colours begin again, with a point at every value, and a legend
+    in the order of their ends.
 
     Args:
         lines: ``(x, y)`` of each name, positive, in ascending order of x.
@@ -64,8 +75,8 @@ def log_log(lines: Mapping[str, Sequence[Point]], title: str, subtitle: str, x_l
     right = SIZE[0] - 48 - max(int(_font(13).getlength(name)) for name in ranked) - 28
     x = _Axis.around([point[0] for point in points], LEFT, right)
     y = _Axis.around([point[1] for point in points], SIZE[1] - BOTTOM, TOP)
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(lines)}
-    picture = _drawn(lines, x, y, colours)
+    styles = {name: _Style(COLOURS[i % len(COLOURS)], i >= len(COLOURS)) for i, name in enumerate(lines)}
+    picture = _drawn(lines, x, y, styles)
     draw = ImageDraw.Draw(picture)
     draw.text((24, 18), title, INK, _font(18))
     draw.text((24, 44), subtitle, FAINT, _font(13))
@@ -75,7 +86,7 @@ def log_log(lines: Mapping[str, Sequence[Point]], title: str, subtitle: str, x_l
         draw.text((LEFT - 10, y.place(value)), short(value), INK, _font(12), anchor="rm")
     draw.text(((LEFT + right) / 2, SIZE[1] - 18), x_label, FAINT, _font(13), anchor="mm")
     _sideways(picture, y_label)
-    _legend(draw, ranked, colours, right + 20)
+    _legend(draw, ranked, styles, right + 20)
     return picture
 
 
@@ -87,7 +98,7 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _drawn(lines: Mapping[str, Sequence[Point]], x: _Axis, y: _Axis, colours: dict) -> Image.Image:
+def _drawn(lines: Mapping[str, Sequence[Point]], x: _Axis, y: _Axis, styles: dict[str, _Style]) -> Image.Image:
     """The grid and the lines, without words. A line is wider than the later ones that share a place with it, so all are
     seen."""
     large = Image.new("RGB", (SMOOTH * SIZE[0], SMOOTH * SIZE[1]), PAPER)
@@ -103,16 +114,20 @@ def _drawn(lines: Mapping[str, Sequence[Point]], x: _Axis, y: _Axis, colours: di
     for name, places in drawn.items():
         own = later.pop(0)
         width = 2.2 + min(2.5, 14 / len(lines)) * sum(not own.isdisjoint(other) for other in later)
-        line(places, colours[name], width)
+        for size, colour in styles[name].marks(width + styles[name].hollow):
+            line(places, colour, size)
         for place in places:
-            draw.circle([SMOOTH * c for c in place], SMOOTH * (width + 1.4), colours[name])
+            for size, colour in styles[name].marks(width + 1.4):
+                draw.circle([SMOOTH * c for c in place], SMOOTH * size, colour)
     return large.resize(SIZE, Image.Resampling.LANCZOS)
 
 
-def _legend(draw: ImageDraw.ImageDraw, names: Sequence[str], colours: dict, left: float) -> None:
+def _legend(draw: ImageDraw.ImageDraw, names: Sequence[str], styles: dict[str, _Style], left: float) -> None:
     for number, name in enumerate(names):
         at = TOP + 8 + number * min(LEGEND_LINE, (SIZE[1] - TOP - BOTTOM) / len(names))
-        draw.rectangle((left, at - 2, left + 18, at + 1), colours[name])
+        draw.rectangle((left, at - 2, left + 18, at + 1), styles[name].colour)
+        if styles[name].hollow:
+            draw.rectangle((left, at - 1, left + 18, at), PAPER)
         draw.text((left + 28, at), name, INK, _font(13), anchor="lm")
 
 

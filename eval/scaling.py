@@ -228,9 +228,9 @@ def fitted(tokens: Sequence[float], pairs: Sequence[float]) -> dict:
     return told
 
 
-def picture(result: dict, what: str = "pairs", setting: str = "own") -> Image.Image:
-    """``pairs``, or a kind of seconds, against tokens: a line a method, with the exponent of its pairs. Dense is in
-    both settings.
+def picture(result: dict, what: str, setting: str) -> Image.Image:
+    """``density``, ``pairs``, or a kind of seconds, against tokens: a line a method, with the exponent of its pairs.
+    Dense is in both settings.
 
     Raises:
         ValueError: nothing of that was measured.
@@ -242,7 +242,11 @@ def picture(result: dict, what: str = "pairs", setting: str = "own") -> Image.Im
     slope = lambda name: result["exponents"][name].get(setting) or result["exponents"][name]["own"]
     told = lambda fit: "" if fit["exponent"] is None else f"   n^{fit['exponent']:.2f}"
     how = "at its own settings" if setting == "own" else f"at density {result['density_fixed']}"
-    labels = {"pairs": "computed pairs of a head"}
+    labels = {
+        "pairs": "computed pairs of a head",
+        "density": "share of the pairs that is computed",
+        "modelled_seconds": "seconds of a plan and one call, modelled",
+    }
     y_label = labels.get(what, what.replace("_", " "))
     title = f"{y_label[0].upper()}{y_label[1:]} as videos grow longer"
     subtitle = f"frames of {result['frame']} tokens, every method {how}; n^ is the fitted exponent of its pairs"

@@ -121,7 +121,7 @@ def compare_table(result: dict, density: float | None = None) -> str:
     quality = lambda row: (row["density_asked"] or 0, -(mean(row["psnr"]) or 999))
     rows = [
         (
-            "`{}`".format(r["name"].replace("|", "\\|")) + costs_like(r, result["rows"]),
+            f"`{r['name']}`" + costs_like(r, result["rows"]),
             told(r["density_achieved"], 2) + (" (!)" if r["density_hit"] is False else ""),
             told(r["density_run"], 2),
             told(r["error"], 2),
@@ -263,7 +263,7 @@ def _first_sentence(text: str) -> str:
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+    return "\n".join(lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows])
 
 
 if __name__ == "__main__":

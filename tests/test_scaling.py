@@ -155,12 +155,12 @@ def test_bad_input_is_one_sentence(given, words):
 
 
 def test_the_chart_shows_every_method(result):
-    for picture in (scaling.picture(result), scaling.picture(result, "modelled_seconds", "fixed")):
+    for picture in (scaling.picture(result, "density", "own"), scaling.picture(result, "modelled_seconds", "fixed")):
         assert picture.size == (900, 560)
         colours = {colour for _, colour in picture.getcolors(1 << 20)}
         assert set(charts.COLOURS[:8]) <= colours
     with pytest.raises(ValueError, match="points"):
-        scaling.picture(result | {"rows": [row | {"pairs": 0} for row in result["rows"]]})
+        scaling.picture(result | {"rows": [row | {"pairs": 0} for row in result["rows"]]}, "pairs", "own")
 
 
 def test_axes_have_ticks_at_round_numbers():
