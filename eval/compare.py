@@ -113,45 +113,49 @@ class Comparison:
         return SparseAttnProcessor(one, **given)
 
     def run(self, stage: Stage) -> dict:
-        """One row after the other, written to a file after each of them; returns what was written at the end."""
+        """All clips, then one row after the other; what is not finished is told so in the file that is there after each
+        of them. Returns what was written at the end."""
         same = {"schedule": self.schedule, "executor": self.executor, "block": self.block}
         studio = Studio(self.model, self.prompts, range(self.seeds), self.call, self.out / "clips", **same)
-        rows, everything, path = self.rows(), stage("all rows"), self.out / "compare.json"
+        path = self.out / "compare.json"
         draft = path.with_name("compare.unfinished.json") if _finished(path) else path
         result = {key: value for key, value in asdict(self).items() if key not in ("out", "methods")}
         result |= {"finished": False, "grids": [], "steps": None} | conditions() | {"rows": []}
         errors: dict = {}
-        for done, wanted in enumerate(self._in_turn(rows, result["rows"])):
-            everything(done, len(rows) + len(self.densities))
-            if wanted.density not in errors and wanted.steps is None:
-                alike = [row for row in rows if row.density == wanted.density] or [wanted]
-                errors[wanted.density] = studio.errors(alike, stage("errors"))
-            studio.make(wanted, stage(wanted.name))
-            made = summary(wanted, studio, self.quality)
-            made["error"] = errors[wanted.density].get(wanted.method)
-            result["grids"], result["steps"] = made.pop("grids") or result["grids"], result["steps"] or made["steps"]
-            result["rows"].append(made)
-            for row in result["rows"]:
-                row["over_random"] = over_random(row, result["rows"], self.seeds)
-            save_json(draft, result)
+        for name, rows in self._in_turn(result["rows"]):
+            studio.make(rows, stage(name))
+            judging = stage(f"{name}: figures")
+            for done, wanted in enumerate(rows):
+                judging(done, len(rows))
+                if wanted.density not in errors and wanted.steps is None:
+                    alike = [row for row in rows if row.density == wanted.density]
+                    errors[wanted.density] = studio.errors(alike, stage(f"errors at {wanted.density or 'own density'}"))
+                row = summary(wanted, studio, self.quality) | {"error": errors[wanted.density].get(wanted.method)}
+                result["grids"], result["steps"] = row.pop("grids") or result["grids"], result["steps"] or row["steps"]
+                result["rows"].append(row)
+                for one in result["rows"]:
+                    one["over_random"] = over_random(one, result["rows"], self.seeds)
+                save_json(draft, result)
+            judging(len(rows), len(rows))
         result["finished"] = True
         save_json(path, result)
         if draft != path:
             draft.unlink()
-        everything(1, 1)
         return result
 
-    def _in_turn(self, rows: list[Wanted], made: list[dict]) -> Iterator[Wanted]:
+    def _in_turn(self, made: list[dict]) -> Iterator[tuple[str, list[Wanted]]]:
         """The rows, random blocks where the own settings of a method led, and dense attention with as many steps as
-        rows cost. ``made``: what came of those before."""
-        yield from rows
+        rows cost; each with a name, where there are any. ``made``: what came of those before."""
+        yield "clips", self.rows()
         there = [density_of(row) for row in made if row["method"] == "random_blocks"]
-        yield from self._floors(list(filter(None, map(density_of, made))), list(filter(None, there)))
+        if floors := self._floors(list(filter(None, map(density_of, made))), list(filter(None, there))):
+            yield "random blocks", floors
         equal: dict[int, list[str]] = {}
         for row in made[1:]:
             equal.setdefault(equal_steps(row, made[0]), []).append(row["name"])
-        for steps in sorted(equal.keys() - {made[0]["steps"]}):
-            yield Wanted("dense", "dense", None, self.processor("dense", None), steps, tuple(equal[steps]))
+        dense = lambda steps: Wanted("dense", "dense", None, self.processor("dense", None), steps, tuple(equal[steps]))
+        if fewer := sorted(equal.keys() - {made[0]["steps"]}):
+            yield "dense, fewer steps", [dense(steps) for steps in fewer]
 
 
 def equal_steps(row: dict, dense: dict) -> int:

@@ -22,8 +22,8 @@ from .bench import PATTERNS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
 TIMED = (
-    "Rows were timed one after another, and clips kept from an earlier run bring the seconds of that time: small "
-    "differences in speed may be the machine's."
+    "Clips were made prompt after prompt, all rows in turn, so that a slow minute slows all rows; those kept from an "
+    "earlier run bring the seconds of that time. Small differences in speed may be the machine's."
 )
 
 

@@ -86,17 +86,18 @@ class Studio:
         check_steps(self.schedule, self.call.get("num_inference_steps", usual))
         return prepare(pipe)
 
-    def make(self, wanted: Wanted, progress: Progress) -> None:
-        """Make the takes of a row that are missing; ``progress`` counts steps of all."""
-        warm = False
-        for number, scene in enumerate(self.scenes):
+    def make(self, rows: Sequence[Wanted], progress: Progress) -> None:
+        """Make the takes that are missing, scene after scene and in each of them row after row: what slows the machine
+        for some minutes slows all rows alike. ``progress`` counts takes, and steps as parts of them."""
+        todo, warm = [(scene, wanted) for scene in self.scenes for wanted in rows], set()
+        for number, (scene, wanted) in enumerate(todo):
             if self.shelf.get(*self._place(wanted, scene)) is None:
-                if not warm:
+                if wanted.name not in warm:
                     self._warm_up(wanted)
-                    warm = True
-                told = lambda step, steps, n=number: progress(n * steps + step, len(self.scenes) * steps)
+                    warm.add(wanted.name)
+                told = lambda step, steps, n=number: progress(n * steps + step, len(todo) * steps)
                 self.shelf.put(*self._place(wanted, scene), self._take(wanted, scene, told))
-            progress(number + 1, len(self.scenes))
+            progress(number + 1, len(todo))
 
     def takes(self, wanted: Wanted) -> Iterator[tuple[Take, Take]]:
         """Every take of a row that was made, and the dense one of its prompt and seed."""

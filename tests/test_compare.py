@@ -90,18 +90,18 @@ def test_dense_steps_of_the_cost_of_a_row():
 def test_a_dense_row_for_every_cost_that_rows_were_measured_to_have(tmp_path):
     """Rows with a density of their own are counted as well, by what they computed in the whole run."""
     task = Comparison(["window", "radial@own", "svg@0.3"], PROMPTS, tmp_path)
-    rows, made = task.rows(), [DENSE]
-    turn = task._in_turn(rows, made)
+    made = [DENSE]
+    turn = task._in_turn(made)
     told = [("random_blocks 0.25", 0.25, 0.26, 0.44), ("window 0.25", 0.25, 0.25, 0.44)]
     told += [("random_blocks 0.3", 0.3, 0.3, 0.48), ("radial", None, 0.6, 0.7), ("svg 0.3", 0.3, 0.3, 0.99)]
-    assert next(turn).name == "dense"
-    for row in told:
-        assert next(turn).name == row[0]
-        made.append(measured(*row))
-    assert next(turn).name == "random_blocks 0.6"
+    _, rows = next(turn)
+    assert [row.name for row in rows] == ["dense", *(name for name, *_ in told)]
+    made += [measured(*row) for row in told]
+    _, (floor,) = next(turn)
+    assert floor.name == "random_blocks 0.6"
     made.append(measured("random_blocks 0.6", 0.6, 0.6, 0.7))
-    dense = {row.steps: row.equal_to for row in turn}
-    assert dense == {
+    ((_, dense),) = turn
+    assert {row.steps: row.equal_to for row in dense} == {
         13: ("random_blocks 0.25", "window 0.25"),
         14: ("random_blocks 0.3",),
         16: ("radial", "random_blocks 0.6"),
@@ -283,7 +283,7 @@ def test_what_a_comparison_cannot_say_is_said():
     part = LARGEST | {"finished": False, "rows": LARGEST["rows"][:5]}
     part["rows"] = [row | {"lpips": row["lpips"] and {"unavailable": why}} for row in part["rows"]]
     for told in (page.page(part), compare_table(part)):
-        assert "only the first 5 rows" in told and "timed one after another" in told
+        assert "only the first 5 rows" in told and "all rows in turn" in told
     assert f"LPIPS is not here: {why}" in page.page(part)
 
 

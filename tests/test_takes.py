@@ -142,26 +142,41 @@ def test_looking_is_no_part_of_a_clips_seconds_and_neither_is_the_first_call_of_
     here = studio(tmp_path)
     for row in (DENSE, wanted()):
         made.clear()
-        here.make(row, quiet)
+        here.make([row], quiet)
         warm_up, *timed = made
         assert warm_up[2:] == (1, 0), "one step, and that one sparse"
         assert [(prompt, steps) for prompt, _, steps, _ in timed] == [("a", 4), ("b", 4)]
         assert all(take.note["seconds"] == 7 for take, _ in here.takes(row))
-        here.make(row, quiet)
+        here.make([row], quiet)
         assert len(made) == 3
 
 
-def test_a_larger_comparison_makes_only_what_is_missing(tmp_path, made):
-    studio(tmp_path, prompts=("a",)).make(DENSE, quiet)
+def test_rows_take_turns_and_warm_up_once(tmp_path, made):
+    rows, told = [DENSE, wanted(), replace(wanted(), method="y")], []
+    here = studio(tmp_path, prompts=("a", "b"))
+    here.make(rows[:2], quiet)
     made.clear()
-    studio(tmp_path, prompts=("new", "a"), seeds=2).make(DENSE, quiet)
+    here.make(rows, lambda *at: told.append(at))
+    assert [(prompt, steps) for prompt, _, steps, _ in made] == [("a", 1), ("a", 4), ("b", 4)]
+    assert told[-1] == (6, 6) and [a / b for a, b in told] == sorted(a / b for a, b in told)
+    fresh = studio(tmp_path / "other", prompts=("a", "b"))
+    made.clear()
+    fresh.make(rows, quiet)
+    assert [prompt for prompt, _, steps, _ in made if steps == 4] == ["a"] * 3 + ["b"] * 3
+    assert sum(steps == 1 for *_, steps, _ in made) == 3
+
+
+def test_a_larger_comparison_makes_only_what_is_missing(tmp_path, made):
+    studio(tmp_path, prompts=("a",)).make([DENSE], quiet)
+    made.clear()
+    studio(tmp_path, prompts=("new", "a"), seeds=2).make([DENSE], quiet)
     assert [scene[:2] for scene in made[1:]] == [("new", 0), ("new", 1), ("a", 1)]
 
 
 def test_equal_latents_have_no_error_though_they_are_kept_rounded(tmp_path, made):
     here = studio(tmp_path)
-    here.make(DENSE, quiet)
-    here.make(wanted(), quiet)
+    here.make([DENSE], quiet)
+    here.make([wanted()], quiet)
     for take, dense in here.takes(wanted()):
         assert take.note["latent_error"] == [[step, 0.0] for step in range(4)]
         assert dense.latents.dtype == np.float16 and dense.latents.shape == (4, 1, 2)
