@@ -22,8 +22,8 @@ from .bench import PATTERNS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "eval" / "results"
 TIMED = (
-    "Clips were made prompt after prompt, all rows in turn, so that a slow minute slows all rows; those kept from an "
-    "earlier run bring the seconds of that time. Small differences in speed may be the machine's."
+    "Clips kept from an earlier run bring the seconds of that time, and machines have slow minutes: small differences "
+    "in speed may be theirs."
 )
 
 
