@@ -42,7 +42,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 
 
-@app.command(epilog="Example: dit-sparse demo --method radial --density 0.22 --out out/demo")
+@app.command(epilog="Example: dit-sparse demo --method radial --density 0.2 --out out/demo")
 def demo(
     method: MethodName = "radial",
     density: Density = 0.25,

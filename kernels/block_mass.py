@@ -114,9 +114,9 @@ def _by_triton(q: Tensor, k: Tensor, block: int, rows: int) -> bool:
     return block_sparse.why_not(q.detach(), k.detach(), Plan(q, q, q.shape[2], block)) is None
 
 
-def _plain(q, k, lse, block, rows, order, lengths, scale) -> tuple[Tensor, Tensor]:
-    """The definition, a few query blocks at a time; and the log-sum-exp of the queries looked at, where it is None of
-    these scores, ``[B, H, ceil(N / (block / rows))]``."""
+def _plain(q, k, lse, block, rows, order, lengths, scale) -> tuple[Tensor, Tensor | None]:
+    """The definition, a few query blocks at a time; and, where no log-sum-exp is given, that of the queries looked at,
+    ``[B, H, ceil(N / (block / rows))]``."""
     batch, heads, tokens, dim = q.shape
     apart, blocks = block // rows, blocks_in(tokens, block)
     q, k, lse = (x if x is None else arranged(x, order) for x in (q, k, lse))
@@ -143,7 +143,7 @@ def _plain(q, k, lse, block, rows, order, lengths, scale) -> tuple[Tensor, Tenso
         by_block = F.pad(weights, (0, 0, 0, -weights.shape[2] % rows)).unflatten(2, (-1, rows)).sum(3)
         mass.append(F.pad(by_block, (0, -tokens % block)).unflatten(-1, (blocks, block)).sum(-1))
     looked_at = F.pad(real_rows.float(), (0, -q.shape[2] % rows)).unflatten(-1, (blocks, rows)).sum(-1)
-    return torch.cat(mass, 2) / looked_at.clamp(min=1)[..., None], torch.cat(found, 2) if lse is None else lse
+    return torch.cat(mass, 2) / looked_at.clamp(min=1)[..., None], torch.cat(found, 2) if found else None
 
 
 def _launched(q, k, lse, block, rows, order, lengths, scale, plan) -> Tensor:

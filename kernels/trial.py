@@ -96,14 +96,15 @@ def cost(name: str, kind: Kind) -> Cost:
     file = cache_folder() / f"cost_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if (known := _read(file)) is not None:
         return known
-    file.unlink(missing_ok=True)  # it may be damaged
     measured = _measured(name, kind)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps({"measured": json.loads(key), "cost": asdict(measured)}, indent=1))
     with suppress(OSError):  # what another process has kept meanwhile stays, so that all choose alike
         os.link(aside, file)
-    aside.unlink()
+    if _read(file) is None:  # it is damaged, or there are no links here
+        aside.replace(file)
+    aside.unlink(missing_ok=True)
     return _read(file) or measured
 
 

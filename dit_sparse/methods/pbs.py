@@ -9,9 +9,9 @@ Keys are sorted inside segments of the sequence only, so that they stay near whe
 
 Differs from the authors: the segments serve causality there and nearness here. The probes are queries evenly spaced
 over the sequence, not its last block, and half as many (on the bundled model the error of the output is .205 with 64
-and .203 with 128, at density .25). Sorted keys of one block have little in common, so that their
-mean says nothing: blocks are ranked by the attention that ``rows`` queries of the query block pay to them, exactly.
-Text is a group of its own that attends to and is attended by all; a query block keeps its own segment, as theirs does.
+and .203 with 128, at density .25). Sorted keys of one block have little in common, so that their mean says nothing:
+blocks are ranked by the attention that ``rows`` queries of the query block pay to them, exactly. Text is a group of its
+own that attends to and is attended by all; a query block keeps its own segment, as theirs does.
 """
 
 from __future__ import annotations
