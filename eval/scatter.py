@@ -11,6 +11,7 @@ from itertools import islice, pairwise
 WIDTH, HEIGHT = 600, 540
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 44, 44
 LETTER, LINE = 7.1, 13.0  # of a name: 11.5 pixels in a font of fixed width, so nobody has to measure it
+TRIES = 4
 WAYS = tuple(
     (math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)) for turn in (0, 8, -1, 1, 9, 7, -2, 2, 10, 6, -4, 4)
 )
@@ -120,13 +121,25 @@ def hues(rows: Sequence[dict]) -> dict[str, str]:
     return {line: f" class='hued' style='--hue:{360 * i // len(several)}'" for i, line in enumerate(several)}
 
 
-def named(lines: Mapping[str, Sequence[Mark]]) -> Iterator[Name]:
-    """A name for every line, at an end of it, where it covers no mark and no other name, and few lines."""
+def named(lines: Mapping[str, Sequence[Mark]]) -> Sequence[Name]:
+    """A name for every line, at an end of it, where it covers no mark and no other name, and few lines. Those that find
+    no room are placed before the others in the next try."""
+    order = sorted(lines, key=lambda text: (lines[text][-1].y, text))
+    most: Sequence[Name] = ()
+    for _ in range(TRIES):
+        most = max(most, names := list(_placed({text: lines[text] for text in order})), key=len)
+        if len(names) == len(lines):
+            break
+        order.sort(key={name.text for name in names}.__contains__)
+    return most
+
+
+def _placed(lines: Mapping[str, Sequence[Mark]]) -> Iterator[Name]:
     taken = [mark.box for line in lines.values() for mark in line]
     free = lambda box: not any(_overlap(box, other) for other in taken)
     joins = [dot for line in lines.values() for dot in _dots([mark.at for mark in line], 5)]
     crossed = lambda name: sum(_overlap(name.box, dot) for dot in joins)
-    for text, line in sorted(lines.items(), key=lambda item: (item[1][-1].y, item[0])):
+    for text, line in lines.items():
         # the first pixels of a leader may lie on another mark, or a mark below others had no name
         fitting = (name for name in _places(text, line) if all(map(free, [name.box, *_dots(name.leader, 2)[3:]])))
         if name := min(islice(fitting, 16), key=crossed, default=None):
