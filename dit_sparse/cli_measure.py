@@ -42,6 +42,9 @@ def compare(
     frames: Frames = None,
     height: Side = None,
     width: Side = None,
+    per_branch: Annotated[
+        bool, typer.Option("--per-branch", help="Plan for each branch of guidance apart: slower, farther from dense.")
+    ] = False,
     quality: Annotated[bool, typer.Option("--quality", help="Also judge each clip by itself, VBench-style.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Two prompts, six steps, short clips: a first look.")] = False,
     out: Annotated[
@@ -63,7 +66,7 @@ def compare(
             densities=fractions(density),
             seeds=seeds,
             out=out,
-            schedule=Schedule(dense_steps=count_or_fraction(dense_steps)),
+            schedule=Schedule(dense_steps=count_or_fraction(dense_steps), per_branch=per_branch),
             executor=executor,
             block=block,
             quality=quality,

@@ -59,6 +59,10 @@ class Clusters:
     def to(self, device: torch.device | str) -> Clusters:
         return Clusters(self.order.to(device), self.edges.to(device))
 
+    def twice(self) -> Clusters:
+        """The same clusters for a batch in which every item stands twice, in two equal halves."""
+        return self if len(self.order) == 1 else Clusters(*(torch.cat([x, x]) for x in (self.order, self.edges)))
+
 
 @dataclass(frozen=True)
 class ClusterPlan(Lists):

@@ -90,7 +90,7 @@ class SparseAttnProcessor:
                     f"not a {type(part).__name__}"
                 )
         timesteps = lambda: getattr(getattr(model, "scheduler", None), "timesteps", None)  # it may be exchanged later
-        return Run(self.settings, timesteps, transformers)
+        return Run(self.settings, timesteps, lambda: _guided(model), transformers)
 
 
 def enable(
@@ -143,6 +143,11 @@ def _transformers(model: Any) -> Iterator[tuple[str, nn.Module, Family]]:
                 "or add a family (CONTRIBUTING: add a model)"
             )
     return ((name, part, family_of(part)) for name, part in found)
+
+
+def _guided(model: Any) -> bool:
+    """Whether a pipeline computes both branches of guidance now. CogVideoX only has the scale."""
+    return bool(getattr(model, "do_classifier_free_guidance", getattr(model, "guidance_scale", 1) > 1))
 
 
 def _resolve(method: str | Method, density: float | None, settings: dict) -> Method:

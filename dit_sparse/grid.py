@@ -72,8 +72,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class Site:
-    """Where and when a plan is asked for. Steps count from 0; ``steps`` is None while the total is unknown; ``due``:
-    whether the schedule wants a new plan now."""
+    """Where and when a plan is asked for. Steps count from 0; ``steps`` is None while the total is unknown; ``pair``:
+    what a branch of guidance has in common with its other one; ``both``: whether this batch holds them both, that of
+    the prompt as its second half; ``due``: whether the schedule wants a new plan now."""
 
     grid: Grid
     block: int = 128
@@ -82,6 +83,8 @@ class Site:
     step: int = 0
     steps: int | None = None
     branch: str = ""
+    pair: str = ""
+    both: bool = False
     due: bool = True
 
 

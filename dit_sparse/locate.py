@@ -16,15 +16,20 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from torch import nn
 
 HOOK = "dit_sparse"
+BOTH = "cond_uncond"  # how diffusers calls the context of a batch with both branches
 
 
 class Whereabouts:
     """The clock of one run, shared by the transformers of a pipeline (Wan 2.2 has two that take turns)."""
 
-    def __init__(self, timesteps: Callable[[], Any], steps: int | None, forget: Callable[[], None]) -> None:
-        """``timesteps()`` gives the scheduler's timesteps or None; ``forget()`` is called when a generation ends."""
-        self._timesteps, self._given_steps, self._forget = timesteps, steps, forget
-        self.step, self.steps, self.branch = 0, steps, ""
+    def __init__(
+        self, timesteps: Callable[[], Any], guided: Callable[[], bool], steps: int | None, forget: Callable[[], None]
+    ) -> None:
+        """``timesteps()`` gives the scheduler's timesteps or None; ``guided()`` says whether the pipeline computes the
+        two branches of guidance; ``forget()`` is called when a generation ends."""
+        self._timesteps, self._guided, self._given_steps, self._forget = timesteps, guided, steps, forget
+        self.step, self.steps = 0, steps
+        self.branch, self.pair, self.both = "", "", False  # as in Site
         self.calls = 0
         self._first: float | None = None
         self._last: float | None = None
@@ -48,7 +53,7 @@ class Whereabouts:
         self.step, self._last = step, now
         ahead = len(schedule) - self._begin
         self.steps = self._given_steps or getattr(context, "num_inference_steps", None) or ahead or None
-        self.branch = getattr(context, "name", None) or f"call {self.calls}"
+        self._find_branch(getattr(context, "name", None))
         self._in_flight = True
 
     def leave(self) -> None:
@@ -57,6 +62,14 @@ class Whereabouts:
     def reset(self) -> None:
         self.step, self.calls, self._last, self._in_flight, self._begin = 0, 0, None, False, 0
         self._forget()
+
+    def _find_branch(self, name: str | None) -> None:
+        """By the name of the cache context, "cond" or "uncond", or "cond_uncond" where one batch holds both; else by
+        the order of the calls."""
+        guided = self._guided()
+        self.both = guided and name == BOTH
+        self.branch = name or f"call {self.calls}"
+        self.pair = "" if name else f"call {self.calls // (1 + guided)}"
 
     def _schedule(self) -> list[float]:
         """The scheduler's timesteps, read once a generation: reading waits for a GPU. New ones begin a generation."""

@@ -1,7 +1,8 @@
 """A method decides which blocks of attention are computed. One file of ``methods/`` holds one paper.
 
 Methods are frozen values: comparable, hashable, shareable between pipelines, and without state. What they want to
-remember from step to step goes into the ``memory`` they are handed, which belongs to the run.
+remember from step to step goes into the ``memory`` they are handed, which belongs to the run: one for every layer and
+pair of branches of guidance.
 """
 
 from __future__ import annotations

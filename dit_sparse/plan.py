@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,11 @@ class Lists:
         count = torch.full((), columns, dtype=torch.int32, device=self.index.device)
         return replace(self, index=index.expand(1, 1, rows, -1), count=count.expand(1, 1, rows))
 
+    def twice(self) -> Lists:
+        """The same plan for a batch in which every item stands twice, in two equal halves."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: _twice(value) for name, value in values})
+
     def padded(self, lengths: Tensor | None) -> Lists:
         """The same plan for a batch whose items end in padding: ``lengths [B]`` real tokens each."""
         return self if lengths is None else replace(self, lengths=lengths.to(self.index.device, torch.int32))
@@ -79,6 +85,13 @@ class Lists:
         """The same plan on another device."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: value.to(device) for name, value in values if hasattr(value, "to")})
+
+
+def _twice(value: Any) -> Any:
+    if hasattr(value, "twice"):
+        return value.twice()
+    one_for_all = not isinstance(value, Tensor) or value.ndim < 3 or len(value) == 1
+    return value if one_for_all else torch.cat([value, value])
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:

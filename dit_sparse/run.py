@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +19,7 @@ from .methods import name_of
 from .obstacles import obstacle, read_padding
 from .pipelines.family import Family, Shape
 from .plan import Plan
+from .planning import Plans
 from .report import Report, Tally
 from .schedule import Schedule
 from .seam import Attend, divert
@@ -68,14 +69,14 @@ class Run:
         self,
         settings: Settings,
         timesteps: Callable[[], Any],
+        guided: Callable[[], bool],
         transformers: Iterable[tuple[str, nn.Module, Family]],
     ) -> None:
         from .locate import Whereabouts  # here, for it imports diffusers, which takes seconds
 
         self._settings = settings
         self._tally = Tally()
-        self._memory: dict[tuple, dict] = defaultdict(dict)
-        self._plans: dict[tuple, Plan | None] = {}
+        self._plans = Plans(settings.method, settings.schedule.per_branch, self._tally.planning)
         self._choices: dict[tuple, Choice] = {}
         self._whole: dict[tuple, tuple[Choice, Plan]] = {}
         self._stay_dense: dict[tuple, str] = {}
@@ -85,8 +86,9 @@ class Run:
         self._begun: dict[str, int] = {}  # branches of this generation, and bytes promised to each
         self._undo: list = []
         self._observers: list[Observer] = []
-        self._clock = Whereabouts(timesteps, settings.steps, self._forget)
+        self._clock = Whereabouts(timesteps, guided, settings.steps, self._forget)
         self._grid: Shape = (1, 1, 1)
+        self._batch = 1
         try:
             for name, transformer, family in transformers:
                 self._watch(name, transformer, family)
@@ -99,7 +101,6 @@ class Run:
         while self._undo:
             self._undo.pop()()
         self._forget()
-        self._plans.clear()
 
     def report(self) -> Report:
         """What happened so far."""
@@ -134,6 +135,7 @@ class Run:
 
         def entered(arguments: dict) -> None:
             self._grid = family.grid(transformer.config, arguments)
+            self._batch = len(arguments["hidden_states"])
             self._lengths.clear()
             self._turns.clear()
 
@@ -154,8 +156,10 @@ class Run:
 
     def _site(self, place: Place, grid: Grid) -> Site:
         clock, block = self._clock, self._settings.block_for(grid)
-        branch = f"{place.component} {clock.branch} {self._turns[place.module]}"
-        site = Site(grid, block, place.layer, place.layers, clock.step, clock.steps, branch)
+        turn = self._turns[place.module]
+        branch = f"{place.component} {clock.branch} {turn}"
+        pair = f"{place.component} {clock.pair} {turn % (self._batch // (1 + clock.both) or 1)}"
+        site = Site(grid, block, place.layer, place.layers, clock.step, clock.steps, branch, pair, clock.both)
         return replace(site, due=self._settings.schedule.replan(site))
 
     def _attend(
@@ -192,7 +196,7 @@ class Run:
         if isinstance(lengths, str):
             return dense(self._warn_once(lengths))
         with self._tally.attention.running(query.device):
-            plan = self._plan(query, key, site)
+            plan = self._plans.plan(query, key, site)
         if plan is None:
             return dense("the method")
         plan = plan.padded(lengths)
@@ -211,7 +215,7 @@ class Run:
                 return attend(plan=plan.whole())
 
             done = Computed(query, key, value, plan, scale, *attend(plan=plan), whole)
-            return self._settings.method.correct(done, site, self._memory[site.layer, site.branch, site.grid])[0]
+            return self._settings.method.correct(done, site, self._plans.memory(query, site))[0]
 
     def _choice(self, plan: Plan, q: Tensor, k: Tensor, site: Site) -> Choice:
         """Who computes such calls of this layer. Found at the first of them, for on a GPU it waits for the device."""
@@ -244,14 +248,6 @@ class Run:
         choice, whole = self._whole[call]
         return None if choice.name == "dense" else (choice, whole.padded(lengths))
 
-    def _plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | None:
-        method = self._settings.method
-        place = (site.grid, q.device) if method.static else (site.grid, q.device, site.layer, site.branch)
-        if place not in self._plans or (not method.static and (method.own_pace or site.due)):
-            with self._tally.planning.running(q.device):
-                self._plans[place] = method.plan(q, k, site, self._memory[site.layer, site.branch, site.grid])
-        return self._plans[place]
-
     def _key_lengths(self, mask: Tensor | None, q: Tensor, grid: Grid) -> Tensor | str | None:
         """Real keys of each batch item from a padding mask, ``[B]``; None: no padding; a string: why the mask cannot be
         read so. One look at each mask and transformer call, for on a GPU it waits for the device."""
@@ -268,9 +264,7 @@ class Run:
         return reason
 
     def _forget(self) -> None:
-        """A generation is over: what was learnt from its tokens goes; static plans know only the grid, and stay."""
-        self._memory.clear()
+        """A generation is over, and what was learnt from its tokens goes."""
+        self._plans.forget()
         self._lengths.clear()
         self._begun.clear()
-        if not self._settings.method.static:
-            self._plans.clear()

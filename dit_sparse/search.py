@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from .methods import method
 from .methods.dense import Dense
 from .methods.rettention import Rettention
 from .plan import Plan
+from .planning import Plans
 from .schedule import Schedule
 
 VDIT = ("svg.spatial", "svg.temporal", "vdit.vertical", "vdit.skip")
@@ -230,20 +231,21 @@ class _Probe(Method):
 
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         if site.step in looked_at(self.schedule, site.steps, STEPS_MEASURED):
-            rows = [self._try(one, done, site, memory.setdefault(i, {})) for i, one in enumerate(self.tried)]
+            plans = (memory.setdefault(i, Plans(one, self.schedule.per_branch)) for i, one in enumerate(self.tried))
+            rows = [self._try(one, done, replace(site, due=True)) for one in plans]
             self.note(site, tuple(torch.stack(row).cpu() for row in zip(*rows, strict=True)))
         return done.out, done.lse
 
-    def _try(self, one: Method, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def _try(self, tried: Plans, done: Computed, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """Squared relative error, density and predicted seconds of every head, ``[H]`` each."""
         heads, pairs = done.q.shape[1], done.q.shape[2] ** 2
-        plan = one.plan(done.q, done.k, site, memory)
+        one, plan = tried.method, tried.plan(done.q, done.k, site)
         if plan is None:
             seconds = cost("dense", Kind.of(done.q, done.plan)).seconds(pairs)
             return torch.zeros(heads), torch.ones(heads), torch.full((heads,), seconds)
         plan = plan.padded(done.plan.lengths)
         choice = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
-        wrong = squared_error(one, done, plan, choice.executor.attend, site, memory)
+        wrong = squared_error(one, done, plan, choice.executor.attend, site, tried.memory(done.q, site))
         density = plan.share_by_head.mean(0).float().cpu().expand(heads)
         price = cost(choice.name, Kind.of(done.q, plan))
         seconds = price.fixed / heads + price.per_pair * pairs * density

@@ -6,7 +6,8 @@ clusters, which no choice among them can exceed, so that ``efficiency = retained
 with the method's own number of pairs in every row; ``best_row_major``, over row-major blocks for every method, which
 another order or clusters can exceed. A correction adds to the output, not to what is retained: it shows in the error.
 
-Every look makes a new plan, except by methods that keep theirs themselves: staleness between plans is not in here.
+Every look makes a new plan, shared by the branches of guidance as in a run, except by methods that keep theirs
+themselves: staleness between plans is not in here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dit_sparse.kernels.pick import pick
 from dit_sparse.method import Computed
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.rettention import Rettention
+from dit_sparse.planning import Plans
 from dit_sparse.search import looked_at, squared_error
 
 from .bounds import group_mass, kept_and_best
@@ -126,14 +128,14 @@ def named(methods: Sequence[str | Method], density: float | None) -> dict[str, M
 
 
 @torch.no_grad()
-def judged(one: Method, done: Computed, site: Site, memory: dict, row_major: Tensor) -> dict[str, Tensor]:
+def judged(tried: Plans, done: Computed, site: Site, row_major: Tensor) -> dict[str, Tensor]:
     """A method on one call, float64 ``[H]`` for each of `FIGURES`: means over the batch; ``error`` is squared.
 
     Args:
         done: the call as computed densely, by a full plan of row-major blocks, with its log-sum-exp.
         row_major: `group_mass` of that plan, which all methods share.
     """
-    plan = one.plan(done.q, done.k, site, memory)
+    one, plan = tried.method, tried.plan(done.q, done.k, site)
     heads = done.q.shape[1]
     if plan is None:
         return {name: torch.full((heads,), float(name != "error"), dtype=torch.float64) for name in FIGURES}
@@ -141,7 +143,7 @@ def judged(one: Method, done: Computed, site: Site, memory: dict, row_major: Ten
     by_head = {"density": plan.share_by_head} | kept_and_best(done, plan, site, row_major)
     figures = {name: value.mean(0).expand(heads) for name, value in by_head.items()}
     chosen = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
-    figures["error"] = squared_error(one, done, plan, chosen.executor.attend, site, memory)
+    figures["error"] = squared_error(one, done, plan, chosen.executor.attend, site, tried.memory(done.q, site))
     return {name: x.cpu() for name, x in figures.items()}
 
 
@@ -165,7 +167,8 @@ class _Look(Method):
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         if site.step in looked_at(self.schedule, site.steps, self.looks):
             row_major = group_mass(done.q, done.k, done.lse, done.plan, done.scale)
-            found = [judged(one, done, site, memory.setdefault(i, {}), row_major) for i, one in enumerate(self.tried)]
+            plans = (memory.setdefault(i, Plans(one, self.schedule.per_branch)) for i, one in enumerate(self.tried))
+            found = [judged(one, done, replace(site, due=True), row_major) for one in plans]
             self.note(site, torch.stack([torch.stack([figures[name] for name in FIGURES]) for figures in found]))
         return done.out, done.lse
 

@@ -44,6 +44,7 @@ def kmeans(x: Tensor, clusters: int, iterations: int = 2, centroids: Tensor | No
     by_triton = launching.preferred(x) and launching.why_not(x.detach(), x.detach()) is None
     step = _step_by_triton if by_triton else _step
     with torch.no_grad():
+        x = x if by_triton else x.contiguous()
         for left in reversed(range(iterations)):
             # The distances are those to the centroids as rounded to x's type: both terms have to agree.
             rounded = centroids.to(x.dtype).contiguous()
@@ -71,8 +72,7 @@ def _means(x: Tensor, labels: Tensor, old: Tensor) -> Tensor:
     labels = labels.flatten(0, 1)
     place = (labels + torch.arange(len(labels), device=x.device)[:, None] * old.shape[2]).flatten()
     sums = torch.zeros_like(old).flatten(0, 2).index_add_(0, place, x.float().flatten(0, 2)).view_as(old)
-    sizes = torch.zeros_like(old[..., 0]).flatten().index_add_(0, place, torch.ones_like(place, dtype=old.dtype))
-    sizes = sizes.view_as(old[..., :1])
+    sizes = torch.bincount(place, minlength=old[..., 0].numel()).view_as(old[..., :1])
     return torch.where(sizes > 0, sums / sizes.clamp(min=1), old)
 
 

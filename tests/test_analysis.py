@@ -15,6 +15,7 @@ from dit_sparse.eval.bounds import best_mass, group_mass, kept_and_best
 from dit_sparse.kernels import reference
 from dit_sparse.method import Computed
 from dit_sparse.methods import METHODS, method
+from dit_sparse.planning import Plans
 from support import cluster_token_mask, exact, qkv, random_cluster_plan, random_plan, token_mask
 
 GRID, BLOCK = Grid(3, 5, 7, after=11), 16  # 116 tokens: 7 whole blocks and a ragged one
@@ -127,7 +128,7 @@ def test_no_method_exceeds_its_bound(name):
     """Text, a ragged block, two batch items, fewer key heads; with padding and without."""
     for lengths, density in product((None, (116, 108)), (0.3, 0.6)):
         done, site, row_major = dense_call(GRID, BLOCK, lengths, seed=int(10 * density))
-        found = judged(method(name, density=density), done, site, {}, row_major)
+        found = judged(Plans(method(name, density=density)), done, site, row_major)
         assert set(found) == set(FIGURES) and all(x.shape == (4,) and x.dtype == torch.float64 for x in found.values())
         assert (found["retained"] <= found["best_by_row"] + 1e-9).all()
         assert (found["best_by_row"] <= found["best"] + 1e-9).all()
@@ -138,7 +139,7 @@ def test_no_method_exceeds_its_bound(name):
 @pytest.mark.parametrize("name", ["dense", "window", "radial", "random_blocks", "sparge", "svg", "svg2", "pbs"])
 def test_at_density_one_nothing_is_missing(name):
     done, site, row_major = dense_call(GRID, BLOCK)
-    found = judged(method(name, density=1.0), done, site, {}, row_major)
+    found = judged(Plans(method(name, density=1.0)), done, site, row_major)
     for figure in ("density", "retained", "best", "best_by_row", "best_row_major"):
         torch.testing.assert_close(found[figure], torch.ones(4, dtype=torch.float64), atol=1e-6, rtol=0)
     assert (found["error"] < 1e-8).all()
@@ -155,9 +156,9 @@ class Oracle(METHODS["sparsed"]):
 def test_a_method_that_knows_all_reaches_the_bound_of_its_rows():
     grid = Grid(4, 4, 8)  # whole blocks, no text
     done, site, row_major = dense_call(grid, BLOCK)
-    found = judged(Oracle(density=0.5), done, site, {}, row_major)
+    found = judged(Plans(Oracle(density=0.5)), done, site, row_major)
     torch.testing.assert_close(found["retained"], found["best_by_row"], atol=1e-6, rtol=0)
-    blind = judged(method("random_blocks", density=0.5), done, site, {}, row_major)
+    blind = judged(Plans(method("random_blocks", density=0.5)), done, site, row_major)
     assert (blind["retained"] < blind["best_by_row"] - 0.01).all()
 
 
@@ -175,7 +176,7 @@ def test_the_error_is_that_of_the_output(name, lengths):
     if lengths:
         real[1, :, lengths[1] :] = 0
     energy = lambda x: (x * real).square().sum((0, 2, 3))
-    found = judged(one, done, site, {}, row_major)["error"]
+    found = judged(Plans(one), done, site, row_major)["error"]
     torch.testing.assert_close(found, energy(sparse - dense) / energy(dense), atol=1e-6, rtol=1e-3)
 
 

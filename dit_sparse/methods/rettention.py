@@ -75,18 +75,19 @@ class Rettention(Correction):
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
         if "plan" not in memory or site.step - memory["step"] >= self.every:
-            memory.update(plan=super().plan(q, k, site, memory), step=site.step, refresh=True)
+            memory.update(plan=super().plan(q, k, site, memory), step=site.step)
         return memory["plan"]
 
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor]:
-        if memory.pop("refresh", False):
+        own = memory.setdefault(site.branch, {})  # branches of guidance share a plan, not what it lacks
+        if own.get("step") != memory["step"]:
             out, lse = done.dense()
             ratio = (done.lse - lse).exp()
             residual = out - ratio[..., None].to(out.dtype) * done.out
-            memory.update(ratio=ratio, residual=residual.cpu() if self.offload else residual)
+            own.update(step=memory["step"], ratio=ratio, residual=residual.cpu() if self.offload else residual)
             return out, lse
-        ratio, residual = memory["ratio"], memory["residual"].to(done.out.device, non_blocking=True)
-        memory["ratio"] = (ratio + self.ramp).clamp(max=1)
+        ratio, residual = own["ratio"], own["residual"].to(done.out.device, non_blocking=True)
+        own["ratio"] = (ratio + self.ramp).clamp(max=1)
         return ratio[..., None].to(done.out.dtype) * done.out + residual, done.lse - ratio.log()
 
 

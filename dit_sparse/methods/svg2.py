@@ -50,7 +50,7 @@ class SVG2(Method):
     keys: int = 1000
     share: float = 0.9
     least: float = 0.1
-    first: int = 4
+    first: int = 2
     then: int = 2
 
     def __post_init__(self) -> None:

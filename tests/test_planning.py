@@ -1,0 +1,201 @@
+"""The plans of a run, and how the branches of guidance share them."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_pipelines import STEPS, built, calls_per_step, latents, layers, sparse, sparse_latents, variant
+from test_pitfalls import APART, Drifting, near
+from torch import Tensor
+
+import dit_sparse as ds
+from dit_sparse.clusters import ClusterPlan, Clusters
+from dit_sparse.kernels import reference
+from dit_sparse.method import Computed, Method
+from dit_sparse.methods import method
+from dit_sparse.methods.rettention import Rettention
+from dit_sparse.plan import Plan
+from dit_sparse.planning import Plans
+from support import grids
+
+EVERY = ds.Schedule(dense_steps=1, every=1)
+
+
+def plans_of(stock, schedule=EVERY, other=None) -> tuple[list, dict]:
+    """Sites where a method was asked, and the plans that were computed, by step, layer and branch."""
+    asked, plans = Drifting(), {}
+    with sparse(stock, asked, density=0.3, schedule=schedule) as run:
+        run.observe(lambda site, q, k, plan: plans.setdefault((site.step, site.layer, site.branch), plan))
+        latents(stock, **other or {})
+    return [site for site, _ in asked.log], plans
+
+
+# --- who plans for whom
+
+
+@pytest.mark.parametrize("name", ["wan", "wan22", "wan_i2v", "wan_vace", "WanVideoToVideoPipeline"])
+def test_the_branch_of_the_prompt_plans_for_both(name):
+    """Called one after the other, by name or without one."""
+    stock = variant(name) if name.endswith("Pipeline") else built(name)
+    asked, plans = plans_of(stock)
+    first, second = dict.fromkeys(site.branch.split()[1] + site.branch.split()[2] for site in asked), []
+    assert len(first) == 1 and first.keys() <= {"cond0", "call0"}
+    for (step, layer, branch), plan in plans.items():
+        leader = branch.replace("uncond", "cond").replace("call 1", "call 0")
+        second += [branch] * (leader != branch)
+        assert plan.index is plans[step, layer, leader].index
+    assert len(second) == len(asked) == len(plans) / 2
+
+
+def test_hunyuan_video_with_guidance_shares_too():
+    asked, plans = plans_of(built("hunyuan_video"), other=dict(true_cfg_scale=4.0))
+    assert {site.branch for site in asked} == {"transformer cond 0"} and len(plans) == 2 * len(asked)
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "cogvideox15", "ltx"])
+def test_of_a_batch_with_both_branches_the_second_half_plans(name):
+    stock = built(name)
+    shared, apart = (plans_of(stock, schedule)[1] for schedule in (EVERY, APART))
+    for place, plan in shared.items():
+        assert len(plan.keep().expand(2, -1, -1, -1)) == 2 and len(plan.index) == 1
+        if place[:2] == (1, 0):  # before sparse attention has made a difference
+            assert plan.keep()[0].equal(apart[place].keep()[1])
+    assert any(not plan.keep()[0].equal(plan.keep()[1]) for plan in apart.values())
+
+
+def test_mochi_shares_where_both_prompts_are_of_one_length():
+    """It attends one item of its batch after the other; prompts of other lengths are other grids."""
+    stock = built("mochi")
+    asked, plans = plans_of(stock, other=dict(lengths=(9, 9)))
+    assert {site.branch[-1] for site in asked} == {"0", "1"} and len(plans) == 2 * len(asked)
+    for (step, layer, branch), plan in plans.items():
+        turn = int(branch[-1]) % 2
+        assert plan is plans[step, layer, f"transformer cond_uncond {turn}"]
+    asked, plans = plans_of(stock)
+    assert len(plans) == len(asked) == (STEPS - 1) * calls_per_step(stock)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "ltx"])
+def test_two_prompts_are_as_if_alone(name):
+    stock = built(name)
+    both, seeds = stock.kwargs(lengths=(13, 5)), lambda: [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    one = lambda i: {key: x[i : i + 1] for key, x in both.items() if "prompt" in key}
+    with sparse(stock, Drifting(), density=0.3, schedule=EVERY):
+        together = latents(stock, lengths=(13, 5), generator=seeds())
+        alone = [latents(stock, **one(i), generator=seeds()[i]) for i in range(2)]
+    near(together, torch.cat(alone), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "ltx", "mochi"])
+def test_without_guidance_a_batch_holds_two_prompts(name):
+    """Under the same cache context as with guidance."""
+    stock = built(name)
+    asked, plans = plans_of(stock, other=dict(lengths=(9, 9), guidance_scale=1.0))
+    assert len(plans) == len(asked) == (STEPS - 1) * layers(stock) * (2 if name == "mochi" else 1)
+    assert all(len(plan.index) == (1 if name == "mochi" else 2) for plan in plans.values())
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "mochi"])
+def test_per_branch_keeps_them_apart(name):
+    stock = built(name)
+    asked, plans = plans_of(stock, APART)
+    assert len(asked) == len(plans) == (STEPS - 1) * calls_per_step(stock)
+    assert all(len(plan.index) == (2 if name == "cogvideox" else 1) for plan in plans.values())
+    shared = sparse_latents(stock, Drifting(), schedule=EVERY)
+    assert shared.equal(sparse_latents(stock, Drifting(), schedule=APART)) == (name == "mochi")
+
+
+def test_the_same_branch_again_in_one_step_is_another_part_of_the_video():
+    asked = []
+
+    class Asked(Method):
+        def plan(self, q, k, site, memory):
+            asked.append((float(q[0, 0, 0, 0]), memory.setdefault("seen", []).copy()))
+            memory["seen"].append(site.step)
+
+    plans = Plans(Asked())
+    grid = ds.Grid(1, 1, 1)
+    for value, branch, step in [(0, "a", 3), (1, "b", 3), (2, "a", 3), (3, "b", 3), (4, "b", 4), (5, "a", 4)]:
+        q = torch.full((1, 1, 1, 1), float(value))
+        plans.plan(q, q, ds.Site(grid, step=step, branch=branch, pair="ab"))
+    assert asked == [(0, []), (2, [3]), (4, [3, 3])]
+
+
+def test_what_a_method_makes_of_no_plan_is_kept_too():
+    asked = []
+    never = SimpleNamespace(static=False, own_pace=False, plan=lambda *given: asked.append(given))
+    plans, q = Plans(never), torch.zeros(2, 1, 1, 1)
+    for due in (True, False):
+        assert plans.plan(q, q, ds.Site(ds.Grid(1, 1, 1), both=True, due=due)) is None
+    assert len(asked) == 1 and len(asked[0][0]) == 1
+
+
+# --- twice the batch
+
+
+def random_plan(clusters: bool, batch: int, grid: ds.Grid, order: str) -> Plan | ClusterPlan:
+    lead, tokens = (batch, 2), grid.tokens
+    if clusters:
+        sides = [Clusters.of(torch.randint(0, 5, (*lead, tokens)), 5) for _ in range(2)]
+        keep = torch.rand(*lead, 5, 5) < 0.5
+        return ClusterPlan.of(keep | torch.eye(5, dtype=torch.bool), *sides)
+    places = torch.rand(*lead, tokens).argsort(-1)
+    blocks = -(-tokens // 16)
+    keep = (torch.rand(*lead, blocks, blocks) < 0.4) | torch.eye(blocks, dtype=torch.bool)
+    return Plan.of(keep, tokens, 16, {"own": places, "one": places[0, 0], "none": None}[order])
+
+
+@given(st.booleans(), st.integers(1, 3), grids(4), st.sampled_from(["own", "one", "none"]), st.integers(0, 99))
+def test_a_plan_for_twice_the_batch(clusters, batch, grid, order, seed):
+    torch.manual_seed(seed)
+    plan = random_plan(clusters, batch, grid, order)
+    halves = torch.randn(2, 3, batch, 2, grid.tokens, 8)
+    together = reference.attend(*torch.cat([*halves], 1), plan.twice())
+    for i in range(2):
+        for whole, half in zip(together, reference.attend(*halves[i], plan), strict=True):
+            assert whole[i * batch : (i + 1) * batch].equal(half)
+
+
+# --- corrections remember what each branch lacks
+
+
+def corrected(what: Rettention, plans: Plans, q: Tensor, k: Tensor, v: Tensor, site: ds.Site) -> tuple[Tensor, Plan]:
+    plan = plans.plan(q, k, site)
+    dense = partial(reference.attend, q, k, v, plan.whole())
+    return what.correct(
+        Computed(q, k, v, plan, None, *reference.attend(q, k, v, plan), dense), site, plans.memory(q, site)
+    )[0], plan
+
+
+@pytest.mark.parametrize("inner", ["window", "adaspa", "svg2"])
+def test_rettention_keeps_the_residual_of_each_branch(inner):
+    """With one plan for both. While q, k, v stay, each branch has its own dense output."""
+    grid, what = ds.Grid(4, 5, 6), Rettention(inner=method(inner, density=0.3), ramp=0.0, every=3)
+    plans = Plans(what)
+    branches = {name: torch.randn(3, 1, 2, grid.tokens, 16) for name in ("cond", "uncond")}
+    for step in range(2, 7):
+        used = []
+        for name, (q, k, v) in branches.items():
+            out, plan = corrected(what, plans, q, k, v, ds.Site(grid, 16, step=step, branch=name, pair="both"))
+            near(out, reference.attend(q, k, v, plan.whole())[0])
+            used.append(plan)
+        assert used[0] is used[1]
+
+
+def test_rettention_in_a_guided_pipeline():
+    """Nothing but the refreshes is dense: steps 1 and 3 of four, in both branches."""
+    stock = built("wan")
+    what = Rettention(inner=Drifting(density=0.3), every=2)
+    with sparse(stock, what, schedule=EVERY) as run:
+        latents(stock)
+    assert run.report().sparse_calls == 3 * calls_per_step(stock)
+    kept = sparse(stock, Drifting(), density=0.3, schedule=EVERY)
+    with kept:
+        latents(stock)
+    share = kept.report().density_achieved
+    assert run.report().density_achieved == pytest.approx(share + 2 / 3, abs=0.02)
