@@ -85,7 +85,7 @@ def profile(
     prompts: Prompts = "2",
     candidates: Annotated[
         str, typer.Option(help="Methods to try on every head, separated by commas; vdit stands for its four modes.")
-    ] = "svg.spatial,svg.temporal,radial,vdit.vertical,subblock,xattention",
+    ] = "svg.spatial,svg.temporal,radial,vdit.vertical,subblock,xattention,asa,sparge",
     target_density: Annotated[float | None, typer.Option(help="Mean density of the heads.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Or: root mean square of the heads' relative errors.")] = None,
     spread: Annotated[
