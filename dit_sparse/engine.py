@@ -146,7 +146,7 @@ def _transformers(model: Any) -> Iterator[tuple[str, nn.Module, Family]]:
 
 
 def _guided(model: Any) -> bool:
-    """Whether a pipeline computes both branches of guidance now. CogVideoX only has the scale."""
+    """Whether a pipeline that batches the branches of guidance computes both. CogVideoX tells its scale alone."""
     return bool(getattr(model, "do_classifier_free_guidance", getattr(model, "guidance_scale", 1) > 1))
 
 

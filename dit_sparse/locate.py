@@ -8,6 +8,7 @@ skip blocks do no harm.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,8 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from torch import nn
 
 HOOK = "dit_sparse"
-BOTH = "cond_uncond"  # how diffusers calls the context of a batch with both branches
+BOTH = "cond_uncond"  # the cache context of a batch with both branches of guidance, and without guidance
+BRANCHES = {"cond", "uncond", "pred_cond", "pred_uncond", BOTH}
 
 
 class Whereabouts:
@@ -25,20 +27,23 @@ class Whereabouts:
     def __init__(
         self, timesteps: Callable[[], Any], guided: Callable[[], bool], steps: int | None, forget: Callable[[], None]
     ) -> None:
-        """``timesteps()`` gives the scheduler's timesteps or None; ``guided()`` says whether the pipeline computes the
-        two branches of guidance; ``forget()`` is called when a generation ends."""
+        """``timesteps()`` gives the scheduler's timesteps or None; ``guided()`` says whether the pipeline that batches
+        both branches of guidance computes them now; ``forget()`` is called when a generation ends."""
         self._timesteps, self._guided, self._given_steps, self._forget = timesteps, guided, steps, forget
         self.step, self.steps = 0, steps
         self.branch, self.pair, self.both = "", "", False  # as in Site
+        self._latents = lambda: None  # those of the last call, while they live
+        self._parts = 0  # of the video, as far as this step has come: windows, if there are several
         self.calls = 0
         self._first: float | None = None
+        self._doubled = False
         self._last: float | None = None
         self._in_flight = False
         self._begin = 0  # where in the scheduler's timesteps the generation began: video-to-video leaves some out
         self._read_from: Any = None
         self._read: list[float] = []
 
-    def enter(self, timestep: torch.Tensor | float | None, context: Any) -> None:
+    def enter(self, timestep: torch.Tensor | float | None, latents: torch.Tensor, context: Any) -> None:
         """A transformer call begins. An earlier call that never left means that its generation failed."""
         if self._in_flight:
             self.reset()
@@ -49,11 +54,12 @@ class Whereabouts:
             step = self._step(now, schedule, context)
         repeated = self._last is not None and step == self.step and now == self._last
         self.calls = self.calls + 1 if repeated else 0
-        self._first = now if self._last is None else self._first
+        if self._last is None:
+            self._first, self._doubled = now, self._guided() and _doubled(latents)
+        self._find_branch(getattr(context, "name", None), latents, repeated)
         self.step, self._last = step, now
         ahead = len(schedule) - self._begin
         self.steps = self._given_steps or getattr(context, "num_inference_steps", None) or ahead or None
-        self._find_branch(getattr(context, "name", None))
         self._in_flight = True
 
     def leave(self) -> None:
@@ -63,13 +69,14 @@ class Whereabouts:
         self.step, self.calls, self._last, self._in_flight, self._begin = 0, 0, None, False, 0
         self._forget()
 
-    def _find_branch(self, name: str | None) -> None:
-        """By the name of the cache context, "cond" or "uncond", or "cond_uncond" where one batch holds both; else by
-        the order of the calls."""
-        guided = self._guided()
-        self.both = guided and name == BOTH
+    def _find_branch(self, name: str | None, latents: torch.Tensor, repeated: bool) -> None:
+        """By the name of the cache context; without one, the other branch gets the very latents of the first."""
+        if not (repeated and latents is self._latents()):
+            self._parts = self._parts + 1 if repeated else 0
+        self._latents = weakref.ref(latents)
+        self.both = self._doubled and name == BOTH
         self.branch = name or f"call {self.calls}"
-        self.pair = "" if name else f"call {self.calls // (1 + guided)}"
+        self.pair = "" if name in BRANCHES else name or f"part {self._parts}"
 
     def _schedule(self) -> list[float]:
         """The scheduler's timesteps, read once a generation: reading waits for a GPU. New ones begin a generation."""
@@ -107,7 +114,7 @@ class RootHook(ModelHook):
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
         arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        self.whereabouts.enter(arguments.get("timestep"), self.contexts._context)
+        self.whereabouts.enter(arguments.get("timestep"), arguments["hidden_states"], self.contexts._context)
         self.entered(arguments)
         return args, kwargs
 
@@ -148,6 +155,12 @@ def watch(transformer: nn.Module, hook: RootHook) -> Callable[[], None]:
 def _scalar(timestep: torch.Tensor | float | None) -> float | None:
     """The step's noise level. The largest entry: conditioned first frames carry zeros (Wan 2.2 5B)."""
     return float(timestep.max()) if isinstance(timestep, torch.Tensor) else timestep
+
+
+def _doubled(latents: torch.Tensor) -> bool:
+    """Whether a batch is the same latents twice over, as both branches of guidance get them."""
+    half = len(latents) // 2
+    return len(latents) % 2 == 0 and torch.equal(latents[:half], latents[half:])
 
 
 def _nearest(now: float, schedule: list[float]) -> int | None:

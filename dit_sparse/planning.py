@@ -28,29 +28,38 @@ class Made:
     branch: str
 
     def serves(self, site: Site) -> bool:
-        """Whether it was made in this very step for the other branch. The same branch asks twice a step where a long
-        video is denoised window by window: that is another part of the video."""
+        """Whether it was made in this very step, for the other branch. Where the same one asks twice a step, as when a
+        long video is denoised window by window, that is another part of the video."""
         return self.step == site.step and self.branch != site.branch
 
 
 class Plans:
-    """What was planned and what methods remember, by layer, grid and branches; static plans by the grid alone."""
+    """What was planned and what methods remember, by layer, grid and branches; static plans by the grid alone.
 
-    def __init__(self, method: Method, per_branch: bool = False, stopwatch: Stopwatch | None = None) -> None:
-        self.method, self._per_branch, self._stopwatch = method, per_branch, stopwatch or Stopwatch()
+    Plans stay on the device of the queries, or on the CPU between calls where ``aside`` says so.
+    """
+
+    def __init__(
+        self, method: Method, per_branch: bool = False, stopwatch: Stopwatch | None = None, aside: bool = False
+    ) -> None:
+        self.method, self._per_branch, self._aside = method, per_branch, aside
+        self._stopwatch = stopwatch or Stopwatch()
         self._made: dict[tuple, Made] = {}
         self._memory: dict[tuple, dict] = defaultdict(dict)
 
     def plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | ClusterPlan | None:
         """The plan for ``q, k [B, H, N, D]``, made anew where that is due."""
         method = self.method
-        place = (site.grid, q.device) if method.static else (*self._place(q, site), q.device)
+        place = (site.grid, q.device) if method.static else (*self._place(q, site), len(q), q.device)
         made = self._made.get(place)
         due = not method.static and (method.own_pace or site.due)
         if made is None or (due and not made.serves(site)):
             with self._stopwatch.running(q.device):
-                made = self._made[place] = Made(self._asked(q, k, site), site.step, site.branch)
-        return made.plan
+                plan = self._asked(q, k, site)
+            kept = plan.to("cpu") if self._aside and plan is not None else plan
+            self._made[place] = Made(kept, site.step, site.branch)
+            return plan
+        return made.plan.to(q.device) if self._aside and made.plan is not None else made.plan
 
     def memory(self, q: Tensor, site: Site) -> dict:
         """What the method remembers where q comes from."""

@@ -62,7 +62,7 @@ class Place:
 
 
 class Run:
-    """One pipeline made sparse: its state, and the way back. State lives here, keyed by layer, branch and grid, and is
+    """One pipeline made sparse: its state, and the way back. State lives here and is
     dropped when a generation ends, fails or starts anew."""
 
     def __init__(

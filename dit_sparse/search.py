@@ -8,7 +8,8 @@ error instead; here both follow from what is asked for.
 
 One density is the default, for errors of different heads do not weigh the same in the video: on the bundled model at
 density .25, moving density to where errors are large makes the mean error smaller (.11 for .16) and the video worse
-(28.6 for 30.1 dB, eight prompts; dividing by the mean energy of the layer's heads instead of each head's own: 29.0).
+(28.6 for 30.1 dB, eight prompts, with a plan for each branch of guidance; dividing by the mean energy of the layer's
+heads instead of each head's own: 29.0).
 """
 
 from __future__ import annotations
@@ -231,10 +232,13 @@ class _Probe(Method):
 
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         if site.step in looked_at(self.schedule, site.steps, STEPS_MEASURED):
-            plans = (memory.setdefault(i, Plans(one, self.schedule.per_branch)) for i, one in enumerate(self.tried))
+            plans = (memory.setdefault(i, self._plans(one)) for i, one in enumerate(self.tried))
             rows = [self._try(one, done, replace(site, due=True)) for one in plans]
             self.note(site, tuple(torch.stack(row).cpu() for row in zip(*rows, strict=True)))
         return done.out, done.lse
+
+    def _plans(self, one: Method) -> Plans:
+        return Plans(one, self.schedule.per_branch, aside=True)  # for every layer and candidate: too many for a GPU
 
     def _try(self, tried: Plans, done: Computed, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """Squared relative error, density and predicted seconds of every head, ``[H]`` each."""

@@ -1,6 +1,6 @@
 """How far a mask is from the best one: retained attention and error beside what as many pairs could have kept.
 
-A clip is made densely, and methods are tried on some of its calls, one call at a time; nothing of a call outlives it.
+A clip is made densely, and methods are tried on some of its calls, one call at a time; only its plan outlives a call.
 Beside the attention that a method retains stand the bounds of `bounds`: ``best``, over the method's own blocks or
 clusters, which no choice among them can exceed, so that ``efficiency = retained / best`` is at most 1; ``best_by_row``,
 with the method's own number of pairs in every row; ``best_row_major``, over row-major blocks for every method, which
@@ -167,10 +167,13 @@ class _Look(Method):
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         if site.step in looked_at(self.schedule, site.steps, self.looks):
             row_major = group_mass(done.q, done.k, done.lse, done.plan, done.scale)
-            plans = (memory.setdefault(i, Plans(one, self.schedule.per_branch)) for i, one in enumerate(self.tried))
+            plans = (memory.setdefault(i, self._plans(one)) for i, one in enumerate(self.tried))
             found = [judged(one, done, replace(site, due=True), row_major) for one in plans]
             self.note(site, torch.stack([torch.stack([figures[name] for name in FIGURES]) for figures in found]))
         return done.out, done.lse
+
+    def _plans(self, one: Method) -> Plans:
+        return Plans(one, self.schedule.per_branch, aside=True)  # for every layer and method: too many for a GPU
 
 
 class _Seen:

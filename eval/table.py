@@ -100,12 +100,40 @@ def demo_table() -> str:
 
 
 def compare_tables() -> str:
-    """What every ``eval/results/*/compare*.json`` found at the density that is nearest to .25."""
+    """What every ``eval/results/*/compare.json`` found at the density that is nearest to .25."""
     tables = []
-    for path in sorted(RESULTS.glob("*/compare*.json"), key=lambda path: (path.parent, len(path.name))):
+    for path in sorted(RESULTS.glob("*/compare.json")):
         result = json.loads(path.read_text())
         tables.append(compare_table(result, min(result["densities"], key=lambda density: abs(density - 0.25))))
     return "\n\n".join(tables)
+
+
+def branches_tables() -> str:
+    """From every ``eval/results/*/compare-per-branch.json`` and the ``compare.json`` beside it."""
+    tables = []
+    for path in sorted(RESULTS.glob("*/compare-per-branch.json")):
+        shared, apart = (json.loads(path.with_name(name).read_text()) for name in ("compare.json", path.name))
+        tables.append(branches_table(shared, apart))
+    return "\n\n".join(tables)
+
+
+def branches_table(shared: dict, apart: dict) -> str:
+    """The rows that two comparisons have in common, with one plan for both branches and with a plan for each. Raises
+    ValueError where the comparisons differ in more than that."""
+    same = ("model", "call", "prompts", "seeds", "schedule", "executor", "block", "versions", "device")
+    told = shared | {"schedule": shared["schedule"] | {"per_branch": True}}
+    if differ := [name for name in same if told[name] != apart[name]]:
+        raise ValueError(f"comparisons with one plan and with two differ in {', '.join(differ)}, too")
+    others = {row["name"]: row for row in shared["rows"] if row["error"] and row["method"] != "random_blocks"}
+    pairs = ((others[row["name"]], row) for row in apart["rows"] if row["name"] in others)
+    gain = lambda pair: pair[0]["psnr"]["mean"] - pair[1]["psnr"]["mean"]
+    rows = (
+        (f"`{one['name']}`", *(f"{row['psnr']['mean']:.1f}{_between(row['psnr']['interval'])}" for row in (one, two)))
+        + (f"{gain((one, two)):+.1f}", *(f"{row['planning_share']:.0%}" for row in (one, two)))
+        for one, two in sorted(pairs, key=gain, reverse=True)
+    )
+    columns = ("row", "PSNR, one plan", "PSNR, a plan each", "dB", "planning, one plan", "planning, a plan each")
+    return f"{_markdown(columns, rows)}\n\nGuidance {apart['call']['guidance_scale']:g}; {_compare_conditions(apart)}"
 
 
 def compare_table(result: dict, density: float | None = None) -> str:
@@ -196,6 +224,7 @@ TABLES = {
     "models": model_table,
     "demo": demo_table,
     "compare": compare_tables,
+    "branches": branches_tables,
     "executors": executor_table,
     "scaling": scaling_table,
 }

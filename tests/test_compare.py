@@ -20,7 +20,7 @@ from dit_sparse.cli import app
 from dit_sparse.eval import page, takes
 from dit_sparse.eval.compare import Comparison, equal_steps
 from dit_sparse.eval.reproduce import Recipe, beside, recipes
-from dit_sparse.eval.table import compare_table
+from dit_sparse.eval.table import branches_table, compare_table
 from dit_sparse.shapes.judge import held_out_tasks
 
 LARGEST = json.loads((Path(__file__).parent.parent / "eval" / "results" / "cpu" / "compare.json").read_text())
@@ -275,6 +275,17 @@ def test_a_dense_row_stands_beside_the_densities_of_its_cost():
     assert "`dense, 7 steps`" in one and "dense, 7 steps" not in compare_table(result, 0.15)
     assert "`dense, 6 steps`" in one and "`svg 0.15`" in one and "svg 0.25" not in one
     assert "dense, 6 steps, costs like 0.15" in page.page(result)
+
+
+def test_one_plan_stands_beside_a_plan_each():
+    worse = [row | {"psnr": row["psnr"] and row["psnr"] | {"mean": 20.0}} for row in LARGEST["rows"]]
+    apart = LARGEST | {"schedule": LARGEST["schedule"] | {"per_branch": True}}
+    apart |= {"rows": [row for row in worse if row["name"] in ("dense", "radial 0.25", "random_blocks 0.25")]}
+    (radial,) = [row for row in LARGEST["rows"] if row["name"] == "radial 0.25"]
+    told = branches_table(LARGEST, apart)
+    assert f"| {radial['psnr']['mean'] - 20:+.1f} |" in told and told.count("\n| `") == 1 and "`radial 0.25`" in told
+    with pytest.raises(ValueError, match="differ in block, too"):
+        branches_table(LARGEST, apart | {"block": 99})
 
 
 def test_what_a_comparison_cannot_say_is_said():

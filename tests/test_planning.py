@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pipelines import STEPS, built, calls_per_step, latents, layers, sparse, sparse_latents, variant
+from test_pipelines import STEPS, built, calls_per_step, dense_latents, latents, layers, sparse, sparse_latents, variant
 from test_pitfalls import APART, Drifting, near
 from torch import Tensor
 
 import dit_sparse as ds
+import tiny
 from dit_sparse.clusters import ClusterPlan, Clusters
 from dit_sparse.kernels import reference
 from dit_sparse.method import Computed, Method
@@ -52,9 +53,12 @@ def test_the_branch_of_the_prompt_plans_for_both(name):
     assert len(second) == len(asked) == len(plans) / 2
 
 
-def test_hunyuan_video_with_guidance_shares_too():
-    asked, plans = plans_of(built("hunyuan_video"), other=dict(true_cfg_scale=4.0))
-    assert {site.branch for site in asked} == {"transformer cond 0"} and len(plans) == 2 * len(asked)
+@pytest.mark.parametrize("name, first", [("hunyuan_video", "cond"), ("HunyuanVideoImageToVideoPipeline", "call 0")])
+def test_hunyuan_video_with_guidance_shares_too(name, first):
+    """Its guidance_scale is embedded, one call; true_cfg_scale makes two."""
+    stock = built(name) if name in tiny.ALL else variant(name)
+    asked, plans = plans_of(stock, other=dict(true_cfg_scale=4.0))
+    assert {site.branch for site in asked} == {f"transformer {first} 0"} and len(plans) == 2 * len(asked)
 
 
 @pytest.mark.parametrize("name", ["cogvideox", "cogvideox15", "ltx"])
@@ -62,7 +66,7 @@ def test_of_a_batch_with_both_branches_the_second_half_plans(name):
     stock = built(name)
     shared, apart = (plans_of(stock, schedule)[1] for schedule in (EVERY, APART))
     for place, plan in shared.items():
-        assert len(plan.keep().expand(2, -1, -1, -1)) == 2 and len(plan.index) == 1
+        assert len(plan.index) == 1
         if place[:2] == (1, 0):  # before sparse attention has made a difference
             assert plan.keep()[0].equal(apart[place].keep()[1])
     assert any(not plan.keep()[0].equal(plan.keep()[1]) for plan in apart.values())
@@ -108,6 +112,51 @@ def test_per_branch_keeps_them_apart(name):
     assert all(len(plan.index) == (2 if name == "cogvideox" else 1) for plan in plans.values())
     shared = sparse_latents(stock, Drifting(), schedule=EVERY)
     assert shared.equal(sparse_latents(stock, Drifting(), schedule=APART)) == (name == "mochi")
+
+
+def test_a_kept_plan_serves_both_branches():
+    stock = built("wan")
+    asked, plans = plans_of(stock, ds.Schedule(dense_steps=1, every=2))
+    assert [site.step for site in asked] == [1] * layers(stock) + [3] * layers(stock)
+    assert len(plans) == 3 * calls_per_step(stock)
+    for (step, layer, _), plan in plans.items():
+        assert plan.index is plans[1 if step < 3 else 3, layer, "transformer cond 0"].index
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "ltx"])
+def test_clusters_of_one_half_serve_both(name):
+    near(sparse_latents(built(name), "svg2", density=1.0), dense_latents(name))
+
+
+def test_any_other_cache_context_is_no_branch_of_guidance():
+    stock, asked = built("wan"), Drifting()
+    latent, text = torch.randn(1, 16, 5, 10, 14), torch.randn(2, 1, 24, 32)
+    with torch.no_grad(), sparse(stock.pipe.transformer, asked, density=0.3, dense_steps=0):
+        for name, prompt in zip(("clip 0", "clip 1"), text, strict=True):
+            with stock.pipe.transformer.cache_context(name):
+                stock.pipe.transformer(latent, torch.tensor([500]), prompt)
+    assert len(asked.log) == 2 * layers(stock)
+
+
+def test_whether_a_pipeline_is_guided_is_asked_once_a_generation():
+    """The scale of CogVideoX's dynamic guidance exceeds 1 after the first step, whatever was asked for."""
+    stock = built("cogvideox")
+    other = dict(lengths=(9, 9), guidance_scale=1.0, use_dynamic_cfg=True)
+    _, plans = plans_of(stock, EVERY, other)
+    assert {len(plan.index) for plan in plans.values()} == {2}
+
+
+def test_two_prompts_from_one_noise_are_no_branches():
+    one_noise = [torch.Generator().manual_seed(3) for _ in range(2)]
+    _, plans = plans_of(built("ltx"), other=dict(lengths=(9, 5), guidance_scale=1.0, generator=one_noise))
+    assert {len(plan.index) for plan in plans.values()} == {2}
+
+
+def test_an_odd_batch_is_not_halved():
+    q, asked = torch.zeros(3, 1, 8, 4), []
+    method = SimpleNamespace(static=False, own_pace=False, plan=lambda q, *_: asked.append(len(q)))
+    Plans(method).plan(q, q, ds.Site(ds.Grid(1, 2, 4), both=True))
+    assert asked == [3]
 
 
 def test_the_same_branch_again_in_one_step_is_another_part_of_the_video():
