@@ -246,7 +246,7 @@ def _demo_conditions(results: Sequence[dict]) -> str:
     r = results[0]
     same = ("device", "commit", "steps", "dense_steps", "dense_calls", "grid", "seed", "prompt")
     mixed = [key for key in same if len({str(other[key]) for other in results}) > 1]
-    speeds = " and ".join(f"{_of_dense_steps(other):.2f}x" for other in results)
+    speeds = ", ".join(f"{_of_dense_steps(other):.2f}x" for other in results)
     told = (
         f"`{r['model']}`, “{r['prompt']}”, seed {r['seed']}, {r['grid']} tokens, {r['steps']} steps of which the first "
         f"{r['dense_steps']} dense (in them, attention is {speeds}), {r['executor']} executor, {r['device']}, "
