@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .plan import Lists, compact
+from .plan import Lists, compact, twice
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Clusters:
 
     def twice(self) -> Clusters:
         """The same clusters for a batch in which every item stands twice, in two equal halves."""
-        return self if len(self.order) == 1 else Clusters(*(torch.cat([x, x]) for x in (self.order, self.edges)))
+        return Clusters(twice(self.order), twice(self.edges))
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,10 @@ class Whereabouts:
 
     def _find_branch(self, name: str | None, latents: torch.Tensor, repeated: bool) -> None:
         """By the name of the cache context; without one, the other branch gets the very latents of the first."""
-        if not (repeated and latents is self._latents()):
-            self._parts = self._parts + 1 if repeated else 0
+        if not repeated:
+            self._parts = 0
+        elif latents is not self._latents():
+            self._parts += 1
         self._latents = weakref.ref(latents)
         self.both = self._doubled and name == BOTH
         self.branch = name or f"call {self.calls}"

@@ -75,7 +75,8 @@ class Lists:
     def twice(self) -> Lists:
         """The same plan for a batch in which every item stands twice, in two equal halves."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return replace(self, **{name: _twice(value) for name, value in values})
+        lengths = None if self.lengths is None else self.lengths.repeat(2)
+        return replace(self, **{name: twice(value) for name, value in values}).padded(lengths)
 
     def padded(self, lengths: Tensor | None) -> Lists:
         """The same plan for a batch whose items end in padding: ``lengths [B]`` real tokens each."""
@@ -87,7 +88,8 @@ class Lists:
         return replace(self, **{name: value.to(device) for name, value in values if hasattr(value, "to")})
 
 
-def _twice(value: Any) -> Any:
+def twice(value: Any) -> Any:
+    """A part of a plan for a batch in which every item stands twice; what is one for all items stays so."""
     if hasattr(value, "twice"):
         return value.twice()
     one_for_all = not isinstance(value, Tensor) or value.ndim < 3 or len(value) == 1

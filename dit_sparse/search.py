@@ -140,6 +140,12 @@ def looked_at(schedule: Schedule, steps: int | None, looks: int) -> list[int]:
     return torch.linspace(first, first if steps is None else steps - 1, looks).round().int().tolist()
 
 
+def on_the_side(tried: Sequence[Method], memory: dict, schedule: Schedule) -> list[Plans]:
+    """The plans of each method that is tried beside another one, kept in that one's memory; for all methods and layers
+    they are too many for a GPU."""
+    return [memory.setdefault(i, Plans(one, schedule.per_branch, aside=True)) for i, one in enumerate(tried)]
+
+
 def squared_error(
     one: Method, done: Computed, plan: Plan | ClusterPlan, attend: Callable, site: Site, memory: dict
 ) -> Tensor:
@@ -232,13 +238,10 @@ class _Probe(Method):
 
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         if site.step in looked_at(self.schedule, site.steps, STEPS_MEASURED):
-            plans = (memory.setdefault(i, self._plans(one)) for i, one in enumerate(self.tried))
-            rows = [self._try(one, done, replace(site, due=True)) for one in plans]
+            fresh = replace(site, due=True)
+            rows = [self._try(one, done, fresh) for one in on_the_side(self.tried, memory, self.schedule)]
             self.note(site, tuple(torch.stack(row).cpu() for row in zip(*rows, strict=True)))
         return done.out, done.lse
-
-    def _plans(self, one: Method) -> Plans:
-        return Plans(one, self.schedule.per_branch, aside=True)  # for every layer and candidate: too many for a GPU
 
     def _try(self, tried: Plans, done: Computed, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """Squared relative error, density and predicted seconds of every head, ``[H]`` each."""

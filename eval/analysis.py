@@ -27,7 +27,7 @@ from dit_sparse.method import Computed
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.planning import Plans
-from dit_sparse.search import looked_at, squared_error
+from dit_sparse.search import looked_at, on_the_side, squared_error
 
 from .bounds import group_mass, kept_and_best
 from .environment import conditions
@@ -167,13 +167,10 @@ class _Look(Method):
     def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         if site.step in looked_at(self.schedule, site.steps, self.looks):
             row_major = group_mass(done.q, done.k, done.lse, done.plan, done.scale)
-            plans = (memory.setdefault(i, self._plans(one)) for i, one in enumerate(self.tried))
-            found = [judged(one, done, replace(site, due=True), row_major) for one in plans]
+            fresh, plans = replace(site, due=True), on_the_side(self.tried, memory, self.schedule)
+            found = [judged(one, done, fresh, row_major) for one in plans]
             self.note(site, torch.stack([torch.stack([figures[name] for name in FIGURES]) for figures in found]))
         return done.out, done.lse
-
-    def _plans(self, one: Method) -> Plans:
-        return Plans(one, self.schedule.per_branch, aside=True)  # for every layer and method: too many for a GPU
 
 
 class _Seen:

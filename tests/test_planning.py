@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -199,10 +200,21 @@ def random_plan(clusters: bool, batch: int, grid: ds.Grid, order: str) -> Plan |
     return Plan.of(keep, tokens, 16, {"own": places, "one": places[0, 0], "none": None}[order])
 
 
-@given(st.booleans(), st.integers(1, 3), grids(4), st.sampled_from(["own", "one", "none"]), st.integers(0, 99))
-def test_a_plan_for_twice_the_batch(clusters, batch, grid, order, seed):
+@given(
+    st.booleans(),
+    st.integers(1, 3),
+    grids(4),
+    st.sampled_from(["own", "one", "none"]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_a_plan_for_twice_the_batch(clusters, batch, grid, order, padded, seed):
     torch.manual_seed(seed)
     plan = random_plan(clusters, batch, grid, order)
+    if clusters:  # sizes that all items share, and orders of their own
+        edges = torch.linspace(0, grid.tokens, 6).int()[None, None]
+        plan = replace(plan, keys=replace(plan.keys, edges=edges))
+    plan = plan.padded(torch.randint(1, grid.tokens + 1, (batch,)) if padded else None)
     halves = torch.randn(2, 3, batch, 2, grid.tokens, 8)
     together = reference.attend(*torch.cat([*halves], 1), plan.twice())
     for i in range(2):
