@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SPARED = 16 << 20  # bytes that the lists of a plan may take so that nobody waits for the device to shorten them
+
 
 def blocks_in(tokens: int, block: int) -> int:
     """Number of blocks that cover ``tokens``; the last one may be ragged."""
@@ -97,14 +99,29 @@ def twice(value: Any) -> Any:
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises ValueError when a row keeps nothing."""
+    """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises ValueError when a row keeps nothing; on a GPU, where
+    looking would wait for it, `pick` looks once a run."""
     count = keep.sum(-1, dtype=torch.int32)
-    if (count == 0).any():
-        raise ValueError("a query block keeps no key block; every row must keep at least one")
-    width = int(count.max())
+    if not keep.is_cuda:
+        check_rows(count)
+    width = width_of(count, keep.shape[-1])
     live_first = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :width].to(torch.int32)
     spare = torch.arange(width, device=keep.device) >= count[..., None]
     return torch.where(spare, live_first[..., :1], live_first), count
+
+
+def check_rows(count: Tensor) -> None:
+    """Raises ValueError when a row keeps nothing."""
+    if (count == 0).any():
+        raise ValueError("a query block keeps no key block; every row must keep at least one")
+
+
+def width_of(count: Tensor, columns: int) -> int:
+    """How wide lists of ``count`` entries a row have to be: as wide as the fullest row. On a GPU, where finding that one
+    waits for the device, as wide as they could ever be, unless that takes much memory."""
+    if count.is_cuda and count.numel() * columns * torch.int32.itemsize <= SPARED:
+        return columns
+    return int(count.max())
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Scores to lists of kept blocks, without a sort and without waiting for the device where a GPU computes them."""
+"""Scores to lists of kept blocks: without a sort where a GPU computes them, and without waiting for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.budget import Budget, Mass, Top
-from dit_sparse.plan import compact
+from dit_sparse.plan import compact, width_of
 
 WIDEST = 8192  # scores that a program holds in its registers
 
@@ -18,13 +18,14 @@ def kept(scores: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
         scores: float32 ``[B, H, Qb, Kb]``; +inf is always kept.
 
     Returns:
-        index int32 ``[B, H, Qb, K]``, ascending, and count int32 ``[B, H, Qb]``. On a GPU, K is as many as there could
-        be, because nobody waits to learn how many there are. Of blocks whose mass rounding decides, a GPU may keep
-        others.
+        index int32 ``[B, H, Qb, K]``, ascending, and count int32 ``[B, H, Qb]``. K is the fullest row's count, or all
+        columns where learning it would wait for a GPU and save little memory. Of blocks whose mass rounding decides, a
+        GPU may keep others.
     """
     plain = isinstance(budget, Top) or (isinstance(budget, Mass) and budget == Mass(budget.share))
     if scores.is_cuda and plain and scores.shape[-1] <= WIDEST:
-        return kept_by_triton(scores, budget)
+        index, count = kept_by_triton(scores, budget)
+        return index[..., : width_of(count, scores.shape[-1])].contiguous(), count
     return compact(budget.keep(scores))
 
 

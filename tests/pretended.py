@@ -1,0 +1,113 @@
+"""A GPU that is not there: tensors on it have a shape, a type and a device, and no numbers (PyTorch's fake tensors).
+
+Whatever runs on the way to a kernel runs here too, so that a tensor on the wrong device, a wait for a number, and
+arguments that no kernel could take are found without a GPU. Tensors on the CPU stay real. Kernels do not run: they are
+noted, with what they were handed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dit_sparse import method as methods
+from dit_sparse.kernels import launching
+from dit_sparse.kernels.architectures import ARCHITECTURES
+
+PROGRAMS = {
+    "block_sparse_triton": ("forward",),
+    "block_ragged_triton": ("forward",),
+    "block_mass_triton": ("mass",),
+    "cluster_triton": ("assign", "means"),
+    "permute_triton": ("permute",),
+    "selection_triton": ("select",),
+}
+# PyTorch without CUDA knows no such device when it indexes a tensor on one; nothing has to be done for it.
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using Guard = c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>;
+static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new Guard());
+"""
+
+
+class OnlyTheGPU(TorchDispatchMode):
+    """Whatever touches a pretended GPU has no numbers, everything else is computed. Refuses to wait for the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
+            return func(*args, **kwargs)
+        with self.fake:
+            result = func(*args, **kwargs)
+        assert all(x.is_cuda for x in tree_leaves(result) if isinstance(x, Tensor)), f"{func} waits for the GPU"
+        return result
+
+
+class Program:
+    """In the place of a Triton program: notes that it was launched, and what with."""
+
+    def __init__(self, name: str, launched: Counter) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid):
+        def run(**arguments) -> None:
+            assert all(isinstance(size, int) and 0 < size < 2**31 for size in grid), f"{self.name} launched as {grid}"
+            for name, value in arguments.items():
+                for x in tree_leaves(value):
+                    assert not isinstance(x, Tensor) or x.is_cuda, f"{self.name} gets {name} on the CPU"
+            self.launched[self.name] += 1
+
+        return run
+
+
+@contextmanager
+def pretended_gpu(monkeypatch, capability: int = 90) -> Iterator[Counter]:
+    """A GPU of that compute capability; yields how often each program was launched."""
+    _guard()
+    launched = Counter()
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    monkeypatch.setattr(launching, "interpreted", lambda: False)
+    monkeypatch.setattr(launching, "machine", lambda device: ARCHITECTURES[capability])
+    monkeypatch.setattr(launching, "_descriptor", lambda x, rows, columns: x)  # it looks at an address
+    for module, names in PROGRAMS.items():
+        found = importlib.import_module(f"dit_sparse.kernels.{module}")
+        for name in names:
+            monkeypatch.setattr(found, name, Program(name, launched))
+    try:
+        with OnlyTheGPU():
+            yield launched
+    finally:
+        methods._cut.cache_clear()
+
+
+@cache
+def _guard() -> None:
+    """Compiled once a process. Skips where there is no compiler."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    folder, torch_folder = Path(mkdtemp()), Path(torch.__file__).parent
+    (folder / "guard.cpp").write_text(GUARD)
+    options = ["-shared", "-fPIC", "-std=c++20", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10"]
+    subprocess.run([compiler, folder / "guard.cpp", "-o", folder / "guard.so", *options], check=True)
+    torch.ops.load_library(str(folder / "guard.so"))
