@@ -63,7 +63,7 @@ def bench_transformer(
     density: Annotated[list[float] | None, typer.Option("--density", "-d", help="May be repeated.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Forward passes of each kind.")] = 2,
 ) -> None:
-    """Time one forward pass of full-size models with random weights; of a few of their layers on a CPU."""
+    """Time one forward pass of full-size models with random weights; scaled down in proportion on a CPU."""
     with one_sentence():
         import torch
 
@@ -87,7 +87,8 @@ def bench_transformer(
                 for row in measure.measured(name, device, densities, method, rounds):
                     rows.append(row)
                     progress(sum(r["model"] == name for r in rows), len(densities))
-        note = f"random weights, medians of {rounds} forward passes, dense ones taken beside the sparse"
+        scaled = "" if device == "cuda" else "one layer, 256 channels and tokens in proportion, "
+        note = f"{scaled}random weights, medians of {rounds} forward passes, dense ones taken beside the sparse"
         save_json(out, {"rows": rows, "note": note} | conditions(device))
     _print_transformers(rows)
     console.print(f"{len(rows)} rows in {escape(str(out))}")

@@ -99,8 +99,8 @@ def twice(value: Any) -> Any:
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises ValueError when a row keeps nothing; on a GPU, where
-    looking would wait for it, `pick` looks once a run."""
+    """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises ValueError when a row keeps nothing; on a GPU
+    nobody waits to look, until `pick` does at the first call."""
     count = keep.sum(-1, dtype=torch.int32)
     if not keep.is_cuda:
         check_rows(count)
@@ -117,8 +117,8 @@ def check_rows(count: Tensor) -> None:
 
 
 def width_of(count: Tensor, columns: int) -> int:
-    """How wide lists of ``count`` entries a row have to be: as wide as the fullest row. On a GPU, where finding that one
-    waits for the device, as wide as they could ever be, unless that takes much memory."""
+    """How wide lists of ``count`` entries a row have to be: as the fullest row. On a GPU, where finding it waits for the
+    device, as wide as they could ever be, unless that takes much memory."""
     if count.is_cuda and count.numel() * columns * torch.int32.itemsize <= SPARED:
         return columns
     return int(count.max())

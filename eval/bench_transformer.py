@@ -1,6 +1,8 @@
-"""Whole transformers measured: one forward pass of full-size models with random weights, dense beside sparse.
+"""Whole transformers measured: one forward pass of published models with random weights, dense beside sparse.
 
-Weights say nothing about time, so none are downloaded. What has to fit is the model in bfloat16 and its activations.
+Weights say nothing about time, so none are downloaded. On a GPU a model has its full size: what has to fit is the model
+in bfloat16 and its activations. On a CPU it has one layer and few heads, and as many fewer tokens: attention grows with
+the tokens, the rest of a layer with the channels, so that its share of the time stays near that of the full size.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -21,29 +24,34 @@ DENSITIES = (0.3, 0.25, 0.15)
 
 
 @dataclass(frozen=True)
+class Size:
+    """Attention heads, layers (of each kind that a model has; None: all of them) and tokens."""
+
+    heads: int
+    layers: int | None
+    grid: Grid
+
+
+@dataclass(frozen=True)
 class Model:
     """A transformer as it is published, and the clip it is asked for.
 
     Attributes:
-        make: from a number of layers, None for all of them, the module.
+        kind: its class in diffusers.
+        config: from a size, the arguments of the class.
         inputs: from the grid and ``randn(*shape)``, the arguments of its forward pass.
-        grid: tokens of a usual clip on a GPU.
-        small: tokens on a CPU, where one layer is enough to wait for.
+        full: the published size, and a usual clip at 720p.
+        small: 256 channels, and as many fewer tokens as there are fewer channels.
     """
 
-    make: Callable[[int | None], nn.Module]
+    kind: str
+    config: Callable[[Size], dict]
     inputs: Callable[[Grid, Callable[..., Tensor]], dict]
-    grid: Grid
-    small: Grid
+    full: Size
+    small: Size
 
-
-def _wan(heads: int, ffn: int, depth: int) -> Callable[[int | None], nn.Module]:
-    def make(layers: int | None) -> nn.Module:
-        from diffusers import WanTransformer3DModel
-
-        return WanTransformer3DModel(num_attention_heads=heads, ffn_dim=ffn, num_layers=layers or depth)
-
-    return make
+    def make(self, size: Size) -> nn.Module:
+        return getattr(diffusers, self.kind)(**self.config(size))
 
 
 def _wan_inputs(grid: Grid, randn: Callable[..., Tensor]) -> dict:
@@ -52,13 +60,6 @@ def _wan_inputs(grid: Grid, randn: Callable[..., Tensor]) -> dict:
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": randn(1, 512, 4096),
     }
-
-
-def _hunyuan(layers: int | None) -> nn.Module:
-    from diffusers import HunyuanVideoTransformer3DModel
-
-    depth = {} if layers is None else {"num_layers": layers, "num_single_layers": layers}
-    return HunyuanVideoTransformer3DModel(**depth)
 
 
 def _hunyuan_inputs(grid: Grid, randn: Callable[..., Tensor]) -> dict:
@@ -72,18 +73,6 @@ def _hunyuan_inputs(grid: Grid, randn: Callable[..., Tensor]) -> dict:
     }
 
 
-def _cogvideox(layers: int | None) -> nn.Module:
-    from diffusers import CogVideoXTransformer3DModel
-
-    return CogVideoXTransformer3DModel(
-        num_attention_heads=48,
-        num_layers=layers or 42,
-        patch_size_t=2,
-        patch_bias=False,
-        use_rotary_positional_embeddings=True,
-    )
-
-
 def _cogvideox_inputs(grid: Grid, randn: Callable[..., Tensor]) -> dict:
     return {
         "hidden_states": randn(1, 2 * grid.frames, 16, 2 * grid.height, 2 * grid.width),
@@ -93,12 +82,44 @@ def _cogvideox_inputs(grid: Grid, randn: Callable[..., Tensor]) -> dict:
     }
 
 
-P720, FEW = Grid(21, 45, 80), Grid(8, 16, 32)
+def _wan(heads: int, ffn: int, layers: int, small: Grid) -> Model:
+    """Wan 2.1; ``ffn``, the width between the two linear layers, goes with the heads."""
+    config = lambda size: {
+        "num_attention_heads": size.heads,
+        "ffn_dim": ffn * size.heads // heads,
+        "num_layers": size.layers or layers,
+    }
+    full = Size(heads, None, Grid(21, 45, 80))
+    return Model("WanTransformer3DModel", config, _wan_inputs, full, Size(2, 1, small))
+
+
 MODELS = {
-    "wan2.1-1.3b": Model(_wan(12, 8960, 30), _wan_inputs, P720, FEW),
-    "wan2.1-14b": Model(_wan(40, 13824, 40), _wan_inputs, P720, FEW),
-    "hunyuan-video": Model(_hunyuan, _hunyuan_inputs, Grid(33, 45, 80, after=256), Grid(8, 16, 32, after=256)),
-    "cogvideox1.5-5b": Model(_cogvideox, _cogvideox_inputs, Grid(11, 48, 85, before=226), Grid(8, 16, 32, before=226)),
+    "wan2.1-1.3b": _wan(heads=12, ffn=8960, layers=30, small=Grid(21, 20, 30)),
+    "wan2.1-14b": _wan(heads=40, ffn=13824, layers=40, small=Grid(7, 18, 30)),
+    "hunyuan-video": Model(
+        "HunyuanVideoTransformer3DModel",
+        lambda size: {
+            "num_attention_heads": size.heads,
+            "num_layers": size.layers or 20,
+            "num_single_layers": size.layers or 40,
+        },
+        _hunyuan_inputs,
+        full=Size(24, None, Grid(33, 45, 80, after=256)),
+        small=Size(2, 1, Grid(11, 30, 30, after=21)),
+    ),
+    "cogvideox1.5-5b": Model(
+        "CogVideoXTransformer3DModel",
+        lambda size: {
+            "num_attention_heads": size.heads,
+            "num_layers": size.layers or 42,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "use_rotary_positional_embeddings": True,
+        },
+        _cogvideox_inputs,
+        full=Size(48, None, Grid(11, 48, 85, before=226)),
+        small=Size(4, 1, Grid(11, 17, 20, before=19)),
+    ),
 }
 
 
@@ -107,13 +128,13 @@ def measured(
     name: str, device: str, densities: Sequence[float] = DENSITIES, method: str = "radial", rounds: int = 2
 ) -> Iterator[dict]:
     """One row for every density, each with a dense time of its own, taken beside it."""
-    model = MODELS[name]
-    gpu = device == "cuda"
-    grid, layers = (model.grid, None) if gpu else (model.small, 1)
-    with _default(torch.bfloat16 if gpu else torch.float32, device):
-        generator = torch.Generator(device).manual_seed(0)
-        transformer = model.make(layers).eval()
-        inputs = model.inputs(grid, lambda *shape: torch.randn(shape, generator=generator))
+    model, gpu = MODELS[name], device == "cuda"
+    size, dtype = (model.full, torch.bfloat16) if gpu else (model.small, torch.float32)
+    getattr(diffusers, model.kind)  # imported before the defaults change, for modules make tensors of their own
+    torch.manual_seed(0)
+    with _default(dtype, device):
+        transformer = model.make(size).eval()
+        inputs = model.inputs(size.grid, torch.randn)
     forward = lambda: transformer(**inputs, return_dict=False)
     seconds = lambda: statistics.median(seconds_of(forward, device) for _ in range(rounds))
     forward()
@@ -125,10 +146,11 @@ def measured(
             report = run.report()
         yield {
             "model": name,
-            "layers": layers or "all",
-            "grid": str(grid),
-            "tokens": grid.tokens,
-            "dtype": "bfloat16" if gpu else "float32",
+            "heads": size.heads,
+            "layers": size.layers or "all",
+            "grid": str(size.grid),
+            "tokens": size.grid.tokens,
+            "dtype": str(dtype).removeprefix("torch."),
             "method": method,
             "density_asked": density,
             "density": round(report.density_achieved, 4),

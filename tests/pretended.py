@@ -79,12 +79,27 @@ class Program:
         return run
 
 
+class Event:
+    """In the place of a CUDA event."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1.0
+
+
 @contextmanager
 def pretended_gpu(monkeypatch, capability: int = 90) -> Iterator[Counter]:
     """A GPU of that compute capability; yields how often each program was launched."""
     _guard()
     launched = Counter()
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
     monkeypatch.setattr(launching, "interpreted", lambda: False)
     monkeypatch.setattr(launching, "machine", lambda device: ARCHITECTURES[capability])
@@ -93,10 +108,13 @@ def pretended_gpu(monkeypatch, capability: int = 90) -> Iterator[Counter]:
         found = importlib.import_module(f"dit_sparse.kernels.{module}")
         for name in names:
             monkeypatch.setattr(found, name, Program(name, launched))
+    lifted = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its tensor on the CPU first
     try:
         with OnlyTheGPU():
             yield launched
     finally:
+        torch._C._set_only_lift_cpu_tensors(lifted)
         methods._cut.cache_clear()
 
 

@@ -18,15 +18,6 @@ from support import qkv
 
 SMALL = Grid(2, 8, 9)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TINY = {
-    "wan2.1-1.3b": lambda: diffusers.WanTransformer3DModel(num_attention_heads=2, ffn_dim=8, num_layers=1),
-    "hunyuan-video": lambda: diffusers.HunyuanVideoTransformer3DModel(
-        num_attention_heads=1, num_layers=1, num_single_layers=1, num_refiner_layers=1, mlp_ratio=0.1
-    ),
-    "cogvideox1.5-5b": lambda: diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=1, num_layers=1, patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True
-    ),
-}
 
 
 @pytest.mark.parametrize("pattern", bench.PATTERNS)
@@ -102,22 +93,31 @@ def test_bad_input_is_one_sentence(wrong, sentence, tmp_path):
 )
 def test_models_are_as_large_as_published(name, billions):
     model = bench_transformer.MODELS[name]
+    getattr(diffusers, model.kind)
     with torch.device("meta"):
-        found = sum(p.numel() for p in model.make(None).parameters()) / 1e9
+        found = sum(p.numel() for p in model.make(model.full).parameters()) / 1e9
     assert found == pytest.approx(billions, rel=0.02)
-    assert model.grid.tokens in (75_600, 118_800 + 256, 44_880 + 226)
+    assert model.full.grid.tokens in (75_600, 118_800 + 256, 44_880 + 226)
 
 
-@pytest.mark.parametrize("name", ["wan2.1-1.3b", "hunyuan-video", "cogvideox1.5-5b"])
+@pytest.mark.parametrize("name", bench_transformer.MODELS)
+def test_small_models_keep_the_proportion_of_tokens_to_channels(name):
+    full, small = bench_transformer.MODELS[name].full, bench_transformer.MODELS[name].small
+    assert small.grid.tokens / small.heads == pytest.approx(full.grid.tokens / full.heads, rel=0.01)
+
+
+@pytest.mark.parametrize("name", bench_transformer.MODELS)
 def test_a_forward_pass_is_made_sparse_and_timed(name, monkeypatch):
-    """The published inputs, on models of the same class with hardly any weights."""
-    published, tiny = bench_transformer.MODELS[name], TINY[name]
-    small = replace(published, make=lambda layers: tiny(), small=replace(published.small, frames=2, height=4, width=6))
-    monkeypatch.setitem(bench_transformer.MODELS, name, small)
+    """One layer of the published class and inputs, with few tokens."""
+    published = bench_transformer.MODELS[name]
+    grid = replace(published.small.grid, frames=2, height=4, width=6)
+    monkeypatch.setitem(
+        bench_transformer.MODELS, name, replace(published, small=replace(published.small, heads=1, grid=grid))
+    )
     rows = list(bench_transformer.measured(name, "cpu", (0.5, 0.3), "random_blocks", rounds=1))
     assert [row["density_asked"] for row in rows] == [0.5, 0.3]
     for row in rows:
-        assert row["model"] == name and row["executor"] and 0 < row["density"] <= 1
+        assert row["model"] == name and row["executor"] and 0 < row["density"] <= 1 and row["heads"] == 1
         assert row["speedup"] == pytest.approx(row["seconds_dense"] / row["seconds_sparse"])
 
 

@@ -75,7 +75,7 @@ RULES = {  # the first pattern that fits a module is its row
     "eval.reproduce": May(f"{USER} eval.*", others="pydantic tomli", lazily="diffusers"),
     "eval.profiling": May(f"{USER} eval.* search"),
     "eval.bench": May(f"{USER} eval.* kernels.cluster kernels.permute"),
-    "eval.bench_transformer": May(f"{USER} eval.*", lazily="diffusers"),
+    "eval.bench_transformer": May(f"{USER} eval.*", others="diffusers"),
     "eval.analysis": May(f"{USER} eval.* composition method methods.* planning search", others="PIL"),
     "eval.bounds": May("public grid method kernels.block_mass kernels.launching"),
     "eval.scaling": May(f"{USER} eval.* method", others="PIL"),

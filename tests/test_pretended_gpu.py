@@ -2,37 +2,104 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dit_sparse import METHODS, ClusterPlan, Grid, Site
-from dit_sparse.kernels import block_ragged, block_sparse
+from dit_sparse import METHODS, ClusterPlan, Grid, Site, locate, run
+from dit_sparse import plan as plan_file
+from dit_sparse.composition import PerHead
+from dit_sparse.eval import bench, bench_transformer
+from dit_sparse.kernels import block_ragged, block_sparse, pick, selection
+from dit_sparse.kernels.trial import Cost
 from dit_sparse.method import Computed
 from dit_sparse.methods import method
+from dit_sparse.planning import Plans
+from dit_sparse.report import Tally
 from pretended import pretended_gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and it is tested itself")
 
-NAMES = [name for name in METHODS if name != "dense"] + ["radial|sink", "rettention(adaspa)", "cached(svg2)"]
+HEADS = ("radial", "svg", "adaspa", "pooled(sparge)")
+METHODS_HERE = {
+    name: method(name, density=0.25)
+    for name in [*METHODS, "radial|sink", "rettention(adaspa)", "cached(svg2)", "pooled(subblock)"]
+    if name != "dense"
+}
+METHODS_HERE["a method a head"] = PerHead(
+    methods=tuple((letter, method(name, density=0.25)) for letter, name in zip("rsap", HEADS, strict=True)),
+    layers=("rsap",) * 4,
+)
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["", "both branches in one batch"])
 @pytest.mark.parametrize("grid", [Grid(5, 16, 16), Grid(5, 16, 16, after=30)], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_method_plans_and_attends_without_waiting(name, grid, monkeypatch):
-    chosen, memory = method(name, density=0.25), {}
+@pytest.mark.parametrize("name", METHODS_HERE)
+def test_every_method_plans_and_attends_without_waiting(name, grid, both, monkeypatch):
+    plans = Plans(METHODS_HERE[name])
     with pretended_gpu(monkeypatch) as launched:
         q, k, v = (on_gpu(2, 4, grid.tokens, 64) for _ in range(3))
         for step in (3, 4):
-            site = Site(grid, 64, layer=1, layers=4, step=step, steps=10)
-            plan = chosen.plan(q, k, site, memory)
-            executor = block_ragged if isinstance(plan, ClusterPlan) else block_sparse
-            dense = lambda plan=plan, attend=executor.attend: attend(q, k, v, plan.whole())
-            done = Computed(q, k, v, plan, None, *executor.attend(q, k, v, plan), dense)
-            out, lse = chosen.correct(done, site, memory)
+            site = Site(grid, 64, layer=1, layers=4, step=step, steps=10, both=both)
+            plan = plans.plan(q, k, site)
+            attend = (block_ragged if isinstance(plan, ClusterPlan) else block_sparse).attend
+            dense = lambda plan=plan, attend=attend: attend(q, k, v, plan.whole())
+            done = Computed(q, k, v, plan, None, *attend(q, k, v, plan), dense)
+            out, lse = plans.method.correct(done, site, plans.memory(q, site))
         assert out.is_cuda and out.shape == q.shape and out.dtype == q.dtype
         assert lse is None or (lse.is_cuda and lse.shape == q.shape[:3] and lse.dtype == torch.float32)
     assert launched["forward"] >= 2
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """What a run may wait for is given here: what trials measured, whether a plan's rows keep something, how wide long
+    lists are, the noise level of a step, what is padding. Whatever else waits, fails."""
+    costs = {"block_sparse": 1e-12, "block_ragged": 1e-12}
+    monkeypatch.setattr(pick, "cost", lambda name, kind: Cost(0.0, costs.get(name, 1.0)))
+    monkeypatch.setattr(pick, "verdict", lambda name, kind: None)
+    monkeypatch.setattr(pick, "check_rows", lambda count: None)
+    for module in (plan_file, selection):
+        monkeypatch.setattr(module, "width_of", lambda count, columns: columns // 3)
+    monkeypatch.setattr(plan_file.Lists, "density", 0.25)
+    monkeypatch.setattr(Tally, "density_achieved", 0.25)
+    monkeypatch.setattr(Tally, "density_run", 0.25)
+    monkeypatch.setattr(locate, "_scalar", lambda timestep: 500.0)
+    lengths = lambda mask, batch, grid: mask.reshape(-1, grid.tokens).sum(-1).expand(batch)
+    monkeypatch.setattr(run, "read_padding", lengths)
+
+
+@pytest.mark.parametrize("method", ["radial", "svg2"])
+@pytest.mark.parametrize("model", bench_transformer.MODELS)
+def test_whole_transformers_of_full_size(model, method, known, monkeypatch):
+    """As `dit-sparse bench transformer` runs them on a GPU, at 720p, with two layers of each kind."""
+    published = bench_transformer.MODELS[model]
+    monkeypatch.setitem(bench_transformer.MODELS, model, replace(published, full=replace(published.full, layers=2)))
+    with pretended_gpu(monkeypatch) as launched:
+        (row,) = bench_transformer.measured(model, "cuda", (0.25,), method, rounds=1)
+    assert row["layers"] == 2 and row["dtype"] == "bfloat16" and row["tokens"] > 40_000
+    assert row["executor"] == ("block_ragged" if method == "svg2" else "block_sparse")
+    assert launched["forward"] == 2 * (4 if model == "hunyuan-video" else 2), "once to make plans, once for the clock"
+
+
+@pytest.mark.parametrize("pattern", bench.PATTERNS)
+def test_the_bench_of_attention(pattern, known, monkeypatch):
+    """Every case of `dit-sparse bench attention` on a GPU, but for whether the numbers are right."""
+    memory = SimpleNamespace(reset_peak_memory_stats=None, memory_allocated=0, max_memory_allocated=7)
+    for name, value in vars(memory).items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench, "check", lambda *_: None)
+    executors, cases = ["block_sparse", "block_ragged"], bench.cases("cuda", densities=[0.25], patterns=[pattern])
+    with pretended_gpu(monkeypatch):
+        for case in cases:
+            rows = list(bench.measured(case, executors, 0.0))
+            assert [row["executor"] for row in rows if "why_not" not in row] == [executors[pattern == "clusters"]]
+            assert all(row["peak_bytes"] == 7 for row in rows if "why_not" not in row)
+    assert {case.grid.tokens for case in cases} == {16_384, 32_760, 75_600, 118_800}
