@@ -117,8 +117,8 @@ def check_rows(count: Tensor) -> None:
 
 
 def width_of(count: Tensor, columns: int) -> int:
-    """How wide lists of ``count`` entries a row have to be: as the fullest row. On a GPU, where finding it waits for the
-    device, as wide as they could ever be, unless that takes much memory."""
+    """How wide lists of ``count`` entries a row have to be: as the fullest row. On a GPU, where finding it waits for
+    the device, as wide as they could ever be, unless that takes much memory."""
     if count.is_cuda and count.numel() * columns * torch.int32.itemsize <= SPARED:
         return columns
     return int(count.max())

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from itertools import product
 from pathlib import Path
 
@@ -35,16 +37,24 @@ def rows(capability: int) -> Iterator[dict]:
 
     Triton remembers the first architecture that it compiles for: ask for one in each process.
     """
+    import triton
+
     pretend_gpu(capability)
+    triton.knobs.compilation.always_compile = True  # what lies in Triton's cache would bring no report
+    triton.knobs.nvidia.dump_ptxas_log = True
     for name, block, dim, features, program, arguments in launches(ARCHITECTURES[capability]):
-        compiled = program.warmup(grid=(1,), **arguments)
+        with redirect_stdout(StringIO()) as said:
+            compiled = program.warmup(grid=(1,), **arguments)
         yield {
             "kernel": name,
+            "triton": triton.__version__,
             "architecture": capability,
             "block": block,
             "head_dim": dim,
             "features": features,
-            **resources(compiled.asm["ptx"]),
+            "registers": int(re.search(r"Used (\d+) registers", said.getvalue())[1]),
+            "spilled": int(re.search(r"(\d+) bytes spill stores", said.getvalue())[1]),
+            "instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
             "buffers": buffers(compiled.asm["ttgir"]),
             "shared_memory": compiled.metadata.shared,
         }
@@ -100,9 +110,9 @@ def _companion_launches() -> Iterator[tuple]:
         yield "assign", cluster.ROWS, dim, "", assign, arguments
         arguments, _ = cluster.launch_means(x, Clusters.of(torch.zeros_like(labels), 100), old)
         yield "means", 0, dim, "no products", means, arguments
-        arguments = permute.launch(torch.arange(TOKENS), (x, x))
-        yield "permute", arguments["ROWS"], dim, "no products", move, arguments
 
+    arguments = permute.launch(torch.arange(TOKENS), (x, x))  # one program for all of the same power of two
+    yield "permute", arguments["ROWS"], dim, "no products", move, arguments
     for budget, columns in ((Top(0.25), 1800), (Mass(0.9), 1800), (Top(0.25), selection.WIDEST)):
         arguments = selection.launch(torch.empty(1, 2, 3, columns), budget)
         yield "select", columns, 0, "no products", select, arguments
@@ -126,34 +136,18 @@ def pretend_gpu(capability: int) -> None:
     driver.set_active(Pretended())
 
 
-def resources(ptx: str) -> dict:
-    """Registers and spilled bytes of a thread, by NVIDIA's assembler, and the instructions of note."""
-    import triton
-
-    target = re.search(r"\.target (sm_\w+)", ptx)[1]
-    assembler = "ptxas-blackwell" if int(re.search(r"\d+", target)[0]) >= 100 else "ptxas"
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [tools / assembler, "-v", f"-arch={target}", source, "-o", Path(folder, "kernel.cubin")]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", said)[1]),
-        "spilled": int(re.search(r"(\d+) bytes spill stores", said)[1]),
-        "instructions": [name for name in INSTRUCTIONS if name in ptx],
-    }
-
-
 def buffers(ttgir: str) -> int:
     """How many steps of the first loop, the one that does the work, have room for their keys in shared memory."""
     found = re.search(r"memdesc<(\d+)x\d+x\d+x\w+, #shared\d*, #smem, mutable>", ttgir[: ttgir.find("scf.for")])
     return int(found[1]) if found else 1
 
 
-def rows_apart(capability: int) -> list[dict]:
-    """`rows` in a process of its own, with an empty cache and with Triton's interpreter off."""
+def rows_apart(capability: int, triton: Path | None = None) -> list[dict]:
+    """`rows` in a process of its own, with an empty cache and with Triton's interpreter off; by another Triton where a
+    folder with one is given."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if triton is not None:
+        environment["PYTHONPATH"] = str(triton)
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "dit_sparse.eval.compiled", "--json", "--architecture", str(capability)]
         environment["TRITON_CACHE_DIR"] = cache
