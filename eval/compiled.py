@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that need not be there: `python -m dit_sparse.eval.compiled [--json]`.
 
 Prints what the compiler made of every row of `kernels/architectures.py`: registers and spilled bytes of a thread,
-shared memory of a program, and the instructions that do the work.
+shared memory of a program, the instructions that do the work, and what a step of the main loop consists of.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from dit_sparse import ClusterPlan, Clusters, Mass, Plan, Top
 from dit_sparse.kernels import block_mass, block_ragged, block_sparse, cluster, permute, selection
 from dit_sparse.kernels.architectures import ARCHITECTURES, Architecture
 
+from .machine_code import main_loop
+
 DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (64, 128)
+ATTENTION = ("block_sparse", "block_ragged")
 TOKENS = 1000  # the last block is ragged
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor")
 
@@ -54,6 +57,8 @@ def rows(capability: int) -> Iterator[dict]:
             "features": features,
             "registers": int(re.search(r"Used (\d+) registers", said.getvalue())[1]),
             "spilled": int(re.search(r"(\d+) bytes spill stores", said.getvalue())[1]),
+            "serialized": "serialized" in said.getvalue(),
+            "loop": main_loop(compiled.asm["cubin"]) if name in ATTENTION else {},
             "instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
             "buffers": buffers(compiled.asm["ttgir"]),
             "shared_memory": compiled.metadata.shared,
@@ -89,7 +94,7 @@ def _attention_launches(machine: Architecture) -> Iterator[tuple]:
 def _mass_launches(machine: Architecture) -> Iterator[tuple]:
     from dit_sparse.kernels.block_mass_triton import mass
 
-    every = product(BLOCKS, DIMS, (None,), (False,))
+    every = [(block, dim, None, False) for block, dim in (*product(BLOCKS, (64, 128)), (128, 80), (128, 256))]
     for block, dim, queries, kept in (*every, (128, 128, 16, False), (128, 128, None, True)):
         q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
         layout = (queries or block, None, None, None, plan if kept else None)
@@ -169,11 +174,16 @@ def main() -> None:
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    print("kernel          sm  block  head_dim  registers  spilled  shared memory  instructions")
+    print(
+        "kernel          sm  block  head_dim  registers  spilled  shared memory | in the main loop: instructions  "
+        "products  barriers | instructions of note"
+    )
     for row in found:
+        loop = row["loop"] or dict.fromkeys(("instructions", "products", "barriers"), "-")
         print(
             f"{row['kernel']:12} {row['architecture']:5} {row['block']:6} {row['head_dim']:9} {row['registers']:10} "
-            f"{row['spilled']:8} {row['shared_memory']:14}  {', '.join(row['instructions'])}  {row['features']}"
+            f"{row['spilled']:8} {row['shared_memory']:14} | {loop['instructions']:31} {loop['products']:9} "
+            f"{loop['barriers']:9} | {', '.join(row['instructions'])}  {row['features']}"
         )
 
 

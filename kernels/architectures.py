@@ -25,6 +25,18 @@ class Tiling:
     stages: int
     tma: bool = False
 
+    def columns(self, rows: int, dim: int) -> tuple[int, ...]:
+        """The tiles of ``dim`` columns where a program has so many queries: on GPUs before Hopper not wider than those,
+        for the reason given in `tiles_triton`, and not wider than 64, which saves registers."""
+        return widths(dim, dim if self.tma or self.warps == 1 else min(rows, 64))
+
+
+def widths(dim: int, widest: int) -> tuple[int, ...]:
+    """Columns of the tiles that ``dim`` columns are cut into: powers of two, which is all that Triton's tiles can have,
+    none wider than ``widest``."""
+    width = 1 << min(widest, dim).bit_length() - 1
+    return (width,) * (dim // width) + (widths(dim % width, width) if dim % width else ())
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -42,7 +54,7 @@ class Architecture:
 
     def tiling(self, block: int, dim: int) -> Tiling:
         found = self.tilings[max(block, 64), next(size for size in (64, 128, 256) if dim <= size)]
-        return found if block >= 64 else Tiling(min(block, found.keys), 4, found.stages)
+        return found if block >= 64 else Tiling(min(block, found.keys), block // 16, found.stages)
 
 
 AMPERE = Architecture(
@@ -51,7 +63,7 @@ AMPERE = Architecture(
     tilings={
         (64, 64): Tiling(64, 4, 3),
         (64, 128): Tiling(64, 4, 3),
-        (64, 256): Tiling(32, 8, 3),
+        (64, 256): Tiling(32, 4, 3),
         (128, 64): Tiling(64, 8, 3),
         (128, 128): Tiling(64, 8, 3),
         (128, 256): Tiling(32, 8, 3),
@@ -63,10 +75,10 @@ ADA = Architecture(
     tilings={
         (64, 64): Tiling(64, 4, 3),
         (64, 128): Tiling(64, 4, 3),
-        (64, 256): Tiling(32, 8, 2),
+        (64, 256): Tiling(16, 4, 3),
         (128, 64): Tiling(64, 8, 3),
         (128, 128): Tiling(64, 8, 3),
-        (128, 256): Tiling(16, 8, 2),
+        (128, 256): Tiling(16, 8, 3),
     },
 )
 HOPPER = Architecture(
@@ -77,7 +89,7 @@ HOPPER = Architecture(
         (64, 128): Tiling(64, 4, 3, tma=True),
         (64, 256): Tiling(64, 8, 2, tma=True),
         (128, 64): Tiling(128, 8, 3, tma=True),
-        (128, 128): Tiling(128, 8, 2, tma=True),
+        (128, 128): Tiling(128, 8, 3, tma=True),
         (128, 256): Tiling(64, 8, 2, tma=True),
     },
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_sparse.plan import Plan, arranged, blocks_in
 
 from . import block_sparse, launching
+from .architectures import widths
 from .permute import permuted
 
 FEWEST_ROWS = 16  # that matrix units take
@@ -158,14 +159,14 @@ def _launched(q, k, lse, block, rows, order, lengths, scale, plan) -> Tensor:
 def launch(q, k, lse, block, rows, order, lengths, scale, plan, machine) -> tuple[dict, Tensor]:
     """The arguments of the kernel, and the tensor that it will fill."""
     batch, heads, tokens, dim = q.shape
-    blocks, (width, width_rest), tiling = blocks_in(tokens, block), launching.WIDTHS[dim], machine.tiling(block, dim)
+    blocks, columns, tiling = blocks_in(tokens, block), widths(dim, dim), machine.tiling(block, dim)
     q, k = launching.in_rows(q, *permuted(order, k))
     out = torch.empty(batch, heads, blocks, *(() if plan else (blocks,)), device=q.device)
     index = plan.index.expand(batch, heads, -1, -1) if plan else None
     count = plan.count.expand(batch, heads, -1) if plan else None
     order = None if order is None else order.expand(batch, heads, -1)
     arguments = dict(
-        launching.fetched({"k": k}, tiling.keys, dim, tiling.tma),
+        launching.fetched({"k": k}, tiling.keys, columns, tiling.tma),
         q=q,
         lse=lse.contiguous(),
         out=out,
@@ -185,8 +186,7 @@ def launch(q, k, lse, block, rows, order, lengths, scale, plan, machine) -> tupl
         BLOCK=block,
         ROWS=rows,
         KEYS=tiling.keys,
-        WIDTH=width,
-        WIDTH_REST=width_rest,
+        WIDTHS=columns,
         TMA=tiling.tma,
         num_warps=tiling.warps if rows >= 64 else 4,
         num_stages=tiling.stages if tiling.tma or dim <= 128 else 1,  # several tiles a step are in flight already

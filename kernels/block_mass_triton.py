@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles_triton import scattered, tile
+from .tiles_triton import products, scattered
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -33,8 +33,7 @@ def mass(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_REST: tl.constexpr,
+    WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Mean mass of ROWS queries of one block, evenly spaced.
@@ -54,10 +53,7 @@ def mass(
     token = place
     if order is not None:
         token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    queries = scattered(q, q_strides, item, head, token, real, 0, WIDTH)
-    queries_rest = queries
-    if WIDTH_REST:
-        queries_rest = scattered(q, q_strides, item, head, token, real, WIDTH, WIDTH_REST)
+    queries = scattered(q, q_strides, item, head, token, real, WIDTHS)
     bound = tl.load(lse + (item.to(tl.int64) * heads + head) * tokens + token, mask=real, other=float("inf")) * LOG2E
     bound = tl.where(bound == float("-inf"), float("inf"), bound)  # a query that saw nothing pays nothing
     share = 1 / tl.maximum(tl.sum(real.to(tl.float32), 0), 1)
@@ -78,13 +74,9 @@ def mass(
         received = 0.0
         for part in tl.static_range(TILES):
             start = key_block * BLOCK + part * KEYS
-            keys = tile(k, k_strides, item, head // group, start, end, 0, KEYS, WIDTH, TMA, not TMA)
-            scores = tl.dot(queries, keys.T, input_precision="ieee")
-            if WIDTH_REST:
-                keys_rest = tile(
-                    k_rest, k_strides, item, head // group, start, end, WIDTH, KEYS, WIDTH_REST, TMA, not TMA
-                )
-                scores = tl.dot(queries_rest, keys_rest.T, scores, input_precision="ieee")
+            scores = products(
+                queries, (k, k_rest), k_strides, item, head // group, start, end, KEYS, WIDTHS, TMA, not TMA
+            )
             weights = tl.exp2(scores * scale - bound[:, None])
             weights = tl.where((start + tl.arange(0, KEYS) < end)[None, :], weights, 0.0)
             received += tl.sum(tl.reshape(weights, [ROWS * KEYS]), 0)  # axis by axis Triton fails for sm100

@@ -50,9 +50,9 @@ def launch(
 ) -> tuple[dict, Tensor, Tensor]:
     """The arguments of the kernel, and the two tensors that it will fill."""
     batch, heads, tokens, dim = q.shape
-    width, width_rest = launching.WIDTHS[dim]
     rows = 128 if dim <= 128 and tokens >= LARGE * plan.queries.sizes.shape[-1] else 64
     tiling = machine.tiling(rows, dim)
+    columns = tiling.columns(rows, dim)
     q, k, v = launching.in_rows(q, *permuted(plan.keys.order, k, v))
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
@@ -67,7 +67,7 @@ def launch(
     lists = {name: per_head(x) for name, x in lists.items()}
     strides = {f"{name}_strides": x.stride()[:-1] for name, x in lists.items()}
     arguments = dict(
-        launching.fetched({"k": k, "v": v}, tiling.keys, dim, tiling.tma),
+        launching.fetched({"k": k, "v": v}, tiling.keys, columns, tiling.tma),
         q=q,
         out=out,
         lse=lse,
@@ -86,8 +86,7 @@ def launch(
         scale=(dim**-0.5 if scale is None else scale) * math.log2(math.e),
         ROWS=rows,
         KEYS=tiling.keys,
-        WIDTH=width,
-        WIDTH_REST=width_rest,
+        WIDTHS=columns,
         TMA=tiling.tma,
         num_warps=tiling.warps,
         num_stages=tiling.stages,

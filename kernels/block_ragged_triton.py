@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles_triton import finish, scattered, visit
+from .tiles_triton import finish, nothing, scattered, visit
 
 
 @triton.jit
@@ -49,8 +49,7 @@ def forward(
     scale,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_REST: tl.constexpr,
+    WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Attention of up to ROWS queries.
@@ -69,10 +68,8 @@ def forward(
     place = first + tl.arange(0, ROWS)
     real = place < stop
     token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    queries = scattered(q, q_strides, item, head, token, real, 0, WIDTH)
-    queries_rest = queries
-    if WIDTH_REST:
-        queries_rest = scattered(q, q_strides, item, head, token, real, WIDTH, WIDTH_REST)
+    queries = scattered(q, q_strides, item, head, token, real, WIDTHS)
+    keys, values = (k, k_rest), (v, v_rest)
 
     row = item.to(tl.int64) * starts_strides[0] + head * starts_strides[1] + cluster * starts_strides[2]
     tail_row = item.to(tl.int64) * tails_strides[0] + head * tails_strides[1] + cluster * tails_strides[2]
@@ -80,26 +77,21 @@ def forward(
     busy = (first < stop).to(tl.int32)  # else a spare program
     steps = busy * tl.load(whole + item * whole_strides[0] + head * whole_strides[1] + cluster * whole_strides[2])
 
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    sums_rest = tl.zeros([ROWS, max(WIDTH_REST, 1)], tl.float32)
+    top, total, sums = nothing(ROWS, WIDTHS)
     start = tl.load(starts + row)
     for step in range(0, steps):
         following = tl.load(starts + row + tl.minimum(step + 1, steps - 1))
-        top, total, sums, sums_rest = visit(
-            queries, queries_rest, k, v, k_rest, v_rest, k_strides, v_strides, item, key_head, start, tokens, scale,
-            top, total, sums, sums_rest, KEYS, WIDTH, WIDTH_REST, TMA, False,
+        top, total, sums = visit(
+            queries, keys, values, k_strides, v_strides, item, key_head, start, tokens, scale, top, total, sums,
+            KEYS, WIDTHS, TMA, False,
         )  # fmt: skip
         start = following
     for run in range(0, busy * runs):
         start, end = tl.load(tails + tail_row + run), tl.load(ends + end_row + run)
         if start < end:
-            top, total, sums, sums_rest = visit(
-                queries, queries_rest, k, v, k_rest, v_rest, k_strides, v_strides, item, key_head, start, end, scale,
-                top, total, sums, sums_rest, KEYS, WIDTH, WIDTH_REST, TMA, True,
+            top, total, sums = visit(
+                queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, top, total, sums,
+                KEYS, WIDTHS, TMA, True,
             )  # fmt: skip
     token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    finish(
-        out, lse, out_strides, item, head, heads, tokens, token, real, top, total, sums, sums_rest, WIDTH, WIDTH_REST
-    )  # fmt: skip
+    finish(out, lse, out_strides, item, head, heads, tokens, token, real, top, total, sums, WIDTHS)

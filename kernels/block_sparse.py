@@ -47,14 +47,15 @@ def launch(
 ) -> tuple[dict, Tensor, Tensor]:
     """The arguments of the kernel, and the two tensors that it will fill."""
     batch, heads, tokens, dim = q.shape
-    (width, width_rest), tiling = launching.WIDTHS[dim], machine.tiling(plan.block, dim)
+    tiling = machine.tiling(plan.block, dim)
+    columns = tiling.columns(plan.block, dim)
     q, k, v = launching.in_rows(q, *permuted(plan.order, k, v))
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     index, count = plan.index.expand(batch, heads, -1, -1), plan.count.expand(batch, heads, -1)
     order = None if plan.order is None else plan.order.expand(batch, heads, -1)
     arguments = dict(
-        launching.fetched({"k": k, "v": v}, tiling.keys, dim, tiling.tma),
+        launching.fetched({"k": k, "v": v}, tiling.keys, columns, tiling.tma),
         q=q,
         out=out,
         lse=lse,
@@ -76,8 +77,7 @@ def launch(
         scale=(dim**-0.5 if scale is None else scale) * math.log2(math.e),
         BLOCK=plan.block,
         KEYS=tiling.keys,
-        WIDTH=width,
-        WIDTH_REST=width_rest,
+        WIDTHS=columns,
         TMA=tiling.tma,
         num_warps=tiling.warps,
         num_stages=tiling.stages,

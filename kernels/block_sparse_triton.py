@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles_triton import finish, scattered, visit
+from .tiles_triton import finish, nothing, scattered, visit
 
 
 @triton.jit
@@ -43,16 +43,15 @@ def forward(
     scale,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_REST: tl.constexpr,
+    WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """Attention of one query block.
 
-    Pointers: q, out ``[B, H, N, D]``; k, v ``[B, Hkv, N, D]`` in the plan's order, or tensor descriptors of them cut
-    into tiles of ``[1, 1, KEYS, WIDTH]`` (k_rest, v_rest: ``WIDTH_REST``) where TMA is set; lse float32 ``[B, H, N]``;
-    index, count, order as in Plan, order and lengths possibly None; schedule int32 ``[B * H * Qb]``, the rows in the
-    order in which they start. ``scale`` is that of the scores times log2(e).
+    Pointers: q, out ``[B, H, N, D]``; k, v ``[B, Hkv, N, D]`` in the plan's order, or where TMA is set descriptors of
+    them in cells of ``[1, 1, KEYS, WIDTHS[0]]`` (k_rest, v_rest: ``WIDTHS[1]``, if there is one); lse float32
+    ``[B, H, N]``; index, count, order as in Plan, order and lengths possibly None; schedule int32 ``[B * H * Qb]``, the
+    rows in the order in which they start. The WIDTHS add up to D. ``scale`` is that of the scores times log2(e).
     """
     row = tl.load(schedule + tl.program_id(0))
     blocks = tl.cdiv(tokens, BLOCK)
@@ -64,10 +63,8 @@ def forward(
     token = place
     if order is not None:
         token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    queries = scattered(q, q_strides, item, head, token, real, 0, WIDTH)
-    queries_rest = queries
-    if WIDTH_REST:
-        queries_rest = scattered(q, q_strides, item, head, token, real, WIDTH, WIDTH_REST)
+    queries = scattered(q, q_strides, item, head, token, real, WIDTHS)
+    keys, values = (k, k_rest), (v, v_rest)
 
     end = tokens
     if lengths is not None:
@@ -78,29 +75,24 @@ def forward(
     while (whole > 0) and ((tl.load(kept + tl.maximum(whole - 1, 0)) + 1) * BLOCK > end):
         whole -= 1
 
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    sums = tl.zeros([BLOCK, WIDTH], tl.float32)
-    sums_rest = tl.zeros([BLOCK, max(WIDTH_REST, 1)], tl.float32)
+    top, total, sums = nothing(BLOCK, WIDTHS)
     TILES: tl.constexpr = BLOCK // KEYS
     steps = whole * TILES
     start = tl.load(kept) * BLOCK
     for step in range(0, steps):
         ahead = tl.minimum(step + 1, steps - 1)
         following = tl.load(kept + ahead // TILES) * BLOCK + ahead % TILES * KEYS
-        top, total, sums, sums_rest = visit(
-            queries, queries_rest, k, v, k_rest, v_rest, k_strides, v_strides, item, key_head, start, end, scale,
-            top, total, sums, sums_rest, KEYS, WIDTH, WIDTH_REST, TMA, False,
+        top, total, sums = visit(
+            queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, top, total, sums,
+            KEYS, WIDTHS, TMA, False,
         )  # fmt: skip
         start = following
     if whole < live:
         first = tl.load(kept + whole) * BLOCK
         for start in range(first, tl.minimum(first + BLOCK, end), KEYS):
-            top, total, sums, sums_rest = visit(
-                queries, queries_rest, k, v, k_rest, v_rest, k_strides, v_strides, item, key_head, start, end, scale,
-                top, total, sums, sums_rest, KEYS, WIDTH, WIDTH_REST, TMA, True,
+            top, total, sums = visit(
+                queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, top, total, sums,
+                KEYS, WIDTHS, TMA, True,
             )  # fmt: skip
 
-    finish(
-        out, lse, out_strides, item, head, heads, tokens, token, real, top, total, sums, sums_rest, WIDTH, WIDTH_REST
-    )  # fmt: skip
+    finish(out, lse, out_strides, item, head, heads, tokens, token, real, top, total, sums, WIDTHS)

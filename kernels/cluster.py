@@ -12,6 +12,7 @@ from torch import Tensor
 from dit_sparse.clusters import Clusters
 
 from . import launching
+from .architectures import widths
 
 ROWS, GROUP = 128, 64  # tokens and centroids of one tile
 
@@ -104,7 +105,7 @@ def _means_by_triton(x: Tensor, found: Clusters, old: Tensor) -> Tensor:
 def launch_assign(x: Tensor, centroids: Tensor, half_squares: Tensor) -> tuple[dict, Tensor]:
     """The arguments of the kernel, and the labels that it will fill in."""
     batch, heads, tokens, dim = x.shape
-    (x,), (width, width_rest) = launching.in_rows(x), launching.WIDTHS[dim]
+    (x,) = launching.in_rows(x)
     labels = torch.empty(batch, heads, tokens, dtype=torch.int64, device=x.device)
     arguments = dict(
         x=x,
@@ -118,8 +119,7 @@ def launch_assign(x: Tensor, centroids: Tensor, half_squares: Tensor) -> tuple[d
         clusters=centroids.shape[2],
         ROWS=ROWS,
         GROUP=GROUP,
-        WIDTH=width,
-        WIDTH_REST=width_rest,
+        WIDTHS=widths(dim, dim),
         num_warps=8,
         num_stages=3 if dim <= 128 else 1,
     )
@@ -128,7 +128,7 @@ def launch_assign(x: Tensor, centroids: Tensor, half_squares: Tensor) -> tuple[d
 
 def launch_means(x: Tensor, found: Clusters, old: Tensor) -> tuple[dict, Tensor]:
     """The arguments of the kernel, and the centroids that it will fill in."""
-    (x,), (width, width_rest) = launching.in_rows(x), launching.WIDTHS[x.shape[-1]]
+    (x,), dim = launching.in_rows(x), x.shape[-1]
     new = torch.empty_like(old, memory_format=torch.contiguous_format)
     arguments = dict(
         x=x,
@@ -141,8 +141,7 @@ def launch_means(x: Tensor, found: Clusters, old: Tensor) -> tuple[dict, Tensor]
         tokens=x.shape[2],
         clusters=old.shape[2],
         ROWS=32,
-        WIDTH=width,
-        WIDTH_REST=width_rest,
+        WIDTHS=widths(dim, dim),
         num_warps=4,
         num_stages=1,
     )

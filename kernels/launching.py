@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .architectures import ARCHITECTURES, INTERPRETER, Architecture, architecture
 
-# head_dim as one or two powers of two, which is all that Triton's tiles can have
-WIDTHS = {16: (16, 0), 32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 256: (256, 0)}
+DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 
 def why_not(q: Tensor, k: Tensor) -> str | None:
@@ -27,8 +26,8 @@ def why_not(q: Tensor, k: Tensor) -> str | None:
     dtypes = (torch.float32, torch.float16) if interpreted() else (torch.bfloat16, torch.float16)
     if q.dtype not in dtypes or k.dtype != q.dtype:
         return f"it computes in {' or '.join(map(str, dtypes))}, one for all inputs, not {q.dtype} with {k.dtype}"
-    if q.shape[-1] not in WIDTHS:
-        return f"head_dim must be one of {', '.join(map(str, WIDTHS))}, not {q.shape[-1]}"
+    if q.shape[-1] not in DIMS:
+        return f"head_dim must be one of {', '.join(map(str, DIMS))}, not {q.shape[-1]}"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return "it has no backward pass and the inputs require grad"
     return None
@@ -69,14 +68,17 @@ def machine(device: torch.device) -> Architecture | None:
     return architecture(10 * major + minor)
 
 
-def fetched(names: dict[str, Tensor], keys: int, dim: int, tma: bool) -> dict:
-    """Each tensor ``[B, H, N, D]`` under its name and, for the rest of its columns, under name_rest: as pointers, or
-    as descriptors of cells of ``keys`` rows where ``tma`` is set."""
-    columns = dict(zip(("", "_rest"), WIDTHS[dim], strict=True))
+def fetched(names: dict[str, Tensor], keys: int, columns: tuple[int, ...], tma: bool) -> dict:
+    """Each tensor ``[B, H, N, D]`` under its name: as a pointer or, where ``tma`` is set, as a descriptor of cells of
+    ``keys`` rows and its first columns; under name_rest another for the rest of them. Triton launches no tuples of
+    descriptors."""
+    if not tma:
+        return {name + suffix: x for name, x in names.items() for suffix in ("", "_rest")}
+    first, rest = (*columns, columns[-1])[:2]
     return {
-        name + suffix: _descriptor(x, keys, width) if tma else x
+        name + suffix: _descriptor(x, keys, width)
         for name, x in names.items()
-        for suffix, width in columns.items()
+        for suffix, width in (("", first), ("_rest", rest))
     }
 
 
@@ -86,7 +88,7 @@ def _descriptor(x: Tensor, rows: int, columns: int):
 
     aligned = x.data_ptr() % 16 == 0 and all(s and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
     x = x if aligned else x.contiguous()
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, max(columns, 16)])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns])
 
 
 def in_rows(*tensors: Tensor) -> list[Tensor]:

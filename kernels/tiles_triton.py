@@ -1,7 +1,9 @@
 """What the Triton kernels are made of: fetching rows, one step of the running softmax, writing rows back.
 
-Head sizes that are no power of two are cut in two columns of tiles, 80 = 64 + 16 and 96 = 64 + 32; `rest` names the
-second one, and WIDTH_REST = 0 leaves it out.
+Rows of head_dim columns are tuples of tiles, as wide as WIDTHS says (`architectures.widths`). Triton's tiles are powers
+of two; and without the matrix units of Hopper the sums of a program must not be wider than it has queries, for Triton
+lays its warps over the longer side of a product. Over the columns each warp would see only a part of every row, and the
+running maximum would go through shared memory, behind barriers, at every step.
 """
 
 from __future__ import annotations
@@ -12,6 +14,16 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.constexpr_function
+def width(widths, i):
+    return widths[i]
+
+
+@triton.constexpr_function
+def first(widths, i):
+    return sum(widths[:i])
+
+
 @triton.jit
 def tile(
     x,
@@ -20,21 +32,22 @@ def tile(
     head,
     start,
     end,
-    FIRST: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    i: tl.constexpr,
     TMA: tl.constexpr,
     CUT: tl.constexpr,
 ):
-    """``x[item, head, start : start + ROWS, FIRST : FIRST + COLUMNS]``, zero from ``end`` on where CUT is set."""
+    """Tile i of ``x[item, head, start : start + ROWS]``, zero from ``end`` on where CUT is set. x: a pointer, or tensor
+    descriptors of its tiles, one for each, where TMA is set."""
     if TMA:
-        found = tl.reshape(x.load([item, head, start, FIRST]), [ROWS, COLUMNS])
+        found = tl.reshape(x[i].load([item, head, start, first(WIDTHS, i)]), [ROWS, width(WIDTHS, i)])
         if CUT:  # padding may hold anything, even NaN, which a weight of zero would not hide
             found = tl.where((start + tl.arange(0, ROWS) < end)[:, None], found, tl.zeros_like(found))
     else:
         rows = start + tl.arange(0, ROWS)
-        places = x + begin(item, head, strides) + rows.to(tl.int64)[:, None] * strides[2]
-        places += FIRST + tl.arange(0, COLUMNS)[None, :]
+        places = x[0] + begin(item, head, strides) + rows.to(tl.int64)[:, None] * strides[2]
+        places += first(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))[None, :]
         found = tl.load(places, mask=(rows < end)[:, None], other=0.0) if CUT else tl.load(places)
     return found
 
@@ -46,20 +59,54 @@ def begin(item, head, strides):
 
 
 @triton.jit
-def scattered(x, strides, item, head, token, real, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """``x[item, head, token, FIRST : FIRST + COLUMNS]`` for tokens anywhere, zero where they are not real."""
+def scattered(x, strides, item, head, token, real, WIDTHS: tl.constexpr):
+    """The tiles of ``x[item, head, token]`` for tokens anywhere, zero where they are not real."""
     places = x + begin(item, head, strides) + token.to(tl.int64)[:, None] * strides[2]
-    return tl.load(places + FIRST + tl.arange(0, COLUMNS)[None, :], mask=real[:, None], other=0.0)
+    found = ()
+    for i in tl.static_range(len(WIDTHS)):
+        columns = first(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))
+        found = found + (tl.load(places + columns[None, :], mask=real[:, None], other=0.0),)
+    return found
+
+
+@triton.jit
+def products(
+    rows,
+    x,
+    strides,
+    item,
+    head,
+    start,
+    end,
+    ROWS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    TMA: tl.constexpr,
+    CUT: tl.constexpr,
+):
+    """Every row of a tuple of tiles times ``x[item, head, start : start + ROWS]``."""
+    found = tl.dot(
+        rows[0], tile(x, strides, item, head, start, end, ROWS, WIDTHS, 0, TMA, CUT).T, input_precision="ieee"
+    )
+    for i in tl.static_range(1, len(WIDTHS)):
+        columns = tile(x, strides, item, head, start, end, ROWS, WIDTHS, i, TMA, CUT)
+        found = tl.dot(rows[i], columns.T, found, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def nothing(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    """Before the first key: maximum, sum of weights, and weighted sums of the values of ROWS queries."""
+    sums = ()
+    for i in tl.static_range(len(WIDTHS)):
+        sums = sums + (tl.zeros([ROWS, width(WIDTHS, i)], tl.float32),)
+    return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), sums
 
 
 @triton.jit
 def visit(
     queries,
-    queries_rest,
     k,
     v,
-    k_rest,
-    v_rest,
     k_strides,
     v_strides,
     item,
@@ -70,19 +117,13 @@ def visit(
     top,
     total,
     sums,
-    sums_rest,
     KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    WIDTH_REST: tl.constexpr,
+    WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
     CUT: tl.constexpr,
 ):
     """Take one tile of keys into the running softmax; CUT: hide those from ``end`` on, all of them perhaps. Base 2."""
-    keys = tile(k, k_strides, item, head, start, end, 0, KEYS, WIDTH, TMA, CUT)
-    scores = tl.dot(queries, keys.T, input_precision="ieee")
-    if WIDTH_REST:
-        keys_rest = tile(k_rest, k_strides, item, head, start, end, WIDTH, KEYS, WIDTH_REST, TMA, CUT)
-        scores = tl.dot(queries_rest, keys_rest.T, scores, input_precision="ieee")
+    scores = products(queries, k, k_strides, item, head, start, end, KEYS, WIDTHS, TMA, CUT)
     if CUT:
         scores = tl.where((start + tl.arange(0, KEYS) < end)[None, :], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -92,13 +133,12 @@ def visit(
     weights = tl.exp2(scores * scale - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weights, 1)
-    values = tile(v, v_strides, item, head, start, end, 0, KEYS, WIDTH, TMA, CUT)
-    weights = weights.to(values.dtype)
-    sums = tl.dot(weights, values, sums * shrink[:, None], input_precision="ieee")
-    if WIDTH_REST:
-        values_rest = tile(v_rest, v_strides, item, head, start, end, WIDTH, KEYS, WIDTH_REST, TMA, CUT)
-        sums_rest = tl.dot(weights, values_rest, sums_rest * shrink[:, None], input_precision="ieee")
-    return higher, total, sums, sums_rest
+    added = ()
+    for i in tl.static_range(len(WIDTHS)):
+        values = tile(v, v_strides, item, head, start, end, KEYS, WIDTHS, i, TMA, CUT)
+        shrunk = sums[i] * shrink[:, None]
+        added = added + (tl.dot(weights.to(values.dtype), values, shrunk, input_precision="ieee"),)
+    return higher, total, added
 
 
 @triton.jit
@@ -115,17 +155,13 @@ def finish(
     top,
     total,
     sums,
-    sums_rest,
-    WIDTH: tl.constexpr,
-    WIDTH_REST: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ):
     """Write the rows of the output and their LSE, natural, to where their tokens are."""
     share = tl.where(total > 0, 1 / total, 0.0)[:, None]
-    out_rows = out + begin(item, head, out_strides) + token.to(tl.int64)[:, None] * out_strides[2]
-    kind = out.dtype.element_ty
-    tl.store(out_rows + tl.arange(0, WIDTH)[None, :], (sums * share).to(kind), mask=real[:, None])
-    if WIDTH_REST:
-        columns = WIDTH + tl.arange(0, WIDTH_REST)
-        tl.store(out_rows + columns[None, :], (sums_rest * share).to(kind), mask=real[:, None])
+    rows = out + begin(item, head, out_strides) + token.to(tl.int64)[:, None] * out_strides[2]
+    for i in tl.static_range(len(WIDTHS)):
+        columns = first(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))
+        tl.store(rows + columns[None, :], (sums[i] * share).to(out.dtype.element_ty), mask=real[:, None])
     lse_row = lse + (item.to(tl.int64) * heads + head) * tokens
     tl.store(lse_row + token, (top + tl.log2(total)) * LN2, mask=real)
