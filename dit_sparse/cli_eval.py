@@ -36,8 +36,8 @@ def report(
     """Make the table of a comparison, or its page, from its JSON alone."""
     with one_sentence():
         from dit_sparse.eval.page import write_page
+        from dit_sparse.eval.result_tables import compare_table
         from dit_sparse.eval.stored import read_result
-        from dit_sparse.eval.table import compare_table
 
         path = results / "compare.json" if results.is_dir() else results
         result = read_result(path)

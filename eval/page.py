@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 
 from .files import aside
+from .result_tables import TIMED, clips_told, costs_like, unfinished
 from .scatter import Scatter, hues, line_of
-from .table import TIMED, clips_told, costs_like, unfinished
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --line: #d9dee6; --paper: #ffffff; --card: #f6f8fa;

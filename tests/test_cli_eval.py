@@ -13,8 +13,8 @@ from dit_sparse.cli_measure import read_prompts
 from dit_sparse.eval.clips import Shelf, Take
 from dit_sparse.eval.files import aside, for_json, read_video, save_json, save_video
 from dit_sparse.eval.page import page
+from dit_sparse.eval.result_tables import RESULTS
 from dit_sparse.eval.stored import read_result
-from dit_sparse.eval.table import RESULTS
 
 SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
 

@@ -20,7 +20,7 @@ from dit_sparse.cli import app
 from dit_sparse.eval import page, takes
 from dit_sparse.eval.compare import Comparison, equal_steps
 from dit_sparse.eval.reproduce import Recipe, beside, recipes
-from dit_sparse.eval.table import branches_table, compare_table
+from dit_sparse.eval.result_tables import branches_table, compare_table
 from dit_sparse.shapes.judge import held_out_tasks
 
 LARGEST = json.loads((Path(__file__).parent.parent / "eval" / "results" / "cpu" / "compare.json").read_text())
