@@ -1,10 +1,10 @@
 """Everything that wants a GPU, in one command: ``python -m dit_sparse.eval.gpu --out DIR [--minutes 25]``.
 
-The kernel tests on the device, both benches, the training of shapes-wan, and a comparison of all methods on what it
-became: each in a process of its own, under a time limit of its own. A later call into the same folder runs what is not
-done yet, what was never tried first; training and comparison go on where they were. So a machine that is there for some
-minutes at a time will do. Other files, versions or another device begin anew. Results are JSON files in the folder; the
-last lines printed say how every stage stands.
+The kernel tests on the device, both benches, launch settings beside their neighbours, the training of shapes-wan, and a
+comparison of all methods on what it became: each in a process of its own, under a time limit of its own. A later call
+into the same folder runs what is not done yet, what was never tried first; training and comparison go on where they
+were. So a machine that is there for some minutes at a time will do. Other files, versions or another device begin anew.
+Results are JSON files in the folder; the last lines printed say how every stage stands.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def stages(out: Path, training_minutes: float) -> list[Stage]:
         Stage("tests", python("pytest", "-q", *(ROOT / "tests" / name for name in TESTS)), 6),
         Stage("attention", bench("attention"), 9),
         Stage("transformer", bench("transformer"), 9),
+        Stage("tilings", python("dit_sparse.eval.tilings", "--out", out / "tilings.json"), 6),
         Stage("training", python("dit_sparse.shapes.train", "--device", "cuda", *budget, "--out", out / "shapes"), 8),
         Stage("compare", python("dit_sparse.cli", "compare", *wanted, *trained), 9, after="training"),
     ]

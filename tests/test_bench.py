@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import diffusers
 import pytest
@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from dit_sparse import Grid, Plan
 from dit_sparse.cli import app
-from dit_sparse.eval import bench, bench_transformer
-from dit_sparse.kernels import gather
+from dit_sparse.eval import bench, bench_transformer, tilings
+from dit_sparse.kernels import gather, launching
+from dit_sparse.kernels.architectures import ARCHITECTURES
 from support import qkv
 
 SMALL = Grid(2, 8, 9)
@@ -83,6 +84,38 @@ def test_bad_input_is_one_sentence(wrong, sentence, tmp_path):
     file = tmp_path / "attention.json"
     result = CliRunner().invoke(app, ["bench", "attention", *wrong, "--out", str(file)])
     assert result.exit_code == 2 and sentence in result.output and not file.exists()
+
+
+# --- launch settings
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_neighbours_differ_in_one_setting_that_a_block_can_have(architecture):
+    for (block, _), usual in ARCHITECTURES[architecture].tilings.items():
+        found = tilings.neighbours(usual, block)
+        assert len(set(found)) == len(found) >= 3
+        for one in found:
+            assert sum(x != y for x, y in zip(astuple(one), astuple(usual), strict=True)) == 1
+            assert block % one.keys == 0 and one.stages >= 1
+
+
+def test_tilings_take_turns_and_one_that_fails_says_so(monkeypatch):
+    case = bench.Case(SMALL, 1, 64, torch.float32 if DEVICE == "cpu" else torch.float16, "radial", 0.5, DEVICE)
+    right, stages = tilings.attend, launching.machine(torch.device(DEVICE)).tiling(64, 64).stages
+
+    def attend(q, k, v, plan, machine, tiling):
+        if tiling.stages != stages:
+            raise RuntimeError("out of resource: shared memory\nmore words")
+        out, lse = right(q, k, v, plan, machine, tiling)
+        return (2 * out if tiling.keys == 32 else out), lse
+
+    monkeypatch.setattr(tilings, "attend", attend)
+    usual, *others = tilings.measured(case, 0.0)
+    assert usual["usual"] and usual["speedup"] == 1 and not any(row["usual"] for row in others)
+    assert any("seconds" in row for row in others)
+    failed = {row["failed"] for row in others if "failed" in row}
+    assert "out of resource: shared memory" in failed
+    assert any("is wrong here: relative error 1" in told for told in failed)
 
 
 # --- whole transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -92,7 +93,7 @@ def test_what_was_never_tried_comes_first_and_nothing_before_what_it_needs(tmp_p
 def test_every_stage_names_what_is_there(tmp_path):
     """What is misspelt would cost a machine its minutes."""
     todo = {stage.name: list(stage.command[2:]) for stage in gpu.stages(tmp_path, 22)}
-    assert list(todo) == ["tests", "attention", "transformer", "training", "compare"]
+    assert list(todo) == ["tests", "attention", "transformer", "tilings", "training", "compare"]
     on_a_gpu = {path.name for path in (gpu.ROOT / "tests").glob("test_*.py") if '\nDEVICE = "cuda"' in path.read_text()}
     assert set(gpu.TESTS) == on_a_gpu
     for name in ("attention", "transformer", "compare"):
@@ -102,9 +103,10 @@ def test_every_stage_names_what_is_there(tmp_path):
         while hasattr(command, "commands"):
             command = command.commands[arguments.pop(0)]
         command.make_context(name, arguments)  # refuses an option that it does not know
-    module, *arguments = todo["training"]
-    known = Path(gpu.ROOT, *module.split(".")).with_suffix(".py").read_text()
-    assert all(f'"{option}"' in known for option in arguments if option.startswith("--"))
+    for name in ("tilings", "training"):
+        module, *arguments = todo[name]
+        known = Path(importlib.util.find_spec(module).origin).read_text()
+        assert all(f'"{option}"' in known for option in arguments if option.startswith("--"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -69,6 +69,7 @@ RULES = {  # the first pattern that fits a module is its row
     "package": May("*"),  # dit_sparse/__init__.py
     "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
     "eval.compiled": May("public kernels.* eval.machine_code", lazily="triton kernels.*_triton"),
+    "eval.tilings": May(f"{USER} eval.* kernels.*", lazily="kernels.*_triton"),
     "eval.machine_code": May(lazily="triton"),
     "eval.compare": May(f"{USER} eval.* budget methods"),
     "eval.takes": May(f"{USER} eval.* composition methods.* search", others="numpy"),
