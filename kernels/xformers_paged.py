@@ -36,6 +36,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
         kv_seqlen=call.used.tolist(),
         block_tables=call.table,
         page_size=plan.block,
+        device=q.device,
     )
     one_batch = (call.queries[None], call.keys.flatten(0, 1)[None], call.values.flatten(0, 1)[None])
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(

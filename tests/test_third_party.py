@@ -97,8 +97,9 @@ def test_paged_by_torch(name, monkeypatch):
 
 @every_plan
 def test_paged_by_xformers(name, monkeypatch):
-    def bias(q_seqlen, kv_seqlen, block_tables, page_size):
+    def bias(q_seqlen, kv_seqlen, block_tables, page_size, device):
         assert isinstance(q_seqlen, list) and isinstance(kv_seqlen, list) and page_size == 16
+        assert block_tables.device == device
         starts = F.pad(torch.tensor(q_seqlen).cumsum(0), (1, 0))
         return SimpleNamespace(starts=starts, used=torch.tensor(kv_seqlen), table=block_tables)
 
@@ -116,6 +117,30 @@ def test_paged_by_xformers(name, monkeypatch):
     )  # fmt: skip
     stand_in(monkeypatch, "xformers.ops", fmha=fmha)
     assert_exact(xformers_paged, *case(name))
+
+
+@every_plan
+def test_the_bias_of_xformers_keeps_the_same_pairs(name):
+    """Its own class, drawn as a mask by its own method, which wants the pages that nobody uses to be nobody's."""
+    attn_bias = pytest.importorskip("xformers.ops.fmha.attn_bias")
+    (q, k, v), plan = case(name)
+    call = pages.paged(q, k, v, plan)
+    used = torch.arange(call.table.shape[1]) * plan.block < call.used[:, None]
+    table = call.table.where(used, len(call.keys))
+    bias = attn_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
+        q_seqlen=call.starts.diff().tolist(), kv_seqlen=call.used.tolist(), block_tables=table, page_size=plan.block,
+        device=q.device,
+    )  # fmt: skip
+    mask = bias.materialize((1, 1, len(call.queries), table.numel() * plan.block))[0, 0]
+    keys, values = (
+        F.pad(x.flatten(0, 1)[:, 0], (0, 0, 0, plan.block))[: mask.shape[1]] for x in (call.keys, call.values)
+    )
+    scores = call.queries[:, 0].double() @ keys.double().mT * q.shape[-1] ** -0.5 + mask
+    out = (scores.softmax(-1).nan_to_num(0.0) @ values.double()).to(q.dtype)
+    out, lse = call.back(out, scores.logsumexp(-1).float(), q, plan)
+    expected, log_sum_exp = exact(q, k, v, token_mask(plan, *q.shape[:2]))
+    assert_near(out, expected, 2e-6)
+    assert_near(lse, log_sum_exp, 2e-6)
 
 
 # --- lists
