@@ -10,7 +10,7 @@ demo: .venv/ready
 app: .venv/ready  ## the demo as a page on localhost
 	$(BIN)/python app.py
 
-test: .venv/ready .venv/triton-3.6.0
+test: .venv/ready .venv/beside/triton-3.6.0 .venv/beside/xformers-0.0.35
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -33,9 +33,10 @@ gpu: .venv/ready  ## on a machine with an NVIDIA GPU: tests, benches, training, 
 	$(BIN)/pip install --quiet --editable '.[demo,dev]' -c constraints.txt
 	touch $@
 
-# The oldest Triton that is allowed, for the tests that compile; where it does not install, they skip it.
-.venv/triton-3.6.0: .venv/ready
-	-$(BIN)/pip install --quiet --no-deps --target $@ triton==3.6.0
+# For tests alone, in folders of their own: the oldest Triton that is allowed, and a package that complains when it is
+# imported without its GPU code. Where one does not install, its tests are skipped.
+.venv/beside/%: .venv/ready
+	-$(BIN)/pip install --quiet --no-deps --target $@ $(subst -,==,$*)
 
 clean:
 	rm -rf .venv build dist *.egg-info

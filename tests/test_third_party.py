@@ -3,8 +3,11 @@ that what is handed over, and what comes back, is checked against float64."""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -119,15 +122,25 @@ def test_paged_by_xformers(name, monkeypatch):
     assert_exact(xformers_paged, *case(name))
 
 
+@pytest.fixture
+def xformers_bias(monkeypatch):
+    """xFormers' own module of biases, from the folder where `make test` puts the package, for one test."""
+    folder = Path(sys.prefix, "beside", "xformers-0.0.35")
+    if not folder.is_dir():
+        pytest.skip("`make test` installs xFormers beside the other packages")
+    monkeypatch.syspath_prepend(folder)
+    with patch.dict(sys.modules):
+        yield importlib.import_module("xformers.ops.fmha.attn_bias")
+
+
 @every_plan
-def test_the_bias_of_xformers_keeps_the_same_pairs(name):
+def test_the_bias_of_xformers_keeps_the_same_pairs(name, xformers_bias):
     """Its own class, drawn as a mask by its own method, which wants the pages that nobody uses to be nobody's."""
-    attn_bias = pytest.importorskip("xformers.ops.fmha.attn_bias")
     (q, k, v), plan = case(name)
     call = pages.paged(q, k, v, plan)
     used = torch.arange(call.table.shape[1]) * plan.block < call.used[:, None]
     table = call.table.where(used, len(call.keys))
-    bias = attn_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
+    bias = xformers_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
         q_seqlen=call.starts.diff().tolist(), kv_seqlen=call.used.tolist(), block_tables=table, page_size=plan.block,
         device=q.device,
     )  # fmt: skip

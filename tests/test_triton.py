@@ -155,7 +155,7 @@ def test_every_capability_from_ampere_on_has_an_architecture():
 def test_compiles_for_every_architecture_and_fits(version, capabilities):
     """One test a version, so that one worker compiles, two architectures at a time."""
     pytest.importorskip("triton")
-    folder = version and Path(sys.prefix, f"triton-{version}")
+    folder = version and Path(sys.prefix, "beside", f"triton-{version}")
     if folder and not folder.is_dir():
         pytest.skip("`make test` installs the oldest Triton beside the newest")
     with ThreadPoolExecutor(2) as pool:
