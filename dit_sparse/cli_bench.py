@@ -42,7 +42,7 @@ def bench_attention(
         grids = [Grid.parse(text) for text in grid or ()]
         cases = measure.cases(device, grids, head_dim or (64, 128), density or (), patterns, heads)
         writable_file(out)
-        rows, share = [], (seconds or (240 if device == "cuda" else 90)) / len(cases)
+        rows, share = [], (seconds or (240 if device == "cuda" else 60)) / len(cases)
         with progress_bars() as stage:
             progress = stage("cases")
             for done, case in enumerate(cases):
@@ -61,7 +61,7 @@ def bench_transformer(
     model: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
     method: Annotated[str, typer.Option("--method", "-m", help="One of `dit-sparse methods`.")] = "radial",
     density: Annotated[list[float] | None, typer.Option("--density", "-d", help="May be repeated.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Forward passes of each kind.")] = 2,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Forward passes of each kind: 2 on a GPU, else 3.")] = None,
 ) -> None:
     """Time one forward pass of full-size models with random weights; scaled down in proportion on a CPU."""
     with one_sentence():
@@ -73,6 +73,7 @@ def bench_transformer(
         from dit_sparse.eval.files import save_json, writable_file
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        rounds = rounds or (2 if device == "cuda" else 3)
         models, densities = tuple(model or measure.MODELS), tuple(density or measure.DENSITIES)
         if unknown := next((name for name in models if name not in measure.MODELS), None):
             raise ValueError(f"there is no model {unknown!r}; there are {', '.join(measure.MODELS)}")
