@@ -99,11 +99,9 @@ def twice(value: Any) -> Any:
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises ValueError when a row keeps nothing; on a GPU
-    nobody waits to look, until `pick` does at the first call."""
+    """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises as `check_rows` does."""
     count = keep.sum(-1, dtype=torch.int32)
-    if not keep.is_cuda:
-        check_rows(count)
+    check_rows(count)
     width = width_of(count, keep.shape[-1])
     live_first = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :width].to(torch.int32)
     spare = torch.arange(width, device=keep.device) >= count[..., None]
@@ -111,14 +109,18 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_rows(count: Tensor) -> None:
-    """Raises ValueError when a row keeps nothing."""
-    if (count == 0).any():
-        raise ValueError("a query block keeps no key block; every row must keep at least one")
+    """Raises ValueError when a row keeps nothing. On a GPU, where nobody waits to look, the device is to assert it:
+    what waits for it next fails."""
+    wrong = "a query block keeps no key block; every row must keep at least one"
+    if count.is_cuda:
+        torch._assert_async((count > 0).all(), wrong)
+    elif (count == 0).any():
+        raise ValueError(wrong)
 
 
 def width_of(count: Tensor, columns: int) -> int:
     """How wide lists of ``count`` entries a row have to be: as the fullest row. On a GPU, where finding it waits for
-    the device, as wide as they could ever be, unless that takes much memory."""
+    the device, as wide as they could ever be, unless that takes much memory; then attention takes much longer."""
     if count.is_cuda and count.numel() * columns * torch.int32.itemsize <= SPARED:
         return columns
     return int(count.max())

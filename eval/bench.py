@@ -68,7 +68,7 @@ class Case:
         return 64 if self.grid.tokens < 32_768 else 128
 
     def tensors(self) -> list[Tensor]:
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # of the process, which a bench has to itself
         shape = (1, self.heads, self.grid.tokens, self.dim)
         return [torch.randn(shape, device=self.device).to(self.dtype) for _ in range(3)]
 

@@ -2,7 +2,7 @@
 
 Weights say nothing about time, so none are downloaded. On a GPU a model has its full size: what has to fit is the model
 in bfloat16 and its activations. On a CPU it has one layer and few heads, and as many fewer tokens: attention grows with
-the tokens, the rest of a layer with the channels, so that its share of the time stays near that of the full size.
+the tokens, the rest of a layer with the channels, so that its share of the work stays near that of the full size.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ DENSITIES = (0.3, 0.25, 0.15)
 
 @dataclass(frozen=True)
 class Size:
-    """Attention heads, layers (of each kind that a model has; None: all of them) and tokens."""
+    """Attention heads, layers (of each kind that a model has; None: all of them), tokens that attend to each other, and
+    those of the prompt."""
 
     heads: int
     layers: int | None
     grid: Grid
+    text: int
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class Model:
     Attributes:
         kind: its class in diffusers.
         config: from a size, the arguments of the class.
-        inputs: from the grid and ``randn(*shape)``, the arguments of its forward pass.
+        inputs: from a size and ``randn(*shape)``, the arguments of its forward pass.
         full: the published size, and a usual clip at 720p.
-        small: 256 channels, and as many fewer tokens as there are fewer channels.
+        small: 256 channels, and as many fewer tokens, of video and prompt, as there are fewer channels.
     """
 
     kind: str
     config: Callable[[Size], dict]
-    inputs: Callable[[Grid, Callable[..., Tensor]], dict]
+    inputs: Callable[[Size, Callable[..., Tensor]], dict]
     full: Size
     small: Size
 
@@ -54,48 +56,51 @@ class Model:
         return getattr(diffusers, self.kind)(**self.config(size))
 
 
-def _wan_inputs(grid: Grid, randn: Callable[..., Tensor]) -> dict:
+def _wan_inputs(size: Size, randn: Callable[..., Tensor]) -> dict:
+    grid = size.grid
     return {
         "hidden_states": randn(1, 16, grid.frames, 2 * grid.height, 2 * grid.width),
         "timestep": torch.tensor([500]),
-        "encoder_hidden_states": randn(1, 512, 4096),
+        "encoder_hidden_states": randn(1, size.text, 4096),
     }
 
 
-def _hunyuan_inputs(grid: Grid, randn: Callable[..., Tensor]) -> dict:
+def _hunyuan_inputs(size: Size, randn: Callable[..., Tensor]) -> dict:
+    grid = size.grid
     return {
         "hidden_states": randn(1, 16, grid.frames, 2 * grid.height, 2 * grid.width),
         "timestep": torch.tensor([500]),
-        "encoder_hidden_states": randn(1, grid.after, 4096),
-        "encoder_attention_mask": torch.ones(1, grid.after, dtype=torch.bool),
+        "encoder_hidden_states": randn(1, size.text, 4096),
+        "encoder_attention_mask": torch.ones(1, size.text, dtype=torch.bool),
         "pooled_projections": randn(1, 768),
         "guidance": torch.tensor([6000.0]),
     }
 
 
-def _cogvideox_inputs(grid: Grid, randn: Callable[..., Tensor]) -> dict:
+def _cogvideox_inputs(size: Size, randn: Callable[..., Tensor]) -> dict:
+    grid = size.grid
     return {
         "hidden_states": randn(1, 2 * grid.frames, 16, 2 * grid.height, 2 * grid.width),
         "timestep": torch.tensor([500]),
-        "encoder_hidden_states": randn(1, grid.before, 4096),
+        "encoder_hidden_states": randn(1, size.text, 4096),
         "image_rotary_emb": (randn(grid.video, 64), randn(grid.video, 64)),
     }
 
 
-def _wan(heads: int, ffn: int, layers: int, small: Grid) -> Model:
+def _wan(heads: int, ffn: int, layers: int, small: Size) -> Model:
     """Wan 2.1; ``ffn``, the width between the two linear layers, goes with the heads."""
     config = lambda size: {
         "num_attention_heads": size.heads,
         "ffn_dim": ffn * size.heads // heads,
         "num_layers": size.layers or layers,
     }
-    full = Size(heads, None, Grid(21, 45, 80))
-    return Model("WanTransformer3DModel", config, _wan_inputs, full, Size(2, 1, small))
+    full = Size(heads, None, Grid(21, 45, 80), text=512)
+    return Model("WanTransformer3DModel", config, _wan_inputs, full, small)
 
 
 MODELS = {
-    "wan2.1-1.3b": _wan(heads=12, ffn=8960, layers=30, small=Grid(21, 20, 30)),
-    "wan2.1-14b": _wan(heads=40, ffn=13824, layers=40, small=Grid(7, 18, 30)),
+    "wan2.1-1.3b": _wan(heads=12, ffn=8960, layers=30, small=Size(2, 1, Grid(21, 20, 30), text=85)),
+    "wan2.1-14b": _wan(heads=40, ffn=13824, layers=40, small=Size(2, 1, Grid(7, 18, 30), text=26)),
     "hunyuan-video": Model(
         "HunyuanVideoTransformer3DModel",
         lambda size: {
@@ -104,8 +109,8 @@ MODELS = {
             "num_single_layers": size.layers or 40,
         },
         _hunyuan_inputs,
-        full=Size(24, None, Grid(33, 45, 80, after=256)),
-        small=Size(2, 1, Grid(11, 30, 30, after=21)),
+        full=Size(24, None, Grid(33, 45, 80, after=256), text=256),
+        small=Size(2, 1, Grid(11, 30, 30, after=21), text=21),
     ),
     "cogvideox1.5-5b": Model(
         "CogVideoXTransformer3DModel",
@@ -117,8 +122,8 @@ MODELS = {
             "use_rotary_positional_embeddings": True,
         },
         _cogvideox_inputs,
-        full=Size(48, None, Grid(11, 48, 85, before=226)),
-        small=Size(4, 1, Grid(11, 17, 20, before=19)),
+        full=Size(48, None, Grid(11, 48, 85, before=226), text=226),
+        small=Size(4, 1, Grid(11, 17, 20, before=19), text=19),
     ),
 }
 
@@ -134,7 +139,7 @@ def measured(
     torch.manual_seed(0)
     with _default(dtype, device):
         transformer = model.make(size).eval()
-        inputs = model.inputs(size.grid, torch.randn)
+        inputs = model.inputs(size, torch.randn)
     forward = lambda: transformer(**inputs, return_dict=False)
     seconds = lambda: statistics.median(seconds_of(forward, device) for _ in range(rounds))
     forward()

@@ -31,6 +31,7 @@ from .machine_code import main_loop
 DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (64, 128)
 ATTENTION = ("block_sparse", "block_ragged")
+WORST = (128, 128, "order, lengths")  # the most that a program has to remember
 TOKENS = 1000  # the last block is ragged
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor")
 
@@ -76,7 +77,7 @@ def _attention_launches(machine: Architecture) -> Iterator[tuple]:
     from dit_sparse.kernels.block_ragged_triton import forward as ragged
     from dit_sparse.kernels.block_sparse_triton import forward
 
-    for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (128, 128, "order, lengths")):
+    for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (16, 128, ""), (32, 128, ""), WORST):
         q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
         if features:
             plan = replace(plan, order=torch.arange(TOKENS), lengths=torch.tensor([TOKENS], dtype=torch.int32))

@@ -16,7 +16,12 @@ BRANCH = re.compile(r"BRA\b.*`\((\.L_x_\d+)\)")
 def main_loop(cubin: bytes) -> dict[str, int]:
     """Counts of the first loop that multiplies matrices, once through it: all instructions, matrix products, barriers
     of the whole program, and accesses to registers that were spilled. Empty where nothing is multiplied."""
-    code, loops = _read(_disassembled(cubin))
+    return main_loop_of(_disassembled(cubin))
+
+
+def main_loop_of(text: str) -> dict[str, int]:
+    """`main_loop` of what the disassembler has written."""
+    code, loops = _read(text)
     multiplying = [span for span in loops if _count(code[span], "MMA")]
     innermost = [span for span in multiplying if not any(_inside(other, span) for other in multiplying)]
     if not innermost:

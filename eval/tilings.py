@@ -1,7 +1,7 @@
 """The launch settings of `block_sparse` beside their neighbours, on this GPU: ``python -m dit_sparse.eval.tilings``.
 
-Every neighbour differs from the row of `kernels/architectures.py` in one setting. They take turns with it; a neighbour
-that does not fit into the GPU, or is wrong there, says so.
+Every neighbour differs from the row of `kernels/architectures.py` in one setting, and by it perhaps in the columns of
+its tiles. They take turns with it; a neighbour that does not fit into the GPU, or is wrong there, says so.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measured(case: Case, seconds: float) -> Iterator[dict]:
     medians = by_turns(runs, seconds, case.device)
     for tiling in (*runs, *failures):
         row = {"tokens": case.grid.tokens, "head_dim": case.dim, "block": case.block, "usual": tiling == usual}
-        row |= {"density": round(plan.density, 4)} | asdict(tiling)
+        row |= {"density": round(plan.density, 4), "columns": tiling.columns(case.block, case.dim)} | asdict(tiling)
         if tiling in failures:
             yield row | {"failed": failures[tiling]}
         else:
@@ -91,7 +91,7 @@ def main() -> None:
             told = row.get("failed") or f"{row['tflops']:6.1f} TFLOP/s"
             settings = ", ".join(f"{name} {row[name]}" for name in ("keys", "warps", "stages", "tma"))
             print(f"{row['block']:4} x {dim:3}  {settings}: {told}{'  (the table)' * row['usual']}", flush=True)
-    save_json(options.out, {"rows": rows} | conditions("cuda"))
+        save_json(options.out, {"rows": rows} | conditions("cuda"))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Tiling:
     tma: bool = False
 
     def columns(self, rows: int, dim: int) -> tuple[int, ...]:
-        """The tiles of ``dim`` columns where a program has so many queries: on GPUs before Hopper not wider than those,
+        """The tiles of ``dim`` columns where a program has so many queries: what pointers fetch is not wider than that,
         for the reason given in `tiles_triton`, and not wider than 64, which saves registers."""
         return widths(dim, dim if self.tma or self.warps == 1 else min(rows, 64))
 
@@ -54,7 +54,7 @@ class Architecture:
 
     def tiling(self, block: int, dim: int) -> Tiling:
         found = self.tilings[max(block, 64), next(size for size in (64, 128, 256) if dim <= size)]
-        return found if block >= 64 else Tiling(min(block, found.keys), block // 16, found.stages)
+        return found if block >= 64 else Tiling(16 if dim > 128 else min(block, found.keys), block // 16, found.stages)
 
 
 AMPERE = Architecture(

@@ -70,8 +70,8 @@ def machine(device: torch.device) -> Architecture | None:
 
 def fetched(names: dict[str, Tensor], keys: int, columns: tuple[int, ...], tma: bool) -> dict:
     """Each tensor ``[B, H, N, D]`` under its name: as a pointer or, where ``tma`` is set, as a descriptor of cells of
-    ``keys`` rows and its first columns; under name_rest another for the rest of them. Triton launches no tuples of
-    descriptors."""
+    ``keys`` rows and its first columns; under name_rest again, as a descriptor of its further columns if there are any.
+    They are no tuple because Triton launches no tuples of descriptors."""
     if not tma:
         return {name + suffix: x for name, x in names.items() for suffix in ("", "_rest")}
     first, rest = (*columns, columns[-1])[:2]

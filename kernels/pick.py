@@ -15,7 +15,7 @@ from types import ModuleType
 from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
-from dit_sparse.plan import Plan, check_rows
+from dit_sparse.plan import Plan
 
 from .trial import Kind, cost, verdict
 
@@ -60,14 +60,12 @@ def pick(
     name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, *, or_dense: bool = False, lse: bool = False
 ) -> Choice:
     """The executor for this call: ``name`` itself, or for ``auto`` the cheapest of the device's list, where
-    ``or_dense`` puts dense attention beside them and ``lse`` leaves out those that return no log-sum-exp. Looks into
-    the plan, which waits for the device once.
+    ``or_dense`` puts dense attention beside them and ``lse`` leaves out those that return no log-sum-exp. Reads
+    the plan's density, which waits for the device once.
 
     Raises:
         RuntimeError: the named executor cannot run this call; the message says why not.
-        ValueError: a row of the plan keeps nothing.
     """
-    check_rows(plan.count)
     if name != "auto":
         if reason := why_not(name, q, k, plan, lse):
             raise RuntimeError(f"the executor {name!r} cannot run here: {reason}")

@@ -1,4 +1,5 @@
-"""Scores to lists of kept blocks: without a sort where a GPU computes them, and without waiting for it."""
+"""Scores to lists of kept blocks: where a GPU computes them without a sort, and without waiting for it but where that
+saves much memory."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.budget import Budget, Mass, Top
-from dit_sparse.plan import compact, width_of
+from dit_sparse.plan import check_rows, compact, width_of
 
 WIDEST = 8192  # scores that a program holds in its registers
 
@@ -25,6 +26,7 @@ def kept(scores: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
     plain = isinstance(budget, Top) or (isinstance(budget, Mass) and budget == Mass(budget.share))
     if scores.is_cuda and plain and scores.shape[-1] <= WIDEST:
         index, count = kept_by_triton(scores, budget)
+        check_rows(count)
         return index[..., : width_of(count, scores.shape[-1])].contiguous(), count
     return compact(budget.keep(scores))
 

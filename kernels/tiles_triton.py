@@ -38,8 +38,8 @@ def tile(
     TMA: tl.constexpr,
     CUT: tl.constexpr,
 ):
-    """Tile i of ``x[item, head, start : start + ROWS]``, zero from ``end`` on where CUT is set. x: a pointer, or tensor
-    descriptors of its tiles, one for each, where TMA is set."""
+    """Tile i of ``x[item, head, start : start + ROWS]``, zero from ``end`` on where CUT is set. x: a tuple, of tensor
+    descriptors of its tiles where TMA is set, else with a pointer in front."""
     if TMA:
         found = tl.reshape(x[i].load([item, head, start, first(WIDTHS, i)]), [ROWS, width(WIDTHS, i)])
         if CUT:  # padding may hold anything, even NaN, which a weight of zero would not hide

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -47,9 +47,9 @@ static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new 
 class OnlyTheGPU(TorchDispatchMode):
     """Whatever touches a pretended GPU has no numbers, everything else is computed. Refuses to wait for the GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Counter) -> None:
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake, self.calls = FakeTensorMode(allow_non_fake_inputs=True), calls
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -59,17 +59,21 @@ class OnlyTheGPU(TorchDispatchMode):
         with self.fake:
             result = func(*args, **kwargs)
         assert all(x.is_cuda for x in tree_leaves(result) if isinstance(x, Tensor)), f"{func} waits for the GPU"
+        self.calls[func.overloadpacket.__name__] += 1
         return result
 
 
 class Program:
-    """In the place of a Triton program: notes that it was launched, and what with."""
+    """In the place of a Triton program: looks at what it is handed, and notes that it was launched."""
 
-    def __init__(self, name: str, launched: Counter) -> None:
-        self.name, self.launched = name, launched
+    def __init__(self, program, launched: Counter) -> None:
+        self.name, self.launched = program.__name__, launched
+        self.takes = set(program.arg_names)
 
     def __getitem__(self, grid):
         def run(**arguments) -> None:
+            given = set(arguments) - {"num_warps", "num_stages"}
+            assert given == self.takes, f"{self.name} gets other arguments: {given ^ self.takes}"
             assert all(isinstance(size, int) and 0 < size < 2**31 for size in grid), f"{self.name} launched as {grid}"
             for name, value in arguments.items():
                 for x in tree_leaves(value):
@@ -95,37 +99,43 @@ class Event:
 
 @contextmanager
 def pretended_gpu(monkeypatch, capability: int = 90) -> Iterator[Counter]:
-    """A GPU of that compute capability; yields how often each program was launched."""
+    """A GPU of that compute capability; yields how often each program and each of PyTorch's operations ran there."""
     _guard()
     launched = Counter()
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
-    monkeypatch.setattr(launching, "interpreted", lambda: False)
-    monkeypatch.setattr(launching, "machine", lambda device: ARCHITECTURES[capability])
-    monkeypatch.setattr(launching, "_descriptor", lambda x, rows, columns: x)  # it looks at an address
-    for module, names in PROGRAMS.items():
-        found = importlib.import_module(f"dit_sparse.kernels.{module}")
-        for name in names:
-            monkeypatch.setattr(found, name, Program(name, launched))
     lifted = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its tensor on the CPU first
     try:
-        with OnlyTheGPU():
+        with monkeypatch.context() as patch, OnlyTheGPU(launched):
+            _pretend(patch, capability, launched)
             yield launched
     finally:
         torch._C._set_only_lift_cpu_tensors(lifted)
         methods._cut.cache_clear()
 
 
+def _pretend(patch, capability: int, launched: Counter) -> None:
+    patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    patch.setattr(torch.cuda, "Event", Event)
+    patch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    patch.setattr(launching, "interpreted", lambda: False)
+    patch.setattr(launching, "machine", lambda device: ARCHITECTURES[capability])
+    patch.setattr(launching, "_descriptor", lambda x, rows, columns: x)  # it looks at an address
+    for module, names in PROGRAMS.items():
+        found = importlib.import_module(f"dit_sparse.kernels.{module}")
+        for name in names:
+            patch.setattr(found, name, Program(getattr(found, name), launched))
+
+
 @cache
 def _guard() -> None:
-    """Compiled once a process. Skips where there is no compiler."""
+    """Compiled once a process, which keeps it: an unused entry in a table. Skips where there is no compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    folder, torch_folder = Path(mkdtemp()), Path(torch.__file__).parent
-    (folder / "guard.cpp").write_text(GUARD)
-    options = ["-shared", "-fPIC", "-std=c++20", f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10"]
-    subprocess.run([compiler, folder / "guard.cpp", "-o", folder / "guard.so", *options], check=True)
-    torch.ops.load_library(str(folder / "guard.so"))
+    home = Path(torch.__file__).parent
+    options = ["-shared", "-fPIC", "-std=c++20", f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10"]
+    with TemporaryDirectory() as folder:
+        source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
+        source.write_text(GUARD)
+        subprocess.run([compiler, source, "-o", library, *options], check=True)
+        torch.ops.load_library(str(library))

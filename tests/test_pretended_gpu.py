@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from dit_sparse import METHODS, ClusterPlan, Grid, Site, locate, run
 from dit_sparse import plan as plan_file
@@ -34,6 +35,19 @@ METHODS_HERE["a method a head"] = PerHead(
 )
 
 
+LAUNCHES = {
+    "svg2": {"assign", "means", "permute"},
+    "adaspa": {"mass"},
+    "sparsed": {"mass"},
+    "rettention(adaspa)": {"mass"},
+    "a method a head": {"mass", "select", "permute"},
+    **{key: {"permute"} for key in ("window", "neighborhood", "svg", "pbs")},
+    **{key: {"select"} for key in ("asa", "sparge", "subblock", "xattention", "vdit", "sol", "pooled(subblock)")},
+}
+PATTERNS = ("window", "neighborhood", "radial", "sink", "radial|sink")
+MADE_ON_THE_CPU = (*PATTERNS, "random_blocks", "svg", "pooled", "rettention")
+
+
 def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
@@ -55,16 +69,40 @@ def test_every_method_plans_and_attends_without_waiting(name, grid, both, monkey
         assert out.is_cuda and out.shape == q.shape and out.dtype == q.dtype
         assert lse is None or (lse.is_cuda and lse.shape == q.shape[:3] and lse.dtype == torch.float32)
     assert launched["forward"] >= 2
+    assert LAUNCHES.get(name, set()) <= set(launched), "a method has a program for what it asks"
+    assert launched["_assert_async"] or name in MADE_ON_THE_CPU, "whether every row keeps something is looked at"
+
+
+def test_long_lists_are_shortened(monkeypatch):
+    """At 720p with 40 heads nobody keeps 56 MB a layer; with 12 heads nobody waits."""
+    grid = Grid(21, 45, 80)
+    adaptive = [METHODS_HERE[name] for name in ("asa", "adaspa", "svg2")]
+
+    def plan_of(one, heads):
+        q = on_gpu(1, heads, grid.tokens, 128)
+        return one.plan(q, q, Site(grid, 128, step=3, steps=10), {})
+
+    with pretended_gpu(monkeypatch):
+        for one in adaptive:
+            lists = plan_of(one, 12)
+            assert lists.index.shape[-1] == lists.key_sizes.shape[-1]
+            with pytest.raises(DataDependentOutputException):
+                plan_of(one, 40)
+    for module in (plan_file, selection):
+        monkeypatch.setattr(module, "width_of", lambda count, columns: columns // 3)
+    with pretended_gpu(monkeypatch):
+        for one in adaptive:
+            index = plan_of(one, 40).index
+            assert index.shape[-1] in (591 // 3, 1000 // 3) and index.is_contiguous(), "the rest is freed"
 
 
 @pytest.fixture
 def known(monkeypatch):
-    """What a run may wait for is given here: what trials measured, whether a plan's rows keep something, how wide long
-    lists are, the noise level of a step, what is padding. Whatever else waits, fails."""
+    """What a run may wait for is given here: what trials measured, how dense a plan is, how wide long lists are, the
+    noise level of a step, what is padding. Whatever else waits, fails."""
     costs = {"block_sparse": 1e-12, "block_ragged": 1e-12}
     monkeypatch.setattr(pick, "cost", lambda name, kind: Cost(0.0, costs.get(name, 1.0)))
     monkeypatch.setattr(pick, "verdict", lambda name, kind: None)
-    monkeypatch.setattr(pick, "check_rows", lambda count: None)
     for module in (plan_file, selection):
         monkeypatch.setattr(module, "width_of", lambda count, columns: columns // 3)
     monkeypatch.setattr(plan_file.Lists, "density", 0.25)

@@ -7,7 +7,6 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -122,15 +121,18 @@ def test_paged_by_xformers(name, monkeypatch):
     assert_exact(xformers_paged, *case(name))
 
 
-@pytest.fixture
-def xformers_bias(monkeypatch):
-    """xFormers' own module of biases, from the folder where `make test` puts the package, for one test."""
+@pytest.fixture(scope="module")
+def xformers_bias():
+    """xFormers' own module of biases, from the folder where `make test` puts the package. What else its import brings
+    stays: parts of torch can be imported only once."""
     folder = Path(sys.prefix, "beside", "xformers-0.0.35")
     if not folder.is_dir():
         pytest.skip("`make test` installs xFormers beside the other packages")
-    monkeypatch.syspath_prepend(folder)
-    with patch.dict(sys.modules):
-        yield importlib.import_module("xformers.ops.fmha.attn_bias")
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("xformers.ops.fmha.attn_bias")
+    sys.path.remove(str(folder))
+    for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
+        del sys.modules[name]
 
 
 @every_plan
