@@ -141,11 +141,13 @@ def _print_exponents(found: dict) -> None:
 
 
 def _print_bench(rows: list[dict]) -> None:
-    table = Table("case", "executor", "ms", "dense", "speed-up", "TFLOP/s", box=None, header_style="bold")
+    columns = ("case", "executor", "ms", "dense", "speed-up", "of ideal", "TFLOP/s", "plan", "order")
+    table = Table(*columns, box=None, header_style="bold")
     for r in (row for row in rows if "why_not" not in row):
         case = f"{r['tokens']}x{r['head_dim']} {r['dtype']} {r['pattern']} {r['density']:.2f}"
         times = (f"{1000 * r['seconds']:.2f}", f"{1000 * r['dense_seconds']:.2f}", f"{r['speedup']:.2f}x")
-        table.add_row(case, r["executor"], *times, f"{r['tflops']:.2f}")
+        beside = (f"{1000 * r['planning_seconds']:.2f}", f"{1000 * r['permute_seconds']:.2f}")
+        table.add_row(case, r["executor"], *times, f"{1 / r['cost_per_block']:.0%}", f"{r['tflops']:.2f}", *beside)
     console.print(table)
     for name, reason in sorted({(r["executor"], r["why_not"]) for r in rows if "why_not" in r}):
         console.print(f"{name} did not run everywhere: {reason}", highlight=False, markup=False)

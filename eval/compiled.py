@@ -56,6 +56,7 @@ def rows(capability: int) -> Iterator[dict]:
             "block": block,
             "head_dim": dim,
             "features": features,
+            "warps": arguments["num_warps"],
             "registers": int(re.search(r"Used (\d+) registers", said.getvalue())[1]),
             "spilled": int(re.search(r"(\d+) bytes spill stores", said.getvalue())[1]),
             "serialized": "serialized" in said.getvalue(),

@@ -20,6 +20,8 @@ def why_not(q: Tensor, k: Tensor) -> str | None:
         return "the package triton is not installed"
     if q.device.type != "cuda" and not interpreted():
         return f"it runs on a GPU and the tensors are on {q.device}"
+    if torch.version.hip:
+        return "its launch settings are for NVIDIA GPUs"
     if machine(q.device) is None:
         return f"it needs a GPU of compute capability {min(ARCHITECTURES) / 10} or newer"
     # Triton's interpreter multiplies bfloat16 wrongly.

@@ -51,6 +51,27 @@ def test_a_wrong_executor_is_never_timed(monkeypatch):
         bench.check("gather", out * torch.nan, q, k, v, plan)
 
 
+def test_nothing_is_timed_that_was_not_checked(monkeypatch):
+    case = bench.cases(DEVICE, [SMALL], [64], [0.5], ["radial"])[0]
+    checked, turns = [], bench.by_turns
+    monkeypatch.setattr(bench, "check", lambda name, *_: checked.append(name))
+    monkeypatch.setattr(bench, "by_turns", lambda *more: checked.append("clock") or turns(*more))
+    list(bench.measured(case, ["gather", "reference"], 0.0))
+    assert checked == ["gather", "reference", "clock"]
+
+
+def test_speeds_are_medians_against_the_best_dense_attention(monkeypatch):
+    case = bench.cases(DEVICE, [SMALL], [64], [0.5], ["radial"])[0]
+    seconds = {"slow": [9.0, 9.0, 9.0], "fast": [1.0, 4.0, 2.0], "gather": [1.0, 8.0, 1.0]}
+    named = lambda name: lambda: name
+    monkeypatch.setattr(bench, "ROUNDS", (3, 3))
+    monkeypatch.setattr(bench, "dense_attention", lambda *_: {name: named(name) for name in ("slow", "fast")})
+    times = {name: iter(values) for name, values in seconds.items()}
+    monkeypatch.setattr(bench, "seconds_of", lambda run, _: next(times[run() if isinstance(run(), str) else "gather"]))
+    (row,) = bench.measured(case, ["gather"], 0.0)
+    assert (row["dense"], row["dense_seconds"], row["seconds"], row["speedup"]) == ("fast", 2.0, 1.0, 2.0)
+
+
 def test_functions_take_turns(monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS", (3, 3))
     called = []

@@ -54,6 +54,16 @@ def test_is_the_textbook_algorithm(way, tokens, dim, clusters):
     assert means.dtype == torch.float32
 
 
+def test_in_half_precision(way):
+    x = points(130, 80, torch.float16)
+    start = x[:, :, ::20].float()
+    found, means = kmeans(x, start.shape[2], 2, start)
+    for head in range(2):
+        labels, expected = lloyd(x[0, head].cpu(), start[0, head].cpu(), 2)
+        assert (found.labels[0, head].cpu() == labels).float().mean() > 0.97
+        assert_near(means[0, head].cpu(), expected, 0.1)
+
+
 def test_more_steps_never_make_it_worse(way):
     x = points(200)
     spread = []

@@ -38,6 +38,12 @@ CASES = {
     "one order, a list a head": (dict(tokens=300, heads=2), dict(heads=1)),
     "grouped heads": (dict(tokens=150, heads=4, key_heads=2), dict(heads=4)),
     "head_dim 80": (dict(tokens=150, dim=80), dict()),
+    "head_dim 96": (dict(tokens=150, dim=96), dict()),
+    "head_dim 128": (dict(tokens=150, dim=128), dict()),
+    "large clusters, grouped heads in a batch": (
+        dict(tokens=700, batch=2, heads=2, key_heads=1, dim=128),
+        dict(batch=2, heads=2, queries=2, keys=3, lengths=[700, 600]),
+    ),
     "head_dim 256": (dict(tokens=150, heads=1, dim=256), dict()),
 }
 

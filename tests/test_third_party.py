@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_sparse.kernels import flash4, flashinfer_sparse, paged, pages, xformers_paged
+from dit_sparse.kernels import flash4, flashinfer_sparse, launching, paged, pages, xformers_paged
+from dit_sparse.kernels.pick import EXECUTORS, executor
 from support import assert_near, cluster_token_mask, exact, qkv, random_cluster_plan, random_plan, token_mask
 
 
@@ -272,6 +273,21 @@ def test_they_say_what_they_lack():
     ):
         reason = module.why_not(q, q, plan)
         assert f"the package {package} is not installed" in reason or "on a GPU" in reason
+
+
+def test_they_run_only_after_a_self_check():
+    checked = {name for name in EXECUTORS if getattr(executor(name), "THIRD_PARTY", False)}
+    assert checked == {"paged", "xformers_paged", "flash4", "flashinfer_sparse"}
+
+
+def test_flash_attention_4_takes_the_blocks_of_its_tiles(monkeypatch):
+    monkeypatch.setattr(flash4, "_installed", lambda: True)
+    monkeypatch.setattr(launching, "why_not_elsewhere", lambda *_: None)
+    q, _, _ = qkv(600)
+    for major, block in ((9, 128), (10, 256), (11, 256), (8, None), (12, None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, major=major: (major, 0))
+        taken = [size for size in (64, 128, 256) if flash4.why_not(q, q, random_plan(600, size)) is None]
+        assert taken == ([] if block is None else [block])
 
 
 def test_small_pages_need_flash_attention_3(monkeypatch):

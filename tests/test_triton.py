@@ -50,6 +50,7 @@ CASES = {
         dict(tokens=300, heads=4, key_heads=2),
         dict(heads=4, order=shuffled(1, 4, tokens=300)),
     ),
+    "grouped heads in a batch": (dict(tokens=300, batch=2, heads=4, key_heads=2), dict(batch=2, heads=4)),
     "order and lengths": (
         dict(tokens=300, batch=2, heads=1),
         dict(order=shuffled(tokens=300, fixed=180), lengths=[120, 300]),
@@ -129,6 +130,13 @@ def test_long_rows_start_first_among_heads_that_share_the_cache():
             assert torch.equal(lengths, lengths.sort(descending=True).values)
 
 
+def test_the_longest_rows_of_a_launch_start_first():
+    (q, k, v), plan = case("order for each head, grouped heads", 64)
+    arguments, *_ = block_sparse.launch(q, k, v, plan, None, launching.machine(q.device))
+    count = plan.count.expand(1, 4, -1)
+    assert torch.equal(arguments["schedule"], launching.longest_first(count, 1)) and count.unique().numel() > 1
+
+
 def test_block_sparse_says_what_it_lacks(monkeypatch):
     (q, k, _), plan = case("ragged", 64)
     why_not = block_sparse.why_not
@@ -136,6 +144,9 @@ def test_block_sparse_says_what_it_lacks(monkeypatch):
     assert "head_dim must be one of 16, 32, 64, 80, 96, 128, 256, not 40" in why_not(q[..., :40], k[..., :40], plan)
     assert "a block must have 16, 32, 64, 128 tokens, not 48" in why_not(q, k, replace(plan, block=48))
     assert "no backward pass" in why_not(q.clone().requires_grad_(), k, plan)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "for NVIDIA GPUs" in why_not(q, k, plan)
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(launching, "machine", lambda _: architecture(75))
     assert "compute capability 8.0 or newer" in why_not(q, k, plan)
     monkeypatch.setattr(launching, "interpreted", lambda: False)
@@ -172,6 +183,7 @@ def check_compiled(capability: int, found: list[dict]) -> None:
     assert {row["kernel"] for row in found} == KERNELS
     assert {(row["block"], row["head_dim"]) for row in found} >= {(64, 64), (64, 256), (128, 80), (128, 128)}
     for row in found:
+        assert row["registers"] * 32 * row["warps"] <= 65_536, f"a processor has no room for one program: {row}"
         assert row["spilled"] <= SPILLED and row["shared_memory"] <= ARCHITECTURES[capability].shared_memory, row
         assert not row["serialized"], f"every product waits for the one before it: {row}"
         if row["features"] == "no products":
@@ -239,6 +251,12 @@ def test_block_mass_agrees_with_float64(shape, block, rows):
     assert_near(retained.cpu(), (expected * plan.to("cpu").keep()).sum(-1), TOLERANCE[q.dtype])
 
 
+def test_block_mass_in_half_precision():
+    (q, k, _), plan = case("ragged", 64, torch.float16)
+    lse, expected = paid(q.cpu(), k.cpu(), plan.to("cpu"), 64)
+    assert_near(block_mass.block_mass(q, k, lse.to(DEVICE), 64).cpu(), expected, TOLERANCE[torch.float16])
+
+
 def in_plain_pytorch(monkeypatch) -> None:
     """And some query blocks at a time."""
     monkeypatch.setattr(block_mass, "_by_triton", lambda *_: False)
@@ -304,6 +322,7 @@ def test_block_mass_hides_padding_and_needs_rows_that_divide_the_block(plain, mo
         (dict(tokens=37, batch=2, heads=4, key_heads=2, dim=48), shuffled(2, 4, tokens=37)),
         (dict(tokens=130, batch=2, heads=3, key_heads=1, dim=5), shuffled(1, 3, tokens=130)),
         (dict(tokens=70, heads=2, dim=96), shuffled(1, 1, tokens=70)),
+        (dict(tokens=70, heads=2, dim=80, dtype=torch.float16), shuffled(1, 2, tokens=70)),
     ],
 )
 def test_permute_moves_whole_rows(shape, order):
