@@ -24,12 +24,13 @@ import torch
 
 from dit_sparse import ClusterPlan, Clusters, Mass, Plan, Top
 from dit_sparse.kernels import block_mass, block_ragged, block_sparse, cluster, permute, selection
-from dit_sparse.kernels.architectures import ARCHITECTURES, Architecture
+from dit_sparse.kernels.architectures import AMD, ARCHITECTURES, Architecture
 
 from .machine_code import main_loop
 
 DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (64, 128)
+MI300 = "gfx942"
 ATTENTION = ("block_sparse", "block_ragged")
 WORST = (128, 128, "order, lengths")  # the most that a program has to remember
 TOKENS = 1000  # the last block is ragged
@@ -43,7 +44,7 @@ def rows(capability: int) -> Iterator[dict]:
     """
     import triton
 
-    pretend_gpu(capability)
+    pretend_gpu("cuda", capability, 32)
     triton.knobs.compilation.always_compile = True  # what lies in Triton's cache would bring no report
     triton.knobs.nvidia.dump_ptxas_log = True
     for name, block, dim, features, program, arguments in launches(ARCHITECTURES[capability]):
@@ -63,6 +64,27 @@ def rows(capability: int) -> Iterator[dict]:
             "loop": main_loop(compiled.asm["cubin"]) if name in ATTENTION else {},
             "instructions": [name for name in INSTRUCTIONS if name in compiled.asm["ptx"]],
             "buffers": buffers(compiled.asm["ttgir"]),
+            "shared_memory": compiled.metadata.shared,
+        }
+
+
+def amd_rows() -> Iterator[dict]:
+    """The same for AMD's MI300, as far as its assembly tells."""
+    pretend_gpu("hip", MI300, 64)
+    for name, block, dim, features, program, arguments in launches(AMD):
+        compiled = program.warmup(grid=(1,), **arguments)
+        code = compiled.asm["amdgcn"]
+        count = lambda what, code=code: int(re.search(rf"\.vgpr_{what}count:\s+(\d+)", code)[1])
+        yield {
+            "kernel": name,
+            "architecture": MI300,
+            "block": block,
+            "head_dim": dim,
+            "features": features,
+            "registers": count(""),
+            "spilled": 4 * count("spill_"),
+            "loop": {},
+            "instructions": ["v_mfma"] if "v_mfma" in code else [],
             "shared_memory": compiled.metadata.shared,
         }
 
@@ -125,14 +147,14 @@ def _companion_launches() -> Iterator[tuple]:
         yield "select", columns, 0, "no products", select, arguments
 
 
-def pretend_gpu(capability: int) -> None:
-    """Let Triton compile, though never run, for a GPU of that compute capability."""
+def pretend_gpu(backend: str, architecture: int | str, warp: int) -> None:
+    """Let Triton compile, though never run, for such a GPU, whose warps have so many threads."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     class Pretended:
         def get_current_target(self):
-            return GPUTarget("cuda", capability, 32)
+            return GPUTarget(backend, architecture, warp)
 
         def get_current_device(self):
             return 0
@@ -149,9 +171,9 @@ def buffers(ttgir: str) -> int:
     return int(found[1]) if found else 1
 
 
-def rows_apart(capability: int, triton: Path | None = None) -> list[dict]:
-    """`rows` in a process of its own, with an empty cache and with Triton's interpreter off; by another Triton where a
-    folder with one is given."""
+def rows_apart(capability: int | str, triton: Path | None = None) -> list[dict]:
+    """`rows`, or `amd_rows`, in a process of its own, with an empty cache and with Triton's interpreter off; by another
+    Triton where a folder with one is given."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if triton is not None:
         environment["PYTHONPATH"] = str(triton)
@@ -160,30 +182,33 @@ def rows_apart(capability: int, triton: Path | None = None) -> list[dict]:
         environment["TRITON_CACHE_DIR"] = cache
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     if done.returncode:
-        raise RuntimeError(f"compiling for sm{capability} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"compiling for {capability} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, help="only this one, in this process")
+    known = [*map(str, ARCHITECTURES), MI300]
+    parser.add_argument("--architecture", choices=known, help="only this one, in this process")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    if options.architecture:
-        found = list(rows(options.architecture))
+    if options.architecture == MI300:
+        found = list(amd_rows())
+    elif options.architecture:
+        found = list(rows(int(options.architecture)))
     else:
-        found = [row for capability in ARCHITECTURES for row in rows_apart(capability)]
+        found = [row for architecture in known for row in rows_apart(architecture)]
     if options.json:
         print(json.dumps(found, indent=1))
         return
     print(
-        "kernel          sm  block  head_dim  registers  spilled  shared memory | in the main loop: instructions  "
+        "kernel          sm   block  head_dim  registers  spilled  shared memory | in the main loop: instructions  "
         "products  barriers | instructions of note"
     )
     for row in found:
         loop = row["loop"] or dict.fromkeys(("instructions", "products", "barriers"), "-")
         print(
-            f"{row['kernel']:12} {row['architecture']:5} {row['block']:6} {row['head_dim']:9} {row['registers']:10} "
+            f"{row['kernel']:12} {row['architecture']:>6} {row['block']:6} {row['head_dim']:9} {row['registers']:10} "
             f"{row['spilled']:8} {row['shared_memory']:14} | {loop['instructions']:31} {loop['products']:9} "
             f"{loop['barriers']:9} | {', '.join(row['instructions'])}  {row['features']}"
         )

@@ -104,6 +104,20 @@ GEFORCE_BLACKWELL = Architecture(
     tilings=ADA.tilings,
 )
 
+# AMD, compiled for MI300 (gfx942), whose matrix units Triton finds by itself; the cache is one of its dies'.
+AMD = Architecture(
+    shared_memory=65_536,
+    cache=4 << 20,
+    tilings={
+        (64, 64): Tiling(64, 4, 2),
+        (64, 128): Tiling(64, 4, 2),
+        (64, 256): Tiling(32, 4, 2),
+        (128, 64): Tiling(64, 4, 2),
+        (128, 128): Tiling(64, 4, 2),
+        (128, 256): Tiling(32, 8, 2),
+    },
+)
+
 # Triton in Python, for tests: small tiles, and blocks of 128 go the way of the descriptors.
 INTERPRETER = Architecture(
     shared_memory=0,

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .architectures import ARCHITECTURES, INTERPRETER, Architecture, architecture
+from .architectures import AMD, ARCHITECTURES, INTERPRETER, Architecture, architecture
 
 DIMS = (16, 32, 64, 80, 96, 128, 256)
 
@@ -20,8 +20,6 @@ def why_not(q: Tensor, k: Tensor) -> str | None:
         return "the package triton is not installed"
     if q.device.type != "cuda" and not interpreted():
         return f"it runs on a GPU and the tensors are on {q.device}"
-    if torch.version.hip:
-        return "its launch settings are for NVIDIA GPUs"
     if machine(q.device) is None:
         return f"it needs a GPU of compute capability {min(ARCHITECTURES) / 10} or newer"
     # Triton's interpreter multiplies bfloat16 wrongly.
@@ -66,6 +64,8 @@ def interpreted() -> bool:
 def machine(device: torch.device) -> Architecture | None:
     if interpreted():
         return INTERPRETER
+    if torch.version.hip:
+        return AMD
     major, minor = torch.cuda.get_device_capability(device)
     return architecture(10 * major + minor)
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from dit_sparse import Plan
-from dit_sparse.eval.compiled import ATTENTION, rows_apart
+from dit_sparse.eval.compiled import ATTENTION, MI300, rows_apart
 from dit_sparse.eval.machine_code import main_loop_of
 from dit_sparse.kernels import block_mass, block_sparse, launching
-from dit_sparse.kernels.architectures import ARCHITECTURES, architecture
+from dit_sparse.kernels.architectures import AMD, ARCHITECTURES, architecture
 from dit_sparse.kernels.permute import permuted
 from dit_sparse.plan import arranged
 from support import assert_near, exact, poisoned, qkv, random_plan, token_mask
@@ -144,9 +144,6 @@ def test_block_sparse_says_what_it_lacks(monkeypatch):
     assert "head_dim must be one of 16, 32, 64, 80, 96, 128, 256, not 40" in why_not(q[..., :40], k[..., :40], plan)
     assert "a block must have 16, 32, 64, 128 tokens, not 48" in why_not(q, k, replace(plan, block=48))
     assert "no backward pass" in why_not(q.clone().requires_grad_(), k, plan)
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert "for NVIDIA GPUs" in why_not(q, k, plan)
-    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(launching, "machine", lambda _: architecture(75))
     assert "compute capability 8.0 or newer" in why_not(q, k, plan)
     monkeypatch.setattr(launching, "interpreted", lambda: False)
@@ -176,6 +173,19 @@ def test_compiles_for_every_architecture_and_fits(version, capabilities):
         for capability, found in zip(capabilities, compiled, strict=True):
             assert {row["triton"] for row in found} == {version or version_of("triton")}
             check_compiled(capability, found)
+
+
+@pytest.mark.timeout(600)
+def test_compiles_for_amd_and_fits(monkeypatch):
+    pytest.importorskip("triton")
+    found = rows_apart(MI300)
+    assert {row["kernel"] for row in found} == KERNELS
+    for row in found:
+        assert row["shared_memory"] <= AMD.shared_memory and row["spilled"] <= SPILLED, row
+        assert ("v_mfma" in row["instructions"]) == (row["features"] != "no products"), row
+    monkeypatch.setattr(launching, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert launching.machine.__wrapped__(torch.device("cuda")) is AMD
 
 
 def check_compiled(capability: int, found: list[dict]) -> None:
