@@ -34,7 +34,7 @@ gpu: .venv/ready  ## on a machine with an NVIDIA GPU: tests, benches, training, 
 	touch $@
 
 # For tests alone, in folders of their own: the oldest Triton that is allowed, and a package that complains when it is
-# imported without its GPU code. Where one does not install, its tests are skipped.
+# imported without its GPU code. Where one does not install, its tests are skipped; in CI they fail.
 .venv/beside/%: .venv/ready
 	-$(BIN)/pip install --quiet --no-deps --target $@ $(subst -,==,$*)
 

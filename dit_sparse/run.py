@@ -62,8 +62,8 @@ class Place:
 
 
 class Run:
-    """One pipeline made sparse: its state, and the way back. State lives here and is
-    dropped when a generation ends, fails or starts anew."""
+    """One pipeline made sparse: its state, and the way back. State lives here and is dropped when a generation ends,
+    fails or starts anew."""
 
     def __init__(
         self,

@@ -19,8 +19,8 @@ class Schedule:
         every: a plan is made anew after this many sparse steps. Attention changes slowly: on the bundled model every
             second step costs at most 0.9 dB, mostly nothing, and half the planning. Static patterns are planned once
             per grid anyway.
-        per_branch: whether each of the two branches of guidance has its own plans. By default that of the
-            prompt plans for both (with Mochi the other one, which comes first). This halves the planning, and guidance,
+        per_branch: whether each of the two branches of guidance has its own plans. By default the one that is computed
+            first, or in a batch of both that of the prompt, plans for both. This halves the planning, and guidance,
             which enlarges what differs between the branches, has no difference of plans to enlarge: 0.1 to 7 dB on the
             bundled model.
     """

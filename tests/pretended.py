@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from dit_sparse import method as methods
 from dit_sparse.kernels import launching
 from dit_sparse.kernels.architectures import ARCHITECTURES
+from support import lacking
 
 PROGRAMS = {
     "block_sparse_triton": ("forward",),
@@ -131,7 +131,7 @@ def _guard() -> None:
     """Compiled once a process, which keeps it: an unused entry in a table. Skips where there is no compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        pytest.skip("there is no C++ compiler")
+        lacking("there is no C++ compiler (g++ or clang++) on the PATH")
     home = Path(torch.__file__).parent
     options = ["-shared", "-fPIC", "-std=c++20", f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10"]
     with TemporaryDirectory() as folder:

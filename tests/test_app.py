@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import urllib.error
 import urllib.request
@@ -12,11 +11,11 @@ from threading import Event
 import pytest
 
 from dit_sparse.eval.playground import Cancelled, Limits, Playground, Wish, options_from, options_of
+from support import ALL
 
 ROOT = Path(__file__).parent.parent
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-REQUIRED = os.environ.get("DIT_SPARSE_BROWSER") == "required"
-in_a_browser = pytest.mark.skipif(not (BROWSER or REQUIRED), reason="needs Chromium")
+in_a_browser = pytest.mark.skipif(not (BROWSER or ALL), reason="needs Chromium")
 SMALL = {"Frames": 3, "Height": 48, "Width": 48}
 LONG = {"Frames": 8, "Height": 80, "Width": 80}  # a second a step: minutes, if nobody stops it
 PATIENCE = 120_000  # milliseconds

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from dit_sparse.kernels import flash4, flashinfer_sparse, launching, paged, pages, xformers_paged
 from dit_sparse.kernels.pick import EXECUTORS, executor
-from support import assert_near, cluster_token_mask, exact, qkv, random_cluster_plan, random_plan, token_mask
+from support import assert_near, cluster_token_mask, exact, lacking, qkv, random_cluster_plan, random_plan, token_mask
 
 
 def shuffled(*lead: int, tokens: int, fixed: int = 0) -> torch.Tensor:
@@ -128,7 +128,7 @@ def xformers_bias():
     stays: parts of torch can be imported only once."""
     folder = Path(sys.prefix, "beside", "xformers-0.0.35")
     if not folder.is_dir():
-        pytest.skip("`make test` installs xFormers beside the other packages")
+        lacking("xFormers is not beside the environment: make .venv/beside/xformers-0.0.35")
     sys.path.insert(0, str(folder))
     yield importlib.import_module("xformers.ops.fmha.attn_bias")
     sys.path.remove(str(folder))

@@ -19,7 +19,7 @@ from dit_sparse.kernels import block_mass, block_sparse, launching
 from dit_sparse.kernels.architectures import AMD, ARCHITECTURES, architecture
 from dit_sparse.kernels.permute import permuted
 from dit_sparse.plan import arranged
-from support import assert_near, exact, poisoned, qkv, random_plan, token_mask
+from support import assert_near, exact, lacking, poisoned, qkv, random_plan, token_mask
 
 pytestmark = pytest.mark.usefixtures("triton_preferred")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,7 +167,7 @@ def test_compiles_for_every_architecture_and_fits(version, capabilities):
     pytest.importorskip("triton")
     folder = version and Path(sys.prefix, "beside", f"triton-{version}")
     if folder and not folder.is_dir():
-        pytest.skip("`make test` installs the oldest Triton beside the newest")
+        lacking(f"Triton {version} is not beside the environment: make .venv/beside/triton-{version}")
     with ThreadPoolExecutor(2) as pool:
         compiled = pool.map(partial(rows_apart, triton=folder), capabilities)
         for capability, found in zip(capabilities, compiled, strict=True):
