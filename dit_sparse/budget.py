@@ -5,10 +5,13 @@ A score of +inf is always kept. Every row keeps at least one block.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .kernels.selection import best
 
 
 def check_density(density: float) -> float:
@@ -34,9 +37,7 @@ class Top:
         return max(1, round(self.density * columns))
 
     def keep(self, scores: Tensor) -> Tensor:
-        best = scores.topk(self.blocks_of(scores.shape[-1]), dim=-1).indices
-        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-        return keep | scores.isposinf()
+        return best(scores, self.blocks_of(scores.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,14 @@ class Mass:
             raise ValueError(f"least and most are fractions of the blocks, not {self.least} and {self.most}")
 
     def keep(self, scores: Tensor) -> Tensor:
-        forced = scores.isposinf()
-        mass, place = (
-            scores.masked_fill(forced, -torch.inf)
-            .softmax(-1)
-            .nan_to_num(0.0)
-            .sort(dim=-1, descending=True, stable=True)
-        )
-        before, rank = mass.cumsum(-1) - mass, torch.arange(mass.shape[-1], device=mass.device)
-        wanted = (before < self.share) & (rank < max(1, round(self.most * len(rank)))) | (rank < self.least * len(rank))
-        keep = torch.zeros_like(forced).scatter_(-1, place, wanted & (mass > 0))
-        return keep | forced
+        forced, blocks = scores.isposinf(), scores.shape[-1]
+        mass = scores.masked_fill(forced, -torch.inf).softmax(-1).nan_to_num(0.0)
+        keep = best(scores, self.share if self.share < 1 else math.inf, mass)
+        if self == Mass(self.share):
+            return keep
+        found = (keep & ~forced).sum(-1, keepdim=True)
+        found = found.clamp(max=max(1, round(self.most * blocks))).clamp(min=math.ceil(self.least * blocks))
+        return best(scores, found, mass > 0)
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,7 @@ def up_to(scores: Tensor, sizes: Tensor, tokens: float) -> Tensor:
     """Of groups of any size the best of each row, up to so many tokens, to the nearest group; at least one.
 
     Args:
-        scores: ``[B, H, Q, K]``; +inf is always kept, -inf never.
-        sizes: tokens of each key group, broadcast to the scores.
+        scores: ``[B, H, Q, K]``; +inf is always kept.
+        sizes: tokens of each key group, ``[B, H, 1, K]``; an empty one is not kept.
     """
-    ranked, place = scores.sort(dim=-1, descending=True, stable=True)
-    held = torch.take_along_dim(sizes.expand_as(scores), place, -1)
-    wanted = (held.cumsum(-1) - held / 2 <= tokens) | ranked.isposinf()
-    wanted[..., 0] = True
-    return torch.zeros_like(wanted).scatter_(-1, place, wanted & ~ranked.isneginf())
+    return best(scores, tokens, sizes, to_nearest=True)

@@ -18,7 +18,6 @@ from torch import Tensor
 from .budget import Budget, Top, check_density
 from .clusters import ClusterPlan
 from .grid import Blocks, Grid, Site
-from .kernels.selection import kept
 from .plan import Plan, blocks_in
 
 
@@ -171,8 +170,7 @@ class Scorer(Method):
             q, k = (x.index_select(2, order) for x in (q, k))
         scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
         budget = self.budget or (self.usual if self.density is None else Top(self.density))
-        index, count = kept(scores.masked_fill(always, torch.inf), budget)
-        return Plan(index, count, site.grid.tokens, site.block, order)
+        return Plan.of(budget.keep(scores.masked_fill(always, torch.inf)), site.grid.tokens, site.block, order)
 
 
 @dataclass(frozen=True, kw_only=True)

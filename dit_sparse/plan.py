@@ -26,7 +26,7 @@ class Lists:
 
     Attributes:
         index: int32 ``[B|1, H|1, Q, K]``, numbers of key groups, ascending; the first ``count`` of a row are live, the
-            rest repeat a legal number. K is the fullest row's count, or more where learning it would wait for a GPU.
+            rest are any legal number. K is the fullest row's count, or more where learning it would wait for a GPU.
         count: int32 ``[B|1, H|1, Q]``.
     """
 
@@ -100,12 +100,14 @@ def twice(value: Any) -> Any:
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises as `check_rows` does."""
-    count = keep.sum(-1, dtype=torch.int32)
+    place = keep.cumsum(-1)
+    count = place[..., -1].int()
     check_rows(count)
     width = width_of(count, keep.shape[-1])
-    live_first = (~keep).to(torch.int8).argsort(dim=-1, stable=True)[..., :width].to(torch.int32)
-    spare = torch.arange(width, device=keep.device) >= count[..., None]
-    return torch.where(spare, live_first[..., :1], live_first), count
+    index = torch.zeros(*keep.shape[:-1], 1 + width, dtype=torch.int32, device=keep.device)
+    number = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device).expand(keep.shape)
+    index.scatter_(-1, place.mul_(keep), number)  # what is not kept goes to place 0
+    return index[..., 1:].contiguous(), count
 
 
 def check_rows(count: Tensor) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from dit_sparse import ClusterPlan, Clusters, Mass, Plan, Top
+from dit_sparse import ClusterPlan, Clusters, Plan
 from dit_sparse.kernels import block_mass, block_ragged, block_sparse, cluster, permute, selection
 from dit_sparse.kernels.architectures import AMD, ARCHITECTURES, Architecture
 
@@ -142,8 +142,9 @@ def _companion_launches() -> Iterator[tuple]:
 
     arguments = permute.launch(torch.arange(TOKENS), (x, x))  # one program for all of the same power of two
     yield "permute", arguments["ROWS"], dim, "no products", move, arguments
-    for budget, columns in ((Top(0.25), 1800), (Mass(0.9), 1800), (Top(0.25), selection.WIDEST)):
-        arguments = selection.launch(torch.empty(1, 2, 3, columns), budget)
+    for columns, weighted in ((1800, False), (1800, True), (selection.WIDEST, False)):
+        scores = torch.empty(1, 2, 3, columns)
+        arguments = selection.launch(scores, 0.9, scores if weighted else None, weighted)
         yield "select", columns, 0, "no products", select, arguments
 
 

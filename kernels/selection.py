@@ -1,58 +1,70 @@
-"""Scores to lists of kept blocks: where a GPU computes them without a sort, and without waiting for it but where that
-saves much memory."""
+"""The best of every row of scores: on a GPU without a sort, and without waiting for it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dit_sparse.budget import Budget, Mass, Top
-from dit_sparse.plan import check_rows, compact, width_of
+from . import launching
 
 WIDEST = 8192  # scores that a program holds in its registers
 
 
-def kept(scores: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
-    """What ``budget.keep(scores)`` keeps, as index and count of a plan.
+def best(scores: Tensor, wanted: float | Tensor, weights: Tensor | None = None, *, to_nearest: bool = False) -> Tensor:
+    """The highest scores of each row, until their weights add up to what is wanted; of equals any.
 
     Args:
-        scores: float32 ``[B, H, Qb, Kb]``; +inf is always kept.
+        scores: ``[B, H, Q, K]``; +inf is always kept.
+        wanted: a number, or one for each row or several, ``[B|1, H|1, Q|1, 1]``.
+        weights: of each score, not negative, ``[B, H, Q|1, K]``; what weighs 0 is not kept. None: each weighs 1.
+        to_nearest: what crosses the sum is kept only if half of it, or more, lies within; the best one is in any case.
 
     Returns:
-        index int32 ``[B, H, Qb, K]``, ascending, and count int32 ``[B, H, Qb]``. K is the fullest row's count, or all
-        columns where learning it would wait for a GPU and save little memory. Of blocks whose mass rounding decides, a
-        GPU may keep others.
+        bool, the shape of the scores. Where rounding decides whether a sum is reached, a GPU may keep one more or less.
     """
-    plain = isinstance(budget, Top) or (isinstance(budget, Mass) and budget == Mass(budget.share))
-    if scores.is_cuda and plain and scores.shape[-1] <= WIDEST:
-        index, count = kept_by_triton(scores, budget)
-        check_rows(count)
-        return index[..., : width_of(count, scores.shape[-1])].contiguous(), count
-    return compact(budget.keep(scores))
+    if launching.preferred(scores) and scores.shape[-1] <= WIDEST:
+        return best_by_triton(scores, wanted, weights, to_nearest)
+    if weights is None and isinstance(wanted, int):
+        highest = scores.topk(wanted, dim=-1, sorted=False).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, highest, True) | scores.isposinf()
+    return best_by_sort(scores, wanted, weights, to_nearest)
 
 
-def kept_by_triton(scores: Tensor, budget: Top | Mass) -> tuple[Tensor, Tensor]:
-    """`kept`, in one launch; on a CPU only where Triton interprets."""
+def best_by_sort(scores: Tensor, wanted: float | Tensor, weights: Tensor | None, to_nearest: bool = False) -> Tensor:
+    """`best`, as it is defined; of equals those that come first."""
+    ranked, place = scores.sort(dim=-1, descending=True, stable=True)
+    if weights is None:
+        weights = scores.new_ones(()).expand(scores.shape)
+    weight = weights.expand_as(scores).gather(-1, place).float()
+    before = weight.cumsum(-1) - weight
+    wins = (before + weight / 2 <= wanted) | (before == 0) if to_nearest else before < wanted
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, place, wins & (weight > 0) | ranked.isposinf())
+
+
+def best_by_triton(scores: Tensor, wanted: float | Tensor, weights: Tensor | None, to_nearest: bool = False) -> Tensor:
+    """`best_by_sort`, in one launch; on a CPU only where Triton interprets."""
     from .selection_triton import select
 
-    arguments = launch(scores, budget)
+    arguments = launch(scores, wanted, weights, to_nearest)
     with torch.cuda.device_of(scores):
         select[(scores.shape[:-1].numel(),)](**arguments)
-    return arguments["index"], arguments["count"]
+    return arguments["keep"].view(torch.bool)
 
 
-def launch(scores: Tensor, budget: Top | Mass) -> dict:
-    """The arguments of the kernel; it fills ``index`` and ``count``."""
-    columns = scores.shape[-1]
-    by_mass = isinstance(budget, Mass)
+def launch(scores: Tensor, wanted: float | Tensor, weights: Tensor | None, to_nearest: bool) -> dict:
+    """The arguments of the kernel; ``keep`` is what it will fill."""
+    rows, columns = scores.shape[:-1], scores.shape[-1]
     width = max(16, 1 << (columns - 1).bit_length())
+    if not isinstance(wanted, Tensor):
+        wanted = torch.full((1,), wanted, dtype=torch.float32, device=scores.device)
     return dict(
         scores=scores.float().contiguous(),
-        index=torch.zeros(*scores.shape[:-1], columns, dtype=torch.int32, device=scores.device),
-        count=torch.empty(scores.shape[:-1], dtype=torch.int32, device=scores.device),
+        weights=None if weights is None else weights.expand(*rows[:-1], -1, -1).float().contiguous(),
+        keep=torch.empty(scores.shape, dtype=torch.int8, device=scores.device),
+        wanted=wanted.float().expand(*rows, 1).contiguous(),
         columns=columns,
-        wanted=budget.share if by_mass else float(budget.blocks_of(columns)),
-        BY_MASS=by_mass,
+        rows_alike=1 if weights is None else rows[-1] // weights.shape[-2],
+        NEAREST=to_nearest,
         WIDTH=width,
         num_warps=max(1, min(8, width // 256)),
     )

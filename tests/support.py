@@ -25,6 +25,9 @@ settings.register_profile("house", deadline=None, derandomize=True, max_examples
 settings.load_profile("house")
 
 
+# Of the half precisions, those in which kernels are tested: Triton's interpreter multiplies bfloat16 wrongly.
+HALF = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,)
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 ALL = os.environ.get("DIT_SPARSE_TESTS") == "all"
 
 

@@ -13,6 +13,8 @@ from dit_sparse import ClusterPlan, Clusters, Plan
 from dit_sparse.kernels import block_ragged, block_sparse, gather, launching
 from dit_sparse.kernels.pick import EXECUTORS, executor, pick
 from support import (
+    HALF,
+    TOLERANCE,
     assert_near,
     cluster_token_mask,
     exact,
@@ -115,9 +117,8 @@ def test_agrees_with_float64(shape, name):
     run = executor_or_skip(name, *here[:2], plan)
     with poisoned():
         out, lse = run.attend(*here, plan)
-    tolerance = 1e-3 if dtype == torch.float16 else 2e-6
-    assert_near(out.cpu(), expected, tolerance)
-    assert_near(lse.cpu(), log_sum_exp, tolerance)
+    assert_near(out.cpu(), expected, TOLERANCE[dtype])
+    assert_near(lse.cpu(), log_sum_exp, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", TAKERS)
@@ -132,11 +133,12 @@ def test_padding_never_gets_into_the_result(name):
     assert torch.equal(executor(name).attend(q, k, v, plan)[0], clean)
 
 
-def test_half_precision_in_the_kernel():
-    (q, k, v), plan = case("items and heads apart", torch.float16)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_in_the_kernel(dtype):
+    (q, k, v), plan = case("items and heads apart", dtype)
     expected, _ = exact(q, k, v, cluster_token_mask(plan, *q.shape[:2]), 0.2)
     q, k, v, plan = (x.to(DEVICE) for x in (q, k, v, plan))
-    assert_near(block_ragged.attend(q, k, v, plan, 0.2)[0].cpu(), expected, 1e-3)
+    assert_near(block_ragged.attend(q, k, v, plan, 0.2)[0].cpu(), expected, TOLERANCE[dtype])
 
 
 def test_the_kernel_keeps_the_memory_layout_of_the_queries():

@@ -39,8 +39,9 @@ USER = "public report methods kernels.pick kernels.trial pipelines.family"
 RULES = {  # the first pattern that fits a module is its row
     "grid plan": May(),
     "clusters": May("grid plan"),
-    "order budget": May(FLOOR_0),
-    "method": May(f"{FLOOR_1} kernels.selection"),
+    "order": May(FLOOR_0),
+    "budget": May("kernels.selection"),
+    "method": May(FLOOR_1),
     "schedule": May(FLOOR_1),
     "scoring": May(FLOOR_0),
     "composition": May(f"{FLOOR_0} method scoring"),
@@ -48,7 +49,7 @@ RULES = {  # the first pattern that fits a module is its row
     "methods.vdit": May(f"{FLOOR_1} method scoring methods.svg"),
     "methods.pooled": May(f"{FLOOR_1} composition method scoring methods.radial"),
     "methods.rettention": May(f"{FLOOR_1} composition method methods.window"),
-    "methods.*": May(f"{FLOOR_1} method scoring kernels.block_mass kernels.cluster"),
+    "methods.*": May(f"{FLOOR_1} method scoring kernels.block_mass kernels.cluster kernels.selection"),
     "kernels.cache": May(),
     "kernels.trial": May(f"{FLOOR_1} kernels.cache kernels.reference", lazily="kernels.*"),
     "kernels.pick": May(f"{FLOOR_1} kernels.trial", lazily="kernels.*"),
@@ -277,6 +278,18 @@ def test_files_stay_short():
         most = next(lines for pattern, lines in budgets.items() if fnmatchcase(name, pattern))
         lines = len(path.read_text().splitlines())
         assert lines <= most, f"{name} has {lines} lines, {most} are enough: split it or simplify"
+
+
+def test_no_program_is_tuned_at_its_first_call():
+    """Launch settings are data that were reviewed, kernels/architectures.py."""
+    programs = [
+        (path.name, node.name, [ast.unparse(one) for one in node.decorator_list])
+        for path in (ROOT / "kernels").glob("*_triton.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    plain = (["triton.jit"], ["triton.constexpr_function"])
+    assert programs and all(decorators in plain for *_, decorators in programs), programs
 
 
 def python(code: str, cwd: Path, *flags: str) -> str:

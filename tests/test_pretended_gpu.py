@@ -13,7 +13,8 @@ from dit_sparse import METHODS, ClusterPlan, Grid, Site, locate, run
 from dit_sparse import plan as plan_file
 from dit_sparse.composition import PerHead
 from dit_sparse.eval import bench, bench_transformer
-from dit_sparse.kernels import block_ragged, block_sparse, pick, selection
+from dit_sparse.kernels import block_ragged, block_sparse, pick
+from dit_sparse.kernels.permute import permuted
 from dit_sparse.kernels.trial import Cost
 from dit_sparse.method import Computed
 from dit_sparse.methods import method
@@ -36,12 +37,11 @@ METHODS_HERE["a method a head"] = PerHead(
 
 
 LAUNCHES = {
-    "svg2": {"assign", "means", "permute"},
-    "adaspa": {"mass"},
-    "sparsed": {"mass"},
-    "rettention(adaspa)": {"mass"},
+    "svg2": {"assign", "means", "select", "permute"},
+    "pbs": {"select", "permute"},
+    **{key: {"mass", "select"} for key in ("adaspa", "sparsed", "rettention(adaspa)")},
     "a method a head": {"mass", "select", "permute"},
-    **{key: {"permute"} for key in ("window", "neighborhood", "svg", "pbs")},
+    **{key: {"permute"} for key in ("window", "neighborhood", "svg")},
     **{key: {"select"} for key in ("asa", "sparge", "subblock", "xattention", "vdit", "sol", "pooled(subblock)")},
 }
 PATTERNS = ("window", "neighborhood", "radial", "sink", "radial|sink")
@@ -73,6 +73,12 @@ def test_every_method_plans_and_attends_without_waiting(name, grid, both, monkey
     assert launched["_assert_async"] or name in MADE_ON_THE_CPU, "whether every row keeps something is looked at"
 
 
+def shorten_lists_of_a_gpu(monkeypatch) -> None:
+    true_width = plan_file.width_of
+    third = lambda count, columns: columns // 3 if count.is_cuda else true_width(count, columns)
+    monkeypatch.setattr(plan_file, "width_of", third)
+
+
 def test_long_lists_are_shortened(monkeypatch):
     """At 720p with 40 heads nobody keeps 56 MB a layer; with 12 heads nobody waits."""
     grid = Grid(21, 45, 80)
@@ -88,12 +94,20 @@ def test_long_lists_are_shortened(monkeypatch):
             assert lists.index.shape[-1] == lists.key_sizes.shape[-1]
             with pytest.raises(DataDependentOutputException):
                 plan_of(one, 40)
-    for module in (plan_file, selection):
-        monkeypatch.setattr(module, "width_of", lambda count, columns: columns // 3)
+    shorten_lists_of_a_gpu(monkeypatch)
     with pretended_gpu(monkeypatch):
         for one in adaptive:
             index = plan_of(one, 40).index
             assert index.shape[-1] in (591 // 3, 1000 // 3) and index.is_contiguous(), "the rest is freed"
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["an order for every head", "for all, grouped queries"])
+def test_tensors_are_permuted_by_one_launch(heads, monkeypatch):
+    with pretended_gpu(monkeypatch) as launched:
+        q = on_gpu(2, heads, 300, 64)
+        order = on_gpu(2, 4, 300, dtype=torch.int64)
+        assert [x.shape for x in permuted(order, q, q, q)] == [(2, 4, 300, 64)] * 3
+    assert launched["permute"] == 1
 
 
 @pytest.fixture
@@ -103,8 +117,7 @@ def known(monkeypatch):
     costs = {"block_sparse": 1e-12, "block_ragged": 1e-12}
     monkeypatch.setattr(pick, "cost", lambda name, kind: Cost(0.0, costs.get(name, 1.0)))
     monkeypatch.setattr(pick, "verdict", lambda name, kind: None)
-    for module in (plan_file, selection):
-        monkeypatch.setattr(module, "width_of", lambda count, columns: columns // 3)
+    shorten_lists_of_a_gpu(monkeypatch)
     monkeypatch.setattr(plan_file.Lists, "density", 0.25)
     monkeypatch.setattr(Tally, "density_achieved", 0.25)
     monkeypatch.setattr(Tally, "density_run", 0.25)

@@ -19,12 +19,11 @@ from dit_sparse.kernels import block_mass, block_sparse, launching
 from dit_sparse.kernels.architectures import AMD, ARCHITECTURES, architecture
 from dit_sparse.kernels.permute import permuted
 from dit_sparse.plan import arranged
-from support import assert_near, exact, lacking, poisoned, qkv, random_plan, token_mask
+from support import HALF, TOLERANCE, assert_near, exact, lacking, poisoned, qkv, random_plan, token_mask
 
 pytestmark = pytest.mark.usefixtures("triton_preferred")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = torch.float16 if DEVICE == "cuda" else torch.float32
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}
 KERNELS = {"block_sparse", "block_ragged", "block_mass", "assign", "means", "permute", "select"}
 OLDEST = "3.6.0"  # Triton that pyproject.toml allows
 BARRIERS = {90: 5, 100: 11}  # in a step of the main loop; elsewhere 2. Blackwell's tiles go through shared memory
@@ -92,9 +91,10 @@ def test_block_sparse_on_small_blocks(shape, block):
     check(q[:, :1], k[:, :1], v[:, :1], replace(plan, index=plan.index[:, :1], count=plan.count[:, :1]))
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("block", [64, 128])
-def test_block_sparse_in_half_precision(block):
-    (q, k, v), plan = case("ragged", block, torch.float16)
+def test_block_sparse_in_half_precision(block, dtype):
+    (q, k, v), plan = case("ragged", block, dtype)
     check(q, k, v, plan, scale=0.2)
 
 
@@ -261,10 +261,11 @@ def test_block_mass_agrees_with_float64(shape, block, rows):
     assert_near(retained.cpu(), (expected * plan.to("cpu").keep()).sum(-1), TOLERANCE[q.dtype])
 
 
-def test_block_mass_in_half_precision():
-    (q, k, _), plan = case("ragged", 64, torch.float16)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_block_mass_in_half_precision(dtype):
+    (q, k, _), plan = case("ragged", 64, dtype)
     lse, expected = paid(q.cpu(), k.cpu(), plan.to("cpu"), 64)
-    assert_near(block_mass.block_mass(q, k, lse.to(DEVICE), 64).cpu(), expected, TOLERANCE[torch.float16])
+    assert_near(block_mass.block_mass(q, k, lse.to(DEVICE), 64).cpu(), expected, TOLERANCE[dtype])
 
 
 def in_plain_pytorch(monkeypatch) -> None:

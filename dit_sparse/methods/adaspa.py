@@ -26,8 +26,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..budget import Top
 from ..grid import Blocks, Site
 from ..kernels.block_mass import block_mass, first_block_mass
+from ..kernels.selection import best
 from ..method import Method, always_kept
 from ..plan import Plan
 
@@ -72,23 +74,20 @@ class AdaSpa(Method):
         else:
             mass, memory["lse"] = first_block_mass(q, k, site.block, rows=rows)
         always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
-        rank = mass.masked_fill(always, torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        base = 0.2 if self.density is None else self.density
-        density = _by_level(mass, rank, base) if self.levels else base
-        blocks = mass.shape[-1]
-        wanted = (torch.as_tensor(density, device=q.device) * blocks).round().clamp(min=1)
-        return Plan.of((rank < wanted) | always, site.grid.tokens, site.block)
+        scores, density = mass.masked_fill(always, torch.inf), 0.2 if self.density is None else self.density
+        keep = Top(density).keep(scores)
+        if self.levels and density <= 2 / 3:
+            recall = (mass * keep).sum((-2, -1)) / mass.sum((-2, -1))
+            wanted = (_by_level(recall, density) * mass.shape[-1]).round().clamp(min=1)
+            keep = best(scores, wanted[..., None, None])
+        return Plan.of(keep, site.grid.tokens, site.block)
 
 
-def _by_level(mass: Tensor, rank: Tensor, density: float) -> float | Tensor:
-    """The density of every head, ``[B, H, 1, 1]``, at the mean asked for."""
-    heads, sparsity = mass.shape[1], 1 - density
-    if sparsity < 1 / 3:
-        return density
-    kept = mass.masked_fill(rank >= max(1, round(density * mass.shape[-1])), 0)
-    recall = kept.sum((-2, -1)) / mass.sum((-2, -1))
+def _by_level(recall: Tensor, density: float) -> Tensor:
+    """The density of every head by the mass that it keeps, ``[B, H]`` both, at the mean asked for."""
+    heads, sparsity = recall.shape[1], 1 - density
     place = recall.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0: the head that holds the most
     n = (recall > 0.8).sum(-1, keepdim=True).clamp(max=heads // 2)
     level = torch.full_like(recall, density)
     level[place < n], level[place >= heads - n] = (1 - (1 + sparsity) / 2), 1 - (3 * sparsity - 1) / 2
-    return level[..., None, None]
+    return level

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..grid import Blocks, Site
 from ..kernels.block_mass import first_block_mass
+from ..kernels.selection import best
 from ..method import Method, always_kept
 from ..plan import Plan
 
@@ -58,12 +59,6 @@ class SparseD(Method):
             always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
             parts = mass.masked_fill(always, torch.inf).tensor_split(self.groups, -1)
             density = 0.3 if self.density is None else self.density
-            keep = torch.cat([_best(part, density) for part in parts], -1) | always
+            keep = torch.cat([best(part, round(density * part.shape[-1])) for part in parts], -1)
             memory["plan"] = Plan.of(keep, site.grid.tokens, site.block)
         return memory["plan"]
-
-
-def _best(mass: Tensor, density: float) -> Tensor:
-    """The given fraction of the columns, the heaviest of each row."""
-    best = mass.topk(round(density * mass.shape[-1]), dim=-1).indices
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best, True)
