@@ -42,6 +42,11 @@ class Settings:
     min_tokens: int | None
     steps: int | None
 
+    @property
+    def density_varies(self) -> bool:
+        """Whether plans differ in density from step to step, and from clip to clip."""
+        return not self.method.static and self.method.density is None
+
     def block_for(self, grid: Grid) -> int:
         return self.block or (64 if grid.tokens < SMALL_SEQUENCE else 128)
 
@@ -77,7 +82,7 @@ class Run:
         self._settings = settings
         self._tally = Tally()
         self._plans = Plans(settings.method, settings.schedule.per_branch, self._tally.planning)
-        self._choices: dict[tuple, Choice] = {}
+        self._choices: dict[tuple, tuple[Choice, Tensor]] = {}
         self._whole: dict[tuple, tuple[Choice, Plan]] = {}
         self._stay_dense: dict[tuple, str] = {}
         self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
@@ -218,17 +223,21 @@ class Run:
             return self._settings.method.correct(done, site, self._plans.memory(query, site))[0]
 
     def _choice(self, plan: Plan, q: Tensor, k: Tensor, site: Site) -> Choice:
-        """Who computes such calls of this layer. Found at the first of them, for on a GPU it waits for the device."""
+        """Who computes such calls of this layer. Found at the first of them, for on a GPU it waits for the device; and
+        anew for a new plan where its density may be another one."""
+        varies = self._settings.density_varies
         call = (site.grid, site.layer, q.shape, q.dtype, q.device, type(plan), plan.lengths is None)
-        if call not in self._choices:
+        call += (site.branch,) if varies else ()
+        choice, chosen_for = self._choices.get(call, (None, None))
+        if choice is None or (varies and chosen_for is not plan.index):
             or_dense, lse = self._settings.min_tokens is None, self._settings.method.needs_lse
             choice = pick(self._settings.executor, q, k, plan, or_dense=or_dense, lse=lse)
-            self._choices[call] = choice
+            self._choices[call] = choice, plan.index
             if self._settings.executor == "auto":
                 self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
             if choice.name == "dense":
                 self._stay_dense[site.grid, site.layer] = "faster here, by what was measured"
-        return self._choices[call]
+        return choice
 
     def _quicker(self, q: Tensor, k: Tensor, mask: Tensor | None, site: Site) -> tuple[Choice, Plan] | None:
         """Who computes all pairs of a dense step faster than torch's own attention, by what "auto" has measured on this
@@ -268,3 +277,6 @@ class Run:
         self._plans.forget()
         self._lengths.clear()
         self._begun.clear()
+        if self._settings.density_varies:
+            self._choices.clear()
+            self._stay_dense.clear()

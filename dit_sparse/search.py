@@ -245,15 +245,15 @@ class _Probe(Method):
 
     def _try(self, tried: Plans, done: Computed, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """Squared relative error, density and predicted seconds of every head, ``[H]`` each."""
-        heads, pairs = done.q.shape[1], done.q.shape[2] ** 2
+        heads, tokens = done.q.shape[1:3]
         one, plan = tried.method, tried.plan(done.q, done.k, site)
         if plan is None:
-            seconds = cost("dense", Kind.of(done.q, done.plan)).seconds(pairs)
+            seconds = cost("dense", Kind.of(done.q, done.plan)).seconds(tokens, tokens**2)
             return torch.zeros(heads), torch.ones(heads), torch.full((heads,), seconds)
         plan = plan.padded(done.plan.lengths)
         choice = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
         wrong = squared_error(one, done, plan, choice.executor.attend, site, tried.memory(done.q, site))
         density = plan.share_by_head.mean(0).float().cpu().expand(heads)
         price = cost(choice.name, Kind.of(done.q, plan))
-        seconds = price.fixed / heads + price.per_pair * pairs * density
+        seconds = replace(price, fixed=price.fixed / heads).seconds(tokens, tokens**2 * density)
         return wrong.float().cpu(), density, seconds

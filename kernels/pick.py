@@ -73,10 +73,11 @@ def pick(
     able = [name for name in AUTO.get(q.device.type, ("gather",)) if _able(name, q, k, plan, lse)]
     if len(able) == 1 and not or_dense:
         return Choice(able[0], "the only one that can")
-    kind, pairs = Kind.of(q, plan), q.shape[0] * q.shape[1] * q.shape[2] ** 2
-    seconds = {name: cost(name, kind).seconds(pairs * plan.density) for name in able}
+    kind, tokens = Kind.of(q, plan), q.shape[:3].numel()
+    pairs = tokens * q.shape[2]
+    seconds = {name: cost(name, kind).seconds(tokens, pairs * plan.density) for name in able}
     if or_dense:
-        seconds["dense"] = cost("dense", kind).seconds(pairs)
+        seconds["dense"] = cost("dense", kind).seconds(tokens, pairs)
     ranked = sorted(seconds, key=seconds.get)
     told = ", ".join(f"{name} {1000 * seconds[name]:.3g} ms" for name in ranked)
     return Choice(ranked[0], f"estimated for a call at density {plan.density:.2f}: {told}")

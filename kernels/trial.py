@@ -30,7 +30,7 @@ from .cache import cache_folder
 
 TOLERANCE = 0.02  # relative RMS error of an output; bfloat16 stays below .01, a mask that is ignored gives more than .5
 TIMED = {"cpu": (2048, 2), "cuda": (16384, 8)}  # tokens and heads: little work, and yet the fixed costs do not rule
-DENSITIES = (0.125, 0.5)
+FEW, SOME = 0.125, 0.5  # densities
 REPEATS = 4  # the fastest counts: others only add to a time
 
 _log = logging.getLogger("dit_sparse")
@@ -38,13 +38,15 @@ _log = logging.getLogger("dit_sparse")
 
 @dataclass(frozen=True)
 class Kind:
-    """Calls that cost the same per pair: of these inputs, with groups of this size."""
+    """Calls that cost the same per token and per pair: of these inputs, with groups of this size, and with tokens that
+    are brought into an order or not."""
 
     device: torch.device
     dtype: torch.dtype
     dim: int
     group: int
     clusters: bool
+    ordered: bool
 
     @classmethod
     def of(cls, q: Tensor, plan: Plan | ClusterPlan) -> Kind:
@@ -52,27 +54,34 @@ class Kind:
         clusters = isinstance(plan, ClusterPlan)
         mean = plan.tokens / plan.key_sizes.shape[-1]
         group = 1 << round(mean).bit_length() - 1 if clusters else plan.block
-        return cls(q.device, q.dtype, q.shape[-1], group, clusters)
+        return cls(q.device, q.dtype, q.shape[-1], group, clusters, plan.order is not None)
 
     def __str__(self) -> str:
         groups = f"clusters of some {self.group}" if self.clusters else f"blocks of {self.group}"
+        groups += ", in an order" if self.ordered and not self.clusters else ""
         return f"{groups}, head_dim {self.dim}, {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a call: ``fixed + per_pair * pairs``, the pairs of all heads."""
+    """Seconds of a call, its tokens and pairs being those of all heads. A token costs what is done whatever the
+    density: it is brought to its place, read and written."""
 
     fixed: float
+    per_token: float
     per_pair: float
 
-    def seconds(self, pairs: float) -> float:
-        return self.fixed + self.per_pair * pairs
+    def seconds(self, tokens: float, pairs: float) -> float:
+        return self.fixed + self.per_token * tokens + self.per_pair * pairs
+
+
+def verdict(name: str, kind: Kind) -> str | None:
+    """None when the executor agrees with the reference on two small problems, else what is wrong, in words."""
+    return _verdict(name, replace(kind, ordered=True))
 
 
 @cache
-def verdict(name: str, kind: Kind) -> str | None:
-    """None when the executor agrees with the reference on two small problems, else what is wrong, in words."""
+def _verdict(name: str, kind: Kind) -> str | None:
     attend = importlib.import_module(f"dit_sparse.kernels.{name}").attend
     for tokens in (4 * kind.group, 3 * kind.group + kind.group // 2 + 1):
         q, k, v, plan = _problem(kind, tokens, heads=2, density=0.5)
@@ -121,17 +130,25 @@ def _measured(name: str, kind: Kind) -> Cost:
     tokens, heads = TIMED.get(kind.device.type, TIMED["cpu"])
     if name == "dense":
         q, k, v, _ = _problem(kind, tokens, heads, 1.0)
-        return Cost(0.0, _seconds(partial(F.scaled_dot_product_attention, q, k, v)) / (heads * tokens**2))
+        return Cost(0.0, 0.0, _seconds(partial(F.scaled_dot_product_attention, q, k, v)) / (heads * tokens**2))
     attend = importlib.import_module(f"dit_sparse.kernels.{name}").attend
-    points = []
-    for density in DENSITIES:
+
+    def tried(tokens: int, density: float) -> tuple[float, float]:
         q, k, v, plan = _problem(kind, tokens, heads, density)
-        if not kind.clusters:
-            plan = replace(plan, order=None)
-        points.append((heads * tokens**2 * plan.density, _seconds(partial(attend, q, k, v, plan))))
-    (few, short), (many, long) = points
-    per_pair = max((long - short) / (many - few), long / many / 4)  # noise must not make pairs free
-    return Cost(max(long - per_pair * many, 0.0), per_pair)
+        return heads * tokens**2 * plan.density, _seconds(partial(attend, q, k, v, plan))
+
+    few, some, fewer_tokens = tried(tokens, FEW), tried(tokens, SOME), tried(tokens // 4, SOME)
+    return _solved(few, some, fewer_tokens, heads * tokens, heads * (tokens // 4))
+
+
+def _solved(few: tuple, some: tuple, fewer_tokens: tuple, tokens: int, fewer: int) -> Cost:
+    """What explains three measurements of pairs and seconds, where noise makes nothing negative and pairs not free: two
+    of so many ``tokens``, and one of ``fewer``."""
+    (_, short), (pairs, long) = few, some
+    per_pair = max((long - short) / (pairs - few[0]), long / pairs / 4)
+    rest, rest_of_fewer = (max(seconds - per_pair * pairs, 0.0) for pairs, seconds in (some, fewer_tokens))
+    per_token = min(max(rest - rest_of_fewer, 0.0) / (tokens - fewer), rest / tokens)
+    return Cost(rest - per_token * tokens, per_token, per_pair)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -143,7 +160,8 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _problem(kind: Kind, tokens: int, heads: int, density: float) -> tuple[Tensor, Tensor, Tensor, Plan | ClusterPlan]:
-    """Random inputs ``[1, heads, tokens, D]`` and a plan with lists of its own for every head and shuffled tokens."""
+    """Random inputs ``[1, heads, tokens, D]`` and a plan with lists of its own for every head, of shuffled tokens where
+    the kind is of an order."""
     generator = torch.Generator().manual_seed(0)
     groups = blocks_in(tokens, kind.group)
     keep = torch.rand(1, heads, groups, groups, generator=generator) < density
@@ -152,7 +170,8 @@ def _problem(kind: Kind, tokens: int, heads: int, density: float) -> tuple[Tenso
         labels = torch.randint(groups, (2, 1, heads, tokens), generator=generator)
         plan = ClusterPlan.of(keep, *(Clusters.of(side, groups) for side in labels))
     else:
-        plan = Plan.of(keep, tokens, kind.group, torch.randperm(tokens, generator=generator))
+        order = torch.randperm(tokens, generator=generator) if kind.ordered else None
+        plan = Plan.of(keep, tokens, kind.group, order)
     q, k, v = torch.randn(3, 1, heads, tokens, kind.dim, generator=generator).to(kind.device, kind.dtype).unbind()
     return q, k, v, plan.to(kind.device)
 

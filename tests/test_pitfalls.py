@@ -354,7 +354,7 @@ def test_the_content_of_padding_does_not_matter(method):
 @pytest.fixture
 def executors_are_quick(monkeypatch):
     monkeypatch.setattr(
-        "dit_sparse.kernels.pick.cost", lambda name, kind: Cost(100.0 if name == "dense" else 0.0, 1e-9)
+        "dit_sparse.kernels.pick.cost", lambda name, kind: Cost(100.0 if name == "dense" else 0.0, 0.0, 1e-9)
     )
 
 
@@ -375,8 +375,8 @@ def test_short_sequences_stay_dense(stock, executor, executors_are_quick):
 def test_auto_stays_dense_where_that_is_faster(name, dynamic, monkeypatch):
     """By measured costs, which are set here; unless a length from which on to be sparse is given."""
     stock, method, plain = built(name), Drifting() if dynamic else "radial", dense_latents(name)
-    costs = {"dense": Cost(0.0, 1e-9)}
-    monkeypatch.setattr("dit_sparse.kernels.pick.cost", lambda name, kind: costs.get(name, Cost(1.0, 1e-9)))
+    costs = {"dense": Cost(0.0, 0.0, 1e-9)}
+    monkeypatch.setattr("dit_sparse.kernels.pick.cost", lambda name, kind: costs.get(name, Cost(1.0, 0.0, 1e-9)))
     settings = dict(dense_steps=0, block=16)
     with ds.enable(stock.pipe, method, **settings) as run:
         assert latents(stock).equal(plain)
@@ -389,10 +389,31 @@ def test_auto_stays_dense_where_that_is_faster(name, dynamic, monkeypatch):
     with ds.enable(stock.pipe, method, min_tokens=0, **settings) as run:
         latents(stock)
     assert run.report().dense_calls == {}
-    costs["dense"] = Cost(100.0, 1e-9)
+    costs["dense"] = Cost(100.0, 0.0, 1e-9)
     with ds.enable(stock.pipe, method, **settings) as run:
         latents(stock)
     assert run.report().dense_calls == {} and all(name in {"cpu", "gather"} for name in run.report().executors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swelling(ds.Method):
+    """Denser from step to step."""
+
+    def plan(self, q: Tensor, k: Tensor, site: ds.Site, memory: dict) -> ds.Plan:
+        return ds.methods.method("random_blocks", density=0.1 + 0.4 * site.step).plan(q, k, site, memory)
+
+
+def test_auto_chooses_anew_when_the_density_has_changed(monkeypatch):
+    """And what was dense in one clip is not so in the next one, for which clip comes first must not matter."""
+    stock, costs = built("wan"), {"dense": 0.7, "gather": 1.0, "cpu": 2.0}
+    monkeypatch.setattr("dit_sparse.kernels.pick.cost", lambda name, kind: Cost(0.0, 0.0, costs[name]))
+    with ds.enable(stock.pipe, Swelling(), dense_steps=0, block=16) as run:
+        for clips in (1, 2):
+            latents(stock)
+            report, half = run.report(), clips * STEPS // 2 * calls_per_step(stock)
+            assert report.executors == {"gather": half}, "at the densities .1 and .5"
+            assert report.dense_calls == {"faster here, by what was measured": half}, "at .9, and after it"
+            assert {choice.split(":")[0] for choice in report.choices} == {"gather", "dense"}
 
 
 ALL_DENSE = dict(executor="auto", dense_steps=STEPS, block=16)
@@ -421,8 +442,8 @@ def test_dense_steps_are_untouched_for_the_baseline_and_a_named_executor(method,
 
 def test_dense_steps_are_untouched_where_an_executor_is_no_faster(monkeypatch):
     stock, plain = built("hunyuan_video"), dense_latents("hunyuan_video")
-    costs = {"dense": Cost(0.0, 1e-9)}
-    monkeypatch.setattr("dit_sparse.kernels.pick.cost", lambda name, kind: costs.get(name, Cost(0.0, 1.1e-9)))
+    costs = {"dense": Cost(0.0, 0.0, 1e-9)}
+    monkeypatch.setattr("dit_sparse.kernels.pick.cost", lambda name, kind: costs.get(name, Cost(0.0, 0.0, 1.1e-9)))
     with sparse(stock, **ALL_DENSE) as run:
         assert latents(stock).equal(plain)
     assert run.report().dense_calls == {"the schedule": STEPS * calls_per_step(stock)}

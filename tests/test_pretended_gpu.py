@@ -115,7 +115,7 @@ def known(monkeypatch):
     """What a run may wait for is given here: what trials measured, how dense a plan is, how wide long lists are, the
     noise level of a step, what is padding. Whatever else waits, fails."""
     costs = {"block_sparse": 1e-12, "block_ragged": 1e-12}
-    monkeypatch.setattr(pick, "cost", lambda name, kind: Cost(0.0, costs.get(name, 1.0)))
+    monkeypatch.setattr(pick, "cost", lambda name, kind: Cost(0.0, 0.0, costs.get(name, 1.0)))
     monkeypatch.setattr(pick, "verdict", lambda name, kind: None)
     shorten_lists_of_a_gpu(monkeypatch)
     monkeypatch.setattr(plan_file.Lists, "density", 0.25)

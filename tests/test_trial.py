@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis.strategies import floats
 
 from dit_sparse.kernels import gather, pick, reference, trial
 from dit_sparse.kernels.trial import Cost, Kind
 from support import qkv, random_cluster_plan, random_plan
 
-BLOCKS = Kind(torch.device("cpu"), torch.float32, 16, 16, clusters=False)
+BLOCKS = Kind(torch.device("cpu"), torch.float32, 16, 16, clusters=False, ordered=True)
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("DIT_SPARSE_CACHE", str(tmp_path))
     monkeypatch.setitem(trial.TIMED, "cpu", (256, 1))
-    for function in (trial.cost, trial.verdict):
+    for function in (trial.cost, trial._verdict):
         function.cache_clear()
     yield
-    for function in (trial.cost, trial.verdict):
+    for function in (trial.cost, trial._verdict):
         function.cache_clear()
 
 
@@ -102,6 +104,7 @@ def test_calls_of_a_kind_share_their_trial():
     (q, _, _), (longer, _, _) = qkv(75, batch=2), qkv(300)
     assert Kind.of(q, random_plan(75, 16)) == Kind.of(longer, random_plan(300, 16, density=0.9))
     assert Kind.of(q, random_plan(75, 16)) != Kind.of(q, random_plan(75, 32))
+    assert Kind.of(q, random_plan(75, 16)) != Kind.of(q, random_plan(75, 16, order=torch.arange(75)))
     clusters = Kind.of(q, random_cluster_plan(75, keys=9))
     assert clusters == Kind.of(longer, random_cluster_plan(300, keys=36)) and clusters.group == 8
 
@@ -111,7 +114,7 @@ def test_calls_of_a_kind_share_their_trial():
 def test_a_cost_is_measured_once_and_kept(name, clusters, monkeypatch, tmp_path):
     kind = replace(BLOCKS, clusters=clusters)
     cost = trial.cost(name, kind)
-    assert cost.per_pair > 0 <= cost.fixed and cost.seconds(2e9) > cost.seconds(1e9)
+    assert cost.per_pair > 0 <= min(cost.fixed, cost.per_token) and cost.seconds(9, 2e9) > cost.seconds(9, 1e9)
     trial.cost.cache_clear()
     monkeypatch.setattr(trial, "_measured", None)
     assert trial.cost(name, kind) == cost
@@ -125,9 +128,9 @@ def test_a_damaged_cost_is_measured_again(damage, monkeypatch, tmp_path):
     (file,) = tmp_path.iterdir()
     file.write_text(damage)
     trial.cost.cache_clear()
-    monkeypatch.setattr(trial, "_measured", lambda name, kind: Cost(1.0, 2.0))
-    assert trial.cost("dense", BLOCKS) == Cost(1.0, 2.0)
-    assert json.loads(file.read_text())["cost"] == {"fixed": 1.0, "per_pair": 2.0}
+    monkeypatch.setattr(trial, "_measured", lambda name, kind: Cost(1.0, 0.0, 2.0))
+    assert trial.cost("dense", BLOCKS) == Cost(1.0, 0.0, 2.0)
+    assert json.loads(file.read_text())["cost"] == {"fixed": 1.0, "per_token": 0.0, "per_pair": 2.0}
 
 
 def test_the_cost_that_another_process_kept_first_counts(monkeypatch, tmp_path):
@@ -139,18 +142,35 @@ def test_the_cost_that_another_process_kept_first_counts(monkeypatch, tmp_path):
 
     def measured_meanwhile(name, kind):
         file.write_text(theirs)
-        return Cost(1.0, 2.0)
+        return Cost(1.0, 0.0, 2.0)
 
     monkeypatch.setattr(trial, "_measured", measured_meanwhile)
     assert trial.cost("dense", BLOCKS) == Cost(**json.loads(theirs)["cost"]) and file.read_text() == theirs
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_noise_never_makes_pairs_free(monkeypatch):
-    seconds = iter([2.0, 1.0])
-    monkeypatch.setattr(trial, "_seconds", lambda call: next(seconds))
-    cost = trial._measured("gather", BLOCKS)
-    assert cost.per_pair > 0 <= cost.fixed
+@given(floats(0, 1e3), floats(0, 10), floats(0, 1e3))
+def test_a_cost_explains_what_was_measured(fixed, per_token, per_pair):
+    law = Cost(fixed, per_token, per_pair + 1)
+    found = trial._solved(
+        (2e3, law.seconds(100, 2e3)), (8e3, law.seconds(100, 8e3)), (5e2, law.seconds(25, 5e2)), 100, 25
+    )
+    assert astuple(found) == pytest.approx(astuple(law), rel=1e-6, abs=1e-6 * law.seconds(100, 8e3))
+
+
+@given(*[floats(1e-9, 1e3)] * 3)
+def test_noise_never_makes_pairs_free_or_anything_negative(few, some, fewer_tokens):
+    found = trial._solved((2e3, few), (8e3, some), (5e2, fewer_tokens), 100, 25)
+    assert found.per_pair > 0 <= min(found.fixed, found.per_token)
+    assert found.seconds(100, 8e3) == pytest.approx(max(some, 8e3 * found.per_pair)), "the longest one is met"
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_trial_brings_tokens_into_an_order_where_the_calls_do(ordered, monkeypatch):
+    seen = []
+    name = executor(monkeypatch, lambda q, k, v, plan: seen.append(plan.order is not None) or (q, None))
+    trial.cost(name, replace(BLOCKS, ordered=ordered))
+    assert set(seen) == {ordered}
 
 
 # --- who is taken?
@@ -158,10 +178,10 @@ def test_noise_never_makes_pairs_free(monkeypatch):
 
 @pytest.fixture
 def costs(monkeypatch) -> dict[str, Cost]:
-    table = {"cpu": Cost(0.0, 3e-9), "gather": Cost(0.0, 4e-9), "dense": Cost(0.0, 1e-9)}
+    table = {"cpu": Cost(0.0, 0.0, 3e-9), "gather": Cost(0.0, 0.0, 4e-9), "dense": Cost(0.0, 0.0, 1e-9)}
     monkeypatch.setattr(pick, "cost", lambda name, kind: table[name])
     monkeypatch.setitem(pick.AUTO, "cpu", ("gather", "reference"))
-    table["reference"] = Cost(1e-3, 2e-9)
+    table["reference"] = Cost(1e-3, 0.0, 2e-9)
     return table
 
 
@@ -171,6 +191,12 @@ def test_auto_takes_the_cheapest_for_this_many_pairs(costs):
     q = q[:1, :1].expand(512, 64, -1, -1)
     choice = pick.pick("auto", q, q, large)
     assert choice.name == "reference" and "reference" in choice.reason and "gather" in choice.reason
+
+
+def test_auto_counts_what_a_token_costs(costs):
+    (q, k, _), plan = qkv(75), random_plan(75, 16)
+    costs["gather"] = Cost(0.0, 1e-3, 4e-9)
+    assert pick.pick("auto", q, k, plan).name == "reference"
 
 
 @pytest.mark.parametrize("density, expected", [(0.05, "gather"), (1.0, "dense")])
