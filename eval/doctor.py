@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dit_sparse import ClusterPlan, Clusters, Grid, Plan
-from dit_sparse.kernels.pick import EXECUTORS, why_not
+from dit_sparse.kernels.pick import EXECUTORS, executor, why_not
 from dit_sparse.kernels.trial import Kind, verdict
 
 from .environment import conditions
@@ -24,11 +24,11 @@ def _verdict(name: str, device: str, compile_executors: bool) -> str:
     grid, dtype = Grid(3, 9, 11, after=7), torch.bfloat16 if device == "cuda" else torch.float32
     q = torch.zeros(1, 2, grid.tokens, 64, dtype=dtype, device=device)
     blocks = Plan.full(grid.tokens, 128, device)
+    if name == "flex" and not compile_executors:
+        return executor(name).why_not(q, q, blocks) or "not tried, for it compiles for a while"
     sides = Clusters.of(blocks.query_group, blocks.blocks)
     plans = (blocks, ClusterPlan.of(blocks.keep(), sides, sides))
     plan = next((plan for plan in plans if why_not(name, q, q, plan) is None), None)
     if plan is None:
         return why_not(name, q, q, blocks)
-    if name == "flex" and not compile_executors:
-        return "not tried, for it compiles for a while"
     return verdict(name, Kind.of(q, plan)) or "ok"

@@ -17,6 +17,7 @@ from dit_sparse.plan import Plan
 
 LSE = torch.cuda.is_available()
 CLUSTERS = False
+THIRD_PARTY = True
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:

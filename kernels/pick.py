@@ -1,8 +1,8 @@
 """Which executor runs, and why not the others.
 
 An executor is a module with ``attend(q, k, v, plan, scale) -> (out, lse)``, ``why_not(q, k, plan) -> str | None``,
-``LSE``, and ``CLUSTERS``: whether it takes cluster plans too. Those that call another package say ``THIRD_PARTY``, and
-run only where a self-check against the reference has passed. One that is named runs or raises; ``auto`` takes the
+``LSE``, and ``CLUSTERS``: whether it takes cluster plans too. Whose attention is not ours says ``THIRD_PARTY``, and
+runs only where a self-check against the reference has passed. One that is named runs or raises; ``auto`` takes the
 cheapest of its list by what a trial on this machine has measured.
 """
 

@@ -277,7 +277,7 @@ def test_they_say_what_they_lack():
 
 def test_they_run_only_after_a_self_check():
     checked = {name for name in EXECUTORS if getattr(executor(name), "THIRD_PARTY", False)}
-    assert checked == {"paged", "xformers_paged", "flash4", "flashinfer_sparse"}
+    assert checked == {"flex", "paged", "xformers_paged", "flash4", "flashinfer_sparse"}
 
 
 def test_flash_attention_4_takes_the_blocks_of_its_tiles(monkeypatch):
