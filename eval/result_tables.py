@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -120,16 +122,19 @@ def unfinished(result: dict) -> str:
 
 
 def executor_table() -> str:
-    """Speed-up over the best dense attention of the same process at density .25, by the shape of the plan, from
-    ``eval/results/*/attention.json``."""
+    """Speed-up over the best dense attention of the same process at density .25, and what part it is of dividing by the
+    density, by the shape of the plan, from ``eval/results/*/attention.json``."""
     rows, notes = [], []
     for path in sorted(RESULTS.glob("*/attention.json")):
-        result, speeds = json.loads(path.read_text()), {}
+        result, speeds, beside = json.loads(path.read_text()), {}, defaultdict(list)
         for r in (row for row in result["rows"] if "why_not" not in row and row["density_asked"] == 0.25):
             shape = (r["executor"], r["dtype"], f"{r['tokens']} x {r['head_dim']}")
-            speeds.setdefault(shape, {})[r["pattern"]] = f"{r['speedup']:.2f}x ({r['density']:.2f})"
+            told = f"{r['speedup']:.2f}x ({r['density']:.2f}, {1 / r['cost_per_block']:.0%})"
+            speeds.setdefault(shape, {})[r["pattern"]] = told
+            beside[r["pattern"]].append((r["planning_seconds"] + r["permute_seconds"]) / r["dense_seconds"])
         rows += [(*shape, *(found.get(name, "-") for name in PATTERNS)) for shape, found in speeds.items()]
-        notes.append(_measured_on(result))
+        told = ", ".join(f"{name.replace('_', ' ')} {statistics.median(beside[name]):.0%}" for name in beside)
+        notes.append(f"{_measured_on(result)} Planning and order take, of dense attention: {told}.")
     columns = ("executor", "dtype", "tokens x head_dim", *(name.replace("_", " ") for name in PATTERNS))
     return markdown(columns, rows) + "\n\n" + " ".join(notes)
 
