@@ -58,31 +58,70 @@ def mass(
     bound = tl.where(bound == float("-inf"), float("inf"), bound)  # a query that saw nothing pays nothing
     share = 1 / tl.maximum(tl.sum(real.to(tl.float32), 0), 1)
 
-    steps = blocks
+    live, whole = blocks, end // BLOCK  # of the blocks that are visited, those before the end come first
     if index is not None:
         kept = index + item * index_strides[0] + head * index_strides[1] + query_block * index_strides[2]
-        steps = tl.load(count + item * count_strides[0] + head * count_strides[1] + query_block * count_strides[2])
+        live = tl.load(count + item * count_strides[0] + head * count_strides[1] + query_block * count_strides[2])
+        whole = live
+        while (whole > 0) and ((tl.load(kept + tl.maximum(whole - 1, 0)) + 1) * BLOCK > end):
+            whole -= 1
+    keys, key_head, total = (k, k_rest), head // group, 0.0
     key_block = 0
     if index is not None:
         key_block = tl.load(kept)
-    total = 0.0
-    TILES: tl.constexpr = BLOCK // KEYS
-    for step in range(0, steps):
+    for step in range(0, whole):
         following = step + 1
         if index is not None:  # ahead of its use, see `block_sparse_triton`
-            following = tl.load(kept + tl.minimum(step + 1, steps - 1))
-        received = 0.0
-        for part in tl.static_range(TILES):
-            start = key_block * BLOCK + part * KEYS
-            scores = products(
-                queries, (k, k_rest), k_strides, item, head // group, start, end, KEYS, WIDTHS, TMA, not TMA
-            )
-            weights = tl.exp2(scores * scale - bound[:, None])
-            weights = tl.where((start + tl.arange(0, KEYS) < end)[None, :], weights, 0.0)
-            received += tl.sum(tl.reshape(weights, [ROWS * KEYS]), 0)  # axis by axis Triton fails for sm100
-        total += received
+            following = tl.load(kept + tl.minimum(step + 1, whole - 1))
+        paid = received(
+            queries, bound, keys, k_strides, item, key_head, key_block, end, scale,
+            BLOCK, ROWS, KEYS, WIDTHS, TMA, False,
+        )  # fmt: skip
+        total += paid
         if index is None:
-            tl.store(out + row.to(tl.int64) * blocks + step, received * share)
+            tl.store(out + row.to(tl.int64) * blocks + step, paid * share)
         key_block = following
+    for step in range(whole, live):
+        key_block = step
+        if index is not None:
+            key_block = tl.load(kept + step)
+        paid = received(
+            queries, bound, keys, k_strides, item, key_head, key_block, end, scale,
+            BLOCK, ROWS, KEYS, WIDTHS, TMA, True,
+        )  # fmt: skip
+        total += paid
+        if index is None:
+            tl.store(out + row.to(tl.int64) * blocks + step, paid * share)
     if index is not None:
         tl.store(out + row, total * share)
+
+
+@triton.jit
+def received(
+    queries,
+    bound,
+    k,
+    k_strides,
+    item,
+    head,
+    key_block,
+    end,
+    scale,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    TMA: tl.constexpr,
+    CUT: tl.constexpr,
+):
+    """What all queries together pay to one block of keys; CUT: those from ``end`` on get nothing. The warps, which each
+    hold some queries, meet once a block."""
+    weights = tl.zeros([ROWS, KEYS], tl.float32)
+    for part in tl.static_range(BLOCK // KEYS):
+        start = key_block * BLOCK + part * KEYS
+        scores = products(queries, k, k_strides, item, head, start, end, KEYS, WIDTHS, TMA, CUT)
+        paid = tl.exp2(scores * scale - bound[:, None])
+        if CUT:
+            paid = tl.where((start + tl.arange(0, KEYS) < end)[None, :], paid, 0.0)
+        weights += paid
+    return tl.sum(tl.reshape(weights, [ROWS * KEYS]), 0)  # axis by axis Triton fails for sm100
