@@ -28,7 +28,8 @@ class Clusters:
     def of(cls, labels: Tensor, clusters: int) -> Clusters:
         """From the cluster of every token, integers ``[B|1, H|1, N]`` below ``clusters``. Tokens of one cluster keep
         their order, so padding that has the highest label stays at the end."""
-        labels, order = labels.sort(dim=-1, stable=True)
+        narrow = torch.int16 if clusters < 1 << 15 else torch.int32  # a GPU sorts two bytes in a fourth of the passes
+        labels, order = labels.to(narrow).sort(dim=-1, stable=True)
         bounds = torch.arange(clusters + 1, device=labels.device, dtype=labels.dtype).expand(*labels.shape[:-1], -1)
         return cls(order, torch.searchsorted(labels, bounds.contiguous(), out_int32=True))
 

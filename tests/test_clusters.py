@@ -74,6 +74,13 @@ def test_clusters_hold_every_token_once_in_order(tokens, clusters, seed):
     assert (found.order.diff(dim=-1)[inside] > 0).all(), "tokens of one cluster keep their order"
 
 
+@pytest.mark.parametrize("clusters", [2**15 - 1, 2**15, 40_000])
+def test_clusters_may_be_many(clusters):
+    labels = torch.arange(clusters - 1, -1, -1)[None, None]
+    found = Clusters.of(labels, clusters)
+    assert found.labels.equal(labels) and (found.sizes == 1).all()
+
+
 @given(seed=st.integers(0, 99), density=st.floats(0.05, 1))
 def test_the_density_counts_token_pairs(seed, density):
     generator = torch.Generator().manual_seed(seed)
