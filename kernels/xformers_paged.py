@@ -15,12 +15,17 @@ from .pages import FLASH_2_PAGE, paged
 LSE = True
 CLUSTERS = False
 THIRD_PARTY = True
+PAGE = 64  # tokens; the pages of its own Triton kernel are multiples of this
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     if importlib.util.find_spec("xformers") is None:
         return "the package xformers is not installed (pip install 'dit-sparse[xformers]')"
-    return launching.why_not_elsewhere("xFormers' paged attention", q, k)
+    if reason := launching.why_not_elsewhere("xFormers' paged attention", q, k):
+        return reason
+    if plan.block % PAGE:
+        return f"xFormers' paged attention wants pages of a multiple of {PAGE} tokens, not blocks of {plan.block}"
+    return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:

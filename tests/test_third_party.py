@@ -1,10 +1,11 @@
-"""Executors that call other packages, without those packages: stand-ins that do naively what the packages document, so
-that what is handed over, and what comes back, is checked against float64."""
+"""Executors that call other packages: xFormers' own kernel, interpreted; for the others stand-ins that do naively what
+the packages document, so that what is handed over, and what comes back, is checked against float64."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,7 +15,17 @@ import torch.nn.functional as F
 
 from dit_sparse.kernels import flash4, flashinfer_sparse, launching, paged, pages, xformers_paged
 from dit_sparse.kernels.pick import EXECUTORS, executor
-from support import assert_near, cluster_token_mask, exact, lacking, qkv, random_cluster_plan, random_plan, token_mask
+from support import (
+    TOLERANCE,
+    assert_near,
+    cluster_token_mask,
+    exact,
+    lacking,
+    qkv,
+    random_cluster_plan,
+    random_plan,
+    token_mask,
+)
 
 
 def shuffled(*lead: int, tokens: int, fixed: int = 0) -> torch.Tensor:
@@ -123,40 +134,43 @@ def test_paged_by_xformers(name, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def xformers_bias():
-    """xFormers' own module of biases, from the folder where `make test` puts the package. What else its import brings
-    stays: parts of torch can be imported only once."""
+def xformers_kernel():
+    """xFormers itself, from the folder where `make test` puts the package: its Triton kernel, interpreted on the CPU.
+    What else its import brings stays: parts of torch can be imported only once."""
     folder = Path(sys.prefix, "beside", "xformers-0.0.35")
     if not folder.is_dir():
         lacking("xFormers is not beside the environment: make .venv/beside/xformers-0.0.35")
     sys.path.insert(0, str(folder))
-    yield importlib.import_module("xformers.ops.fmha.attn_bias")
+    yield importlib.import_module("xformers.ops").fmha.triton_splitk.FwOp
     sys.path.remove(str(folder))
     for name in [name for name in sys.modules if name.split(".")[0] == "xformers"]:
         del sys.modules[name]
 
 
-@every_plan
-def test_the_bias_of_xformers_keeps_the_same_pairs(name, xformers_bias):
-    """Its own class, drawn as a mask by its own method, which wants the pages that nobody uses to be nobody's."""
-    (q, k, v), plan = case(name)
-    call = pages.paged(q, k, v, plan)
-    used = torch.arange(call.table.shape[1]) * plan.block < call.used[:, None]
-    table = call.table.where(used, len(call.keys))
-    bias = xformers_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
-        q_seqlen=call.starts.diff().tolist(), kv_seqlen=call.used.tolist(), block_tables=table, page_size=plan.block,
-        device=q.device,
-    )  # fmt: skip
-    mask = bias.materialize((1, 1, len(call.queries), table.numel() * plan.block))[0, 0]
-    keys, values = (
-        F.pad(x.flatten(0, 1)[:, 0], (0, 0, 0, plan.block))[: mask.shape[1]] for x in (call.keys, call.values)
-    )
-    scores = call.queries[:, 0].double() @ keys.double().mT * q.shape[-1] ** -0.5 + mask
-    out = (scores.softmax(-1).nan_to_num(0.0) @ values.double()).to(q.dtype)
-    out, lse = call.back(out, scores.logsumexp(-1).float(), q, plan)
-    expected, log_sum_exp = exact(q, k, v, token_mask(plan, *q.shape[:2]))
-    assert_near(out, expected, 2e-6)
-    assert_near(lse, log_sum_exp, 2e-6)
+FOR_XFORMERS = {
+    "lists and orders a head, grouped heads": (
+        dict(tokens=150, heads=4, key_heads=2),
+        dict(heads=4, order=shuffled(1, 4, tokens=150)),
+    ),
+    "padding in a batch": (
+        dict(tokens=150, batch=2, heads=1),
+        dict(lengths=[150, 70], order=shuffled(tokens=150, fixed=80)),
+    ),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets a kernel, which Triton decides when it is imported")
+@pytest.mark.parametrize("name", FOR_XFORMERS)
+def test_the_kernel_of_xformers_agrees_with_float64(name, xformers_kernel, monkeypatch):
+    monkeypatch.setattr(xformers_kernel, "SUPPORTED_DEVICES", {"cpu"})
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    inputs, given = FOR_XFORMERS[name]
+    q, k, v = qkv(**inputs, dim=64, dtype=torch.float16)
+    plan = random_plan(inputs["tokens"], 64, **given)
+    out, lse = xformers_paged.attend(q, k, v, plan, 0.2)
+    expected, log_sum_exp = exact(q, k, v, token_mask(plan, *q.shape[:2]), 0.2)
+    assert_near(out, expected, TOLERANCE[torch.float16])
+    assert_near(lse, log_sum_exp, TOLERANCE[torch.float16])
 
 
 # --- lists
@@ -295,3 +309,11 @@ def test_small_pages_need_flash_attention_3(monkeypatch):
     assert paged._page_size(random_plan(300, 256)) is None
     monkeypatch.setattr("torch.nn.attention.current_flash_attention_impl", lambda: "FA3")
     assert paged._page_size(random_plan(300, 64)) is None
+
+
+def test_pages_of_xformers_are_multiples_of_its_tiles(monkeypatch):
+    monkeypatch.setattr(launching, "why_not_elsewhere", lambda *_: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    q, _, _ = qkv(300)
+    taken = [block for block in (16, 32, 64, 128) if xformers_paged.why_not(q, q, random_plan(300, block)) is None]
+    assert taken == [64, 128]
