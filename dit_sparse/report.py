@@ -17,7 +17,8 @@ class Report:
     Attributes:
         method, settings: what decided.
         executors: what computed the sparse calls, and how many each.
-        choices: what "auto" chose and why, and for how many layers and kinds of calls.
+        choices: what "auto" chose and why, and for how many layers and kinds of calls; again in every clip where the
+            density may be another one.
         grids: the token grids that were seen.
         sparse_calls: self-attention calls that were computed sparsely.
         dense_calls: those that were not, by reason.

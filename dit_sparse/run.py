@@ -44,7 +44,7 @@ class Settings:
 
     @property
     def density_varies(self) -> bool:
-        """Whether plans differ in density from step to step, and from clip to clip."""
+        """Whether the density may differ from clip to clip."""
         return not self.method.static and self.method.density is None
 
     def block_for(self, grid: Grid) -> int:
@@ -82,7 +82,7 @@ class Run:
         self._settings = settings
         self._tally = Tally()
         self._plans = Plans(settings.method, settings.schedule.per_branch, self._tally.planning)
-        self._choices: dict[tuple, tuple[Choice, Tensor]] = {}
+        self._choices: dict[tuple, Choice] = {}
         self._whole: dict[tuple, tuple[Choice, Plan]] = {}
         self._stay_dense: dict[tuple, str] = {}
         self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
@@ -223,21 +223,17 @@ class Run:
             return self._settings.method.correct(done, site, self._plans.memory(query, site))[0]
 
     def _choice(self, plan: Plan, q: Tensor, k: Tensor, site: Site) -> Choice:
-        """Who computes such calls of this layer. Found at the first of them, for on a GPU it waits for the device; and
-        anew for a new plan where its density may be another one."""
-        varies = self._settings.density_varies
+        """Who computes such calls of this layer. Found at the first of them, for on a GPU it waits for the device."""
         call = (site.grid, site.layer, q.shape, q.dtype, q.device, type(plan), plan.lengths is None)
-        call += (site.branch,) if varies else ()
-        choice, chosen_for = self._choices.get(call, (None, None))
-        if choice is None or (varies and chosen_for is not plan.index):
+        if call not in self._choices:
             or_dense, lse = self._settings.min_tokens is None, self._settings.method.needs_lse
             choice = pick(self._settings.executor, q, k, plan, or_dense=or_dense, lse=lse)
-            self._choices[call] = choice, plan.index
+            self._choices[call] = choice
             if self._settings.executor == "auto":
                 self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
             if choice.name == "dense":
                 self._stay_dense[site.grid, site.layer] = "faster here, by what was measured"
-        return choice
+        return self._choices[call]
 
     def _quicker(self, q: Tensor, k: Tensor, mask: Tensor | None, site: Site) -> tuple[Choice, Plan] | None:
         """Who computes all pairs of a dense step faster than torch's own attention, by what "auto" has measured on this
@@ -277,6 +273,6 @@ class Run:
         self._plans.forget()
         self._lengths.clear()
         self._begun.clear()
-        if self._settings.density_varies:
+        if self._settings.density_varies:  # which clip came first must not matter
             self._choices.clear()
             self._stay_dense.clear()

@@ -142,9 +142,9 @@ def _companion_launches() -> Iterator[tuple]:
 
     arguments = permute.launch(torch.arange(TOKENS), (x, x))  # one program for all of the same power of two
     yield "permute", arguments["ROWS"], dim, "no products", move, arguments
-    for columns, weighted in ((1800, False), (1800, True), (selection.WIDEST, False)):
+    for columns, weighted, to_nearest in ((1800, False, False), (1800, True, False), (selection.WIDEST, True, True)):
         scores = torch.empty(1, 2, 3, columns)
-        arguments = selection.launch(scores, 0.9, scores if weighted else None, weighted)
+        arguments = selection.launch(scores, 0.9, scores if weighted else None, to_nearest)
         yield "select", columns, 0, "no products", select, arguments
 
 

@@ -119,7 +119,7 @@ def received(
     weights = tl.zeros([ROWS, KEYS], tl.float32)
     for part in tl.static_range(BLOCK // KEYS):
         start = key_block * BLOCK + part * KEYS
-        scores = products(queries, k, k_strides, item, head, start, end, KEYS, WIDTHS, TMA, CUT)
+        scores = products(queries, k, k_strides, item, head, start, end, KEYS, WIDTHS, TMA, CUT and not TMA)
         paid = tl.exp2(scores * scale - bound[:, None])
         if CUT:
             paid = tl.where((start + tl.arange(0, KEYS) < end)[None, :], paid, 0.0)

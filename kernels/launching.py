@@ -16,7 +16,7 @@ DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 def why_not(q: Tensor, k: Tensor) -> str | None:
     """Why no Triton kernel can take these tensors, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed():
         return "the package triton is not installed"
     if q.device.type != "cuda" and not interpreted():
         return f"it runs on a GPU and the tensors are on {q.device}"
@@ -46,13 +46,18 @@ def why_not_elsewhere(who: str, q: Tensor, k: Tensor) -> str | None:
 
 def preferred(x: Tensor) -> bool:
     """Whether a function that has a plain form too takes its Triton form: on a GPU. The interpreter is for tests."""
-    return x.is_cuda
+    return x.is_cuda and installed() and machine(x.device) is not None
 
 
 def scores_at_once(x: Tensor) -> int:
     """How many numbers the plain PyTorch in the place of a kernel makes at a time: on a CPU 2 MiB, which are still in
     its cache when they are read again."""
     return 1 << (22 if x.is_cuda else 19)
+
+
+@cache
+def installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:

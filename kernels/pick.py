@@ -9,7 +9,7 @@ cheapest of its list by what a trial on this machine has measured.
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from torch import Tensor
@@ -77,7 +77,7 @@ def pick(
     pairs = tokens * q.shape[2]
     seconds = {name: cost(name, kind).seconds(tokens, pairs * plan.density) for name in able}
     if or_dense:
-        seconds["dense"] = cost("dense", kind).seconds(tokens, pairs)
+        seconds["dense"] = cost("dense", replace(kind, ordered=False)).seconds(tokens, pairs)
     ranked = sorted(seconds, key=seconds.get)
     told = ", ".join(f"{name} {1000 * seconds[name]:.3g} ms" for name in ranked)
     return Choice(ranked[0], f"estimated for a call at density {plan.density:.2f}: {told}")

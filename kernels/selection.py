@@ -20,12 +20,12 @@ def best(scores: Tensor, wanted: float | Tensor, weights: Tensor | None = None, 
         to_nearest: what crosses the sum is kept only if half of it, or more, lies within; the best one is in any case.
 
     Returns:
-        bool, the shape of the scores. Where rounding decides whether a sum is reached, a GPU may keep one more or less.
+        bool, the shape of the scores. Where rounding decides whether a sum is reached, a GPU may keep more or less.
     """
     if launching.preferred(scores) and scores.shape[-1] <= WIDEST:
         return best_by_triton(scores, wanted, weights, to_nearest)
     if weights is None and isinstance(wanted, int):
-        highest = scores.topk(wanted, dim=-1, sorted=False).indices
+        highest = scores.topk(min(wanted, scores.shape[-1]), dim=-1, sorted=False).indices
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, highest, True) | scores.isposinf()
     return best_by_sort(scores, wanted, weights, to_nearest)
 
@@ -34,8 +34,8 @@ def best_by_sort(scores: Tensor, wanted: float | Tensor, weights: Tensor | None,
     """`best`, as it is defined; of equals those that come first."""
     ranked, place = scores.sort(dim=-1, descending=True, stable=True)
     if weights is None:
-        weights = scores.new_ones(()).expand(scores.shape)
-    weight = weights.expand_as(scores).gather(-1, place).float()
+        weights = scores.new_ones(())
+    weight = weights.to(scores.dtype).expand_as(scores).gather(-1, place)
     before = weight.cumsum(-1) - weight
     wins = (before + weight / 2 <= wanted) | (before == 0) if to_nearest else before < wanted
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, place, wins & (weight > 0) | ranked.isposinf())

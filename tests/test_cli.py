@@ -1,6 +1,7 @@
 """The commands, as a user types them: what they print, what they refuse, what they leave behind."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -44,6 +45,7 @@ def test_doctor_tells_every_executor_s_verdict():
     found = json.loads(call("doctor", "--json", "--quick").output)
     assert set(found["executors"]) == set(EXECUTORS)
     assert found["executors"]["gather"] == "ok"
+    assert re.search("not tried|needs a C", found["executors"]["flex"]), "it would compile for a while"
     assert found["versions"]["torch"]
 
 

@@ -274,6 +274,25 @@ def test_mass_keeps_the_fewest_that_reach_the_share(seed, share):
     assert (mass.masked_fill(keep, 0).amax(-1) <= least)[some].all()
 
 
+@given(
+    st.integers(0, 999), st.sampled_from([0.3, 0.9]), st.sampled_from([(0, 0.04), (0.2, 0.4), (0.11, 0.6), (0.5, 1)])
+)
+def test_mass_keeps_no_fewer_and_no_more_than_it_may(seed, share, bounds):
+    """Row by row: of what is not forced, and weighs something."""
+    (scores, must), (least, most) = scores_with_forced(seed), bounds
+    scores[..., 3] = torch.where(must[..., 3], torch.inf, -torch.inf)
+    keep = Mass(share, least=least, most=most).keep(scores)
+    for row, forced, kept in zip(scores.flatten(0, 2), must.flatten(0, 2), keep.flatten(0, 2), strict=True):
+        free = row.masked_fill(forced, -torch.inf)
+        wanted, before = forced.tolist(), 0.0
+        for rank, place in enumerate(free.argsort(descending=True).tolist()):
+            reached = before >= share or rank >= max(1, round(most * 11))
+            if free[place] > -torch.inf and (not reached or rank < least * 11):
+                wanted[place] = True
+                before += float((free[place] - free.logsumexp(0)).exp())
+        assert kept.tolist() == wanted
+
+
 @given(st.integers(0, 999), st.floats(-8, 8))
 def test_above_keeps_what_exceeds_and_the_best(seed, threshold):
     scores, must = scores_with_forced(seed)

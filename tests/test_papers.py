@@ -147,13 +147,16 @@ def test_adaspa_ranks_by_the_exact_map():
 
 
 def test_adaspa_gives_heads_three_levels_at_an_unchanged_mean():
-    """Two heads look at one block each, one at everything: the first two hold most of their mass."""
+    """Two heads look at one block each, one at everything: the first two hold most of their mass. The other item of the
+    batch has its heads the other way round."""
     generator = torch.Generator().manual_seed(0)
     places = F.one_hot(torch.arange(320) // 16, 20).float()
-    q = torch.stack([40 * places, 30 * places, 0 * places, 2 * torch.randn(320, 20, generator=generator)])[None]
-    k = torch.stack([places, places, places, torch.randn(320, 20, generator=generator)])[None]
-    count = AdaSpa(density=0.2).plan(q, k, Site(Grid(4, 8, 10), 16), {}).count.float().mean(-1)[0]
-    assert count.tolist() == [2, 2, 6, 6] and count.mean() == 4
+    q = torch.stack([40 * places, 30 * places, 0 * places, 2 * torch.randn(320, 20, generator=generator)])
+    k = torch.stack([places, places, places, torch.randn(320, 20, generator=generator)])
+    q, k = torch.stack([q, q.flip(0)]), torch.stack([k, k.flip(0)])
+    for density, few, many in ((0.2, 2, 6), (0.5, 5, 15)):
+        count = AdaSpa(density=density).plan(q, k, Site(Grid(4, 8, 10), 16), {}).count.float().mean(-1)
+        assert count.tolist() == [[few, few, many, many], [many, many, few, few]] and count.mean() == 20 * density
     assert (AdaSpa(density=0.8).plan(q, k, Site(Grid(4, 8, 10), 16), {}).count == 16).all(), "too dense for levels"
 
 
@@ -173,7 +176,7 @@ def test_sparsed_chooses_once_and_from_every_group():
     grid = Grid(6, 8, 8)  # 24 blocks of 16, in three groups of eight
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
     k[:, :, :128] *= 3  # the first frames draw nearly all attention
-    memory, what = {}, SparseD(density=0.25)
+    memory, what = {}, SparseD(density=0.3)  # of eight, two
     plan = what.plan(q, k, Site(grid, 16), memory)
     exact = block_sums(weights(q, k), 16)
     own = torch.eye(24, dtype=torch.bool)
@@ -301,6 +304,14 @@ def test_pbs_sorts_inside_segments_and_ranks_exactly():
     own = torch.arange(20)[:, None] // 4 == torch.arange(20) // 4
     best = block_sums(mass, 16).masked_fill(own, torch.inf).topk(6, dim=-1).indices
     assert plan.keep().equal(torch.zeros(2, 2, 20, 20, dtype=torch.bool).scatter(-1, best, True))
+
+
+def test_pbs_counts_its_own_segment_in_the_share():
+    """Queries that look into their own segment alone have all they want there."""
+    places = F.one_hot(torch.arange(320) // 32, 10).float()
+    noise = 0.3 * torch.randn(2, 1, 2, 320, 22, generator=torch.Generator().manual_seed(0))
+    q, k = (torch.cat([7 * places.expand(1, 2, -1, -1), part], -1) for part in noise)
+    assert PBS(share=0.9).plan(q, k, Site(Grid(5, 8, 8), 16), {}).density == pytest.approx(0.1)
 
 
 def test_pbs_sorts_long_sequences_exactly():

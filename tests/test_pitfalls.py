@@ -38,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 import dit_sparse as ds
 import tiny
+from dit_sparse.kernels.pick import Choice
 from dit_sparse.kernels.trial import Cost
 from dit_sparse.scoring import pool
 from dit_sparse.seam import is_diverted
@@ -396,24 +397,40 @@ def test_auto_stays_dense_where_that_is_faster(name, dynamic, monkeypatch):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swelling(ds.Method):
-    """Denser from step to step."""
+class OfDensity(ds.Method):
+    """Random blocks, of a density that is told from outside."""
+
+    now: list = field(default_factory=list, compare=False)
 
     def plan(self, q: Tensor, k: Tensor, site: ds.Site, memory: dict) -> ds.Plan:
-        return ds.methods.method("random_blocks", density=0.1 + 0.4 * site.step).plan(q, k, site, memory)
+        return ds.methods.method("random_blocks", density=self.now[-1]).plan(q, k, site, memory)
 
 
-def test_auto_chooses_anew_when_the_density_has_changed(monkeypatch):
-    """And what was dense in one clip is not so in the next one, for which clip comes first must not matter."""
-    stock, costs = built("wan"), {"dense": 0.7, "gather": 1.0, "cpu": 2.0}
+def test_what_auto_chooses_for_a_clip_does_not_depend_on_the_clip_before(monkeypatch):
+    stock, costs, method = built("wan"), {"dense": 0.7, "gather": 1.0, "cpu": 2.0}, OfDensity()
     monkeypatch.setattr("dit_sparse.kernels.pick.cost", lambda name, kind: Cost(0.0, 0.0, costs[name]))
-    with ds.enable(stock.pipe, Swelling(), dense_steps=0, block=16) as run:
-        for clips in (1, 2):
+    with ds.enable(stock.pipe, method, dense_steps=0, block=16) as run:
+        for density, dense, sparse_ in ((0.9, 1, 0), (0.1, 1, 1), (0.9, 2, 1)):
+            method.now.append(density)
             latents(stock)
-            report, half = run.report(), clips * STEPS // 2 * calls_per_step(stock)
-            assert report.executors == {"gather": half}, "at the densities .1 and .5"
-            assert report.dense_calls == {"faster here, by what was measured": half}, "at .9, and after it"
-            assert {choice.split(":")[0] for choice in report.choices} == {"gather", "dense"}
+            assert sum(run.report().dense_calls.values()) == dense * STEPS * calls_per_step(stock)
+            assert run.report().sparse_calls == sparse_ * STEPS * calls_per_step(stock)
+
+
+@pytest.mark.parametrize(
+    "method, clips",
+    [("radial", 1), (Drifting(density=0.3), 1), (ds.methods.method("radial"), 1), (Drifting(), 2)],
+    ids=repr,
+)
+def test_auto_chooses_once_a_layer_and_again_for_a_clip_where_densities_vary(method, clips, monkeypatch):
+    stock, picked = built("wan"), []
+    monkeypatch.setattr(
+        "dit_sparse.run.pick", lambda *call, **more: picked.append(call) or Choice("gather", "it was told")
+    )
+    with ds.enable(stock.pipe, method, dense_steps=0, block=16):
+        for _ in range(2):
+            latents(stock)
+    assert len(picked) == clips * layers(stock)
 
 
 ALL_DENSE = dict(executor="auto", dense_steps=STEPS, block=16)

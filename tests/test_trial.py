@@ -23,7 +23,7 @@ BLOCKS = Kind(torch.device("cpu"), torch.float32, 16, 16, clusters=False, ordere
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("DIT_SPARSE_CACHE", str(tmp_path))
-    monkeypatch.setitem(trial.TIMED, "cpu", (256, 1))
+    monkeypatch.setitem(trial.TIMED, "cpu", (256, 2))
     for function in (trial.cost, trial._verdict):
         function.cache_clear()
     yield
@@ -163,6 +163,26 @@ def test_noise_never_makes_pairs_free_or_anything_negative(few, some, fewer_toke
     found = trial._solved((2e3, few), (8e3, some), (5e2, fewer_tokens), 100, 25)
     assert found.per_pair > 0 <= min(found.fixed, found.per_token)
     assert found.seconds(100, 8e3) == pytest.approx(max(some, 8e3 * found.per_pair)), "the longest one is met"
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_a_trial_finds_what_tokens_and_pairs_of_all_heads_cost(clusters, monkeypatch):
+    law = Cost(3.0, 0.01, 1e-3)
+
+    def takes(call):
+        q, *_, plan = call.args
+        tokens = q.shape[:3].numel()
+        return law.seconds(tokens, tokens * q.shape[2] * plan.density)
+
+    monkeypatch.setattr(trial, "_seconds", takes)
+    found = trial._measured("gather", replace(BLOCKS, clusters=clusters))
+    assert astuple(found) == pytest.approx(astuple(law), rel=1e-3)
+
+
+def test_calls_with_and_without_an_order_are_kept_apart(tmp_path):
+    for ordered in (False, True):
+        trial.cost("gather", replace(BLOCKS, ordered=ordered))
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("ordered", [False, True])

@@ -78,7 +78,7 @@ class AdaSpa(Method):
         keep = Top(density).keep(scores)
         if self.levels and density <= 2 / 3:
             recall = (mass * keep).sum((-2, -1)) / mass.sum((-2, -1))
-            wanted = (_by_level(recall, density) * mass.shape[-1]).round().clamp(min=1)
+            wanted = (_by_level(recall, density) * mass.shape[-1]).round()
             keep = best(scores, wanted[..., None, None])
         return Plan.of(keep, site.grid.tokens, site.block)
 

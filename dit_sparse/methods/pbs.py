@@ -83,9 +83,7 @@ class PBS(Method):
         keys = Clusters.beside_text(rank.argsort(-1) // block, blocks, grid)
         if grid.tokens > grid.video:
             scores = F.pad(scores, (0, 1, 0, 1), value=torch.inf)
-        scores = scores.masked_fill(own, torch.inf)
         if self.density is None:
-            keep = Mass(self.share).keep(scores)
-        else:
-            keep = up_to(scores, keys.sizes[..., None, :], self.density * grid.tokens)
-        return ClusterPlan.of(keep, queries, keys)
+            return ClusterPlan.of(Mass(self.share).keep(scores) | own, queries, keys)
+        scores = scores.masked_fill(own, torch.inf)
+        return ClusterPlan.of(up_to(scores, keys.sizes[..., None, :], self.density * grid.tokens), queries, keys)
