@@ -18,7 +18,7 @@ from . import launching
 LSE = True
 CLUSTERS = False
 THIRD_PARTY = True
-BLOCKS = {9: (128,), 10: (256,), 11: (256,)}  # tokens, by major compute capability
+BLOCKS = {9: (64, 128), 10: (256,), 11: (256,)}  # tokens, by major compute capability, as of 4.0.0b36
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
@@ -28,8 +28,8 @@ def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
         return reason
     major = torch.cuda.get_device_capability(q.device)[0]
     if plan.block not in BLOCKS.get(major, ()):
-        blocks = "; ".join(f"{sizes[0]} on compute capability {major}" for major, sizes in BLOCKS.items())
-        return f"FlashAttention-4 takes sparse blocks of {blocks}, not {plan.block} on {major}"
+        told = "; ".join(f"{' or '.join(map(str, sizes))} on compute capability {on}" for on, sizes in BLOCKS.items())
+        return f"FlashAttention-4 takes sparse blocks of {told}, not {plan.block} on {major}"
     if plan.lengths is not None:
         return "FlashAttention-4 takes no padding together with sparse blocks"
     return None

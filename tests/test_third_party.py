@@ -298,10 +298,11 @@ def test_flash_attention_4_takes_the_blocks_of_its_tiles(monkeypatch):
     monkeypatch.setattr(flash4, "_installed", lambda: True)
     monkeypatch.setattr(launching, "why_not_elsewhere", lambda *_: None)
     q, _, _ = qkv(600)
-    for major, block in ((9, 128), (10, 256), (11, 256), (8, None), (12, None)):
+    for major, blocks in ((9, [64, 128]), (10, [256]), (11, [256]), (8, []), (12, [])):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, major=major: (major, 0))
         taken = [size for size in (64, 128, 256) if flash4.why_not(q, q, random_plan(600, size)) is None]
-        assert taken == ([] if block is None else [block])
+        assert taken == blocks
+    assert "blocks of 64 or 128 on compute capability 9; 256 on" in flash4.why_not(q, q, random_plan(600, 32))
 
 
 def test_small_pages_need_flash_attention_3(monkeypatch):
