@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -141,14 +142,22 @@ def _print_exponents(found: dict) -> None:
 
 
 def _print_bench(rows: list[dict]) -> None:
-    columns = ("case", "executor", "ms", "dense", "speed-up", "of ideal", "TFLOP/s", "plan", "order")
-    table = Table(*columns, box=None, header_style="bold")
-    for r in (row for row in rows if "why_not" not in row):
-        case = f"{r['tokens']}x{r['head_dim']} {r['dtype']} {r['pattern']} {r['density']:.2f}"
-        times = (f"{1000 * r['seconds']:.2f}", f"{1000 * r['dense_seconds']:.2f}", f"{r['speedup']:.2f}x")
-        beside = (f"{1000 * r['planning_seconds']:.2f}", f"{1000 * r['permute_seconds']:.2f}")
-        table.add_row(case, r["executor"], *times, f"{1 / r['cost_per_block']:.0%}", f"{r['tflops']:.2f}", *beside)
-    console.print(table)
+    """A table for every shape of the inputs; times in milliseconds, and "ideal" is density times the dense one."""
+    ran, ms = [row for row in rows if "why_not" not in row], lambda seconds: f"{1000 * seconds:.2f}"
+    for shape, alike in groupby(ran, lambda r: f"{r['tokens']} x {r['head_dim']}, {r['dtype']}"):
+        alike = list(alike)
+        fastest = min(alike, key=lambda r: r["dense_seconds"])
+        console.print(f"\n{shape}: dense attention takes {ms(fastest['dense_seconds'])} ms by {fastest['dense']}")
+        columns = ("pattern", "executor", "ms", "speed-up", "ideal", "TFLOP/s", "plan", "order")
+        table = Table(box=None, header_style="bold")
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
+        for r in alike:
+            speed = (f"{r['speedup']:.2f}x", f"{1 / r['cost_per_block']:.0%}", f"{r['tflops']:.2f}")
+            beside = (ms(r["planning_seconds"]), ms(r["permute_seconds"]))
+            table.add_row(f"{r['pattern']} {r['density']:.2f}", r["executor"], ms(r["seconds"]), *speed, *beside)
+        console.print(table)
+    console.print()
     for name, reason in sorted({(r["executor"], r["why_not"]) for r in rows if "why_not" in r}):
         console.print(f"{name} did not run everywhere: {reason}", highlight=False, markup=False)
 

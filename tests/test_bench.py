@@ -86,7 +86,7 @@ def test_the_command_writes_json_and_a_table(tmp_path):
         app, ["bench", "attention", "--executor", "gather", "--pattern", "radial", *shape, "--out", str(file)]
     )
     assert result.exit_code == 0, result.output
-    assert "144x64" in result.output and "gather" in result.output
+    assert "144 x 64" in result.output and "gather" in result.output
     found = json.loads(file.read_text())
     assert {"device", "versions", "commit", "note"} < set(found)
     assert all(row["executor"] == "gather" and row["heads"] == 1 for row in found["rows"])
