@@ -1,4 +1,4 @@
-# Both commands set everything up by themselves and may be repeated.
+# All commands set everything up by themselves and may be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -84,6 +84,6 @@ def up_to(scores: Tensor, sizes: Tensor, tokens: float) -> Tensor:
 
     Args:
         scores: ``[B, H, Q, K]``; +inf is always kept.
-        sizes: tokens of each key group, ``[B, H, 1, K]``. Of other scores an empty group is not kept.
+        sizes: tokens of each key group, ``[B, H, 1, K]``. An empty group is kept only where its score is +inf.
     """
     return best(scores, tokens, sizes, to_nearest=True)

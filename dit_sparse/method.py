@@ -146,7 +146,8 @@ class Scorer(Method):
     """A method that ranks the key blocks of each query block by looking at q and k. A subclass writes :meth:`score`.
 
     Attributes:
-        budget: how many of the ranked blocks survive; None: ``Top(density)``, or the authors' where they give one.
+        budget: how many of the ranked blocks survive; None: ``Top(density)``; without a density the authors', or
+            ``Top(0.25)``.
     """
 
     usual: ClassVar[Budget] = Top(0.25)

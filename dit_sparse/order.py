@@ -132,11 +132,6 @@ def _moved(place: Cell, *axes: Axis) -> Cell:
     return tuple(moved)
 
 
-def inverse(order: Tensor) -> Tensor:
-    """The order that undoes ``order``."""
-    return order.argsort(-1)
-
-
 def _video(grid: Grid) -> tuple[Tensor, ...]:
     inside = slice(grid.before, grid.before + grid.video)
     return tuple(axis[inside] for axis in grid.coordinates())

@@ -19,7 +19,7 @@ class Report:
         executors: what computed the sparse calls, and how many each.
         choices: what "auto" chose and why, and for how many layers and kinds of calls; again in every clip where the
             density may be another one.
-        grids: the token grids that were seen.
+        grids: the token grids of the sparse calls.
         sparse_calls: self-attention calls that were computed sparsely.
         dense_calls: those that were not, by reason.
         density_asked: what was asked for; None where the method's own settings decided.

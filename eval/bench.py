@@ -35,7 +35,7 @@ ROUNDS = (3, 50)  # the fewest and the most
 
 @dataclass(frozen=True)
 class Usual:
-    """What is measured when nothing else is asked for: 8 minutes on one GPU, 3 on two cores."""
+    """What is measured when nothing else is asked for: some 2 minutes on two cores."""
 
     grids: tuple[Grid, ...]
     densities: tuple[float, ...]
@@ -110,7 +110,7 @@ def clustered(q: Tensor, k: Tensor, density: float) -> ClusterPlan:
 
 @torch.no_grad()
 def measured(case: Case, executors: Sequence[str], seconds: float) -> Iterator[dict]:
-    """One row for every executor that runs this case; those that do not, say why.
+    """One row for every executor that runs this case, and one for every other, which says why not.
 
     Raises:
         RuntimeError: an executor is wrong.

@@ -3,8 +3,8 @@
 The kernel tests on the device, both benches, launch settings beside their neighbours, the training of shapes-wan, and a
 comparison of all methods on what it became: each in a process of its own, under a time limit of its own. A later call
 into the same folder runs what is not done yet, what was never tried first; training and comparison go on where they
-were. So a machine that is there for some minutes at a time will do. Other files, versions or another device begin anew.
-Results are JSON files in the folder; the last lines printed say how every stage stands.
+were. Other files, versions or another device begin anew. Results are JSON files in the folder; the last lines printed
+say how every stage stands.
 """
 
 from __future__ import annotations

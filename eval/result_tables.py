@@ -109,10 +109,15 @@ def compare_table(result: dict, density: float | None = None) -> str:
 
 
 def costs_like(row: dict, rows: Sequence[dict]) -> str:
-    """The densities, or the names of rows without one, whose cost a dense row with fewer steps has."""
-    alike = [one for one in rows if one["name"] in row.get("equal_to", ())]
-    densities = sorted({one["density_asked"] for one in alike} - {None})
-    told = [f"{density:g}" for density in densities] + [one["name"] for one in alike if one["density_asked"] is None]
+    """What has the cost of a dense row with fewer steps: densities, where most rows of a density have it, else rows."""
+    alike, of = set(row.get("equal_to", ())), defaultdict(list)
+    for one in rows:
+        of[one["density_asked"]].append(one["name"])
+    whole = [
+        density for density in sorted(of.keys() - {None}) if len(alike.intersection(of[density])) > len(of[density]) / 2
+    ]
+    alone = [name for density, names in of.items() if density not in whole for name in names if name in alike]
+    told = [*(f"{density:g}" for density in whole), *alone]
     return f", costs like {', '.join(told)}" if told else ""
 
 

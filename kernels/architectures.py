@@ -81,6 +81,11 @@ ADA = Architecture(
         (128, 256): Tiling(16, 8, 3),
     },
 )
+GEFORCE_AMPERE = Architecture(
+    shared_memory=101_376,
+    cache=6 << 20,
+    tilings=ADA.tilings,
+)
 HOPPER = Architecture(
     shared_memory=232_448,
     cache=50 << 20,
@@ -127,7 +132,7 @@ INTERPRETER = Architecture(
 
 ARCHITECTURES = {
     80: AMPERE,
-    86: ADA,
+    86: GEFORCE_AMPERE,
     89: ADA,
     90: HOPPER,
     100: BLACKWELL,

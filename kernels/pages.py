@@ -49,7 +49,8 @@ class Paged:
 
 
 def paged(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Paged:
-    """The call that computes ``plan`` for ``q [B, H, N, D]`` and ``k, v [B, Hkv, N, D]``. Copies all three."""
+    """The call that computes ``plan`` for ``q [B, H, N, D]`` and ``k, v [B, Hkv, N, D]``. Copies keys and
+    values, and what an order moves."""
     batch, heads = q.shape[:2]
     q, k, v = (plan.arrange(x) for x in (q, k, v))
     index = plan.index.expand(batch, heads, -1, -1)

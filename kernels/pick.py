@@ -19,9 +19,9 @@ from dit_sparse.plan import Plan
 
 from .trial import Kind, cost, verdict
 
-OWN = ("reference", "gather", "cpu", "flex", "block_sparse", "block_ragged")
-EXECUTORS = (*OWN, "paged", "xformers_paged", "flash4", "flashinfer_sparse")
-AUTO = {"cpu": ("cpu", "gather"), "cuda": (*EXECUTORS[3:], "gather")}
+ON_GPU = ("block_sparse", "block_ragged", "flex", "paged", "xformers_paged", "flash4", "flashinfer_sparse")
+EXECUTORS = ("reference", "gather", "cpu", *ON_GPU)
+AUTO = {"cpu": ("cpu", "gather"), "cuda": (*ON_GPU, "gather")}
 
 
 @dataclass(frozen=True)

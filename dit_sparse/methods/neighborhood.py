@@ -93,7 +93,7 @@ class Neighborhood(Pattern):
 
 
 def sliding_tile(**settings) -> Neighborhood:
-    """Sliding tile attention: windows move by whole tiles."""
+    """Sliding tile attention, for Python: windows move by whole tiles."""
     return Neighborhood(stride=(0, 0, 0), **settings)
 
 
