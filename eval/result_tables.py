@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -110,14 +110,12 @@ def compare_table(result: dict, density: float | None = None) -> str:
 
 def costs_like(row: dict, rows: Sequence[dict]) -> str:
     """What has the cost of a dense row with fewer steps: densities, where most rows of a density have it, else rows."""
-    alike, of = set(row.get("equal_to", ())), defaultdict(list)
-    for one in rows:
-        of[one["density_asked"]].append(one["name"])
-    whole = [
-        density for density in sorted(of.keys() - {None}) if len(alike.intersection(of[density])) > len(of[density]) / 2
-    ]
-    alone = [name for density, names in of.items() if density not in whole for name in names if name in alike]
-    told = [*(f"{density:g}" for density in whole), *alone]
+    asked = Counter(one["density_asked"] for one in rows)
+    alike = [one for one in rows if one["name"] in row.get("equal_to", ())]
+    often = Counter(one["density_asked"] for one in alike)
+    whole = sorted(density for density in often.keys() - {None} if often[density] > asked[density] / 2)
+    told = [f"{density:g}" for density in whole]
+    told += [one["name"] for one in alike if one["density_asked"] not in whole]
     return f", costs like {', '.join(told)}" if told else ""
 
 
