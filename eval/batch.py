@@ -141,7 +141,7 @@ class Batch:
                     if stopping:
                         raise Stopped
                     self._make(pipe, job, _told(progress, number, len(mine), stopping))
-                progress(1, 1)
+                progress(len(jobs), len(jobs))
             finally:
                 manifest = self._manifest(jobs)
         return manifest
