@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,7 @@ ADA = Architecture(
         (128, 256): Tiling(16, 8, 3),
     },
 )
-GEFORCE_AMPERE = Architecture(
-    shared_memory=101_376,
-    cache=6 << 20,
-    tilings=ADA.tilings,
-)
+GEFORCE_AMPERE = replace(ADA, cache=6 << 20)
 HOPPER = Architecture(
     shared_memory=232_448,
     cache=50 << 20,
@@ -98,16 +94,8 @@ HOPPER = Architecture(
         (128, 256): Tiling(64, 8, 2, tma=True),
     },
 )
-BLACKWELL = Architecture(
-    shared_memory=232_448,
-    cache=126 << 20,
-    tilings=HOPPER.tilings,
-)
-GEFORCE_BLACKWELL = Architecture(
-    shared_memory=101_376,
-    cache=96 << 20,
-    tilings=ADA.tilings,
-)
+BLACKWELL = replace(HOPPER, cache=126 << 20)
+GEFORCE_BLACKWELL = replace(ADA, cache=96 << 20)
 
 # AMD, compiled for MI300 (gfx942), whose matrix units Triton finds by itself; the cache is one of its dies'.
 AMD = Architecture(

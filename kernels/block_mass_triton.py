@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles_triton import products, scattered
+from .tiles_triton import before_end, products, scattered
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -58,17 +58,12 @@ def mass(
     bound = tl.where(bound == float("-inf"), float("inf"), bound)  # a query that saw nothing pays nothing
     share = 1 / tl.maximum(tl.sum(real.to(tl.float32), 0), 1)
 
-    live, whole = blocks, end // BLOCK  # of the blocks that are visited, those before the end come first
+    live, whole, key_block = blocks, end // BLOCK, 0
     if index is not None:
         kept = index + item * index_strides[0] + head * index_strides[1] + query_block * index_strides[2]
         live = tl.load(count + item * count_strides[0] + head * count_strides[1] + query_block * count_strides[2])
-        whole = live
-        while (whole > 0) and ((tl.load(kept + tl.maximum(whole - 1, 0)) + 1) * BLOCK > end):
-            whole -= 1
+        whole, key_block = before_end(kept, live, end, BLOCK), tl.load(kept)
     keys, key_head, total = (k, k_rest), head // group, 0.0
-    key_block = 0
-    if index is not None:
-        key_block = tl.load(kept)
     for step in range(0, whole):
         following = step + 1
         if index is not None:  # ahead of its use, see `block_sparse_triton`

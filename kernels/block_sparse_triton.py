@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles_triton import finish, nothing, scattered, visit
+from .tiles_triton import before_end, finish, nothing, scattered, visit
 
 
 @triton.jit
@@ -71,9 +71,7 @@ def forward(
         end = tl.load(lengths + item)
     kept = index + item * index_strides[0] + head * index_strides[1] + query_block * index_strides[2]
     live = tl.load(count + item * count_strides[0] + head * count_strides[1] + query_block * count_strides[2])
-    whole = live
-    while (whole > 0) and ((tl.load(kept + tl.maximum(whole - 1, 0)) + 1) * BLOCK > end):
-        whole -= 1
+    whole = before_end(kept, live, end, BLOCK)
 
     top, total, sums = nothing(BLOCK, WIDTHS)
     TILES: tl.constexpr = BLOCK // KEYS

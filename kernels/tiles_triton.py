@@ -59,6 +59,15 @@ def begin(item, head, strides):
 
 
 @triton.jit
+def before_end(kept, live, end, BLOCK: tl.constexpr):
+    """How many of the ``live`` blocks of a list, which ascends, lie before ``end`` with all their keys."""
+    whole = live
+    while (whole > 0) and ((tl.load(kept + tl.maximum(whole - 1, 0)) + 1) * BLOCK > end):
+        whole -= 1
+    return whole
+
+
+@triton.jit
 def scattered(x, strides, item, head, token, real, WIDTHS: tl.constexpr):
     """The tiles of ``x[item, head, token]`` for tokens anywhere, zero where they are not real."""
     places = x + begin(item, head, strides) + token.to(tl.int64)[:, None] * strides[2]
