@@ -20,10 +20,10 @@ fix: .venv/ready
 	$(BIN)/ruff format .
 
 shapes: .venv/ready  ## train the bundled model on
-	$(BIN)/python -m dit_sparse.shapes.train --out runs/shapes --resume --start dit_sparse/assets/shapes-wan
+	$(BIN)/python -m dit_sparse.bundled.shapes_wan.train --out runs/shapes --resume --start dit_sparse/assets/shapes-wan
 
 gpu: .venv/ready  ## on a machine with an NVIDIA GPU: tests, benches, training, comparison
-	$(BIN)/python -m dit_sparse.eval.gpu --out out/gpu
+	$(BIN)/python -m dit_sparse.eval.bench.gpu --out out/gpu
 
 # Without an NVIDIA GPU the exact pin comes first: a range would fetch the newest CUDA build.
 .venv/ready: pyproject.toml constraints.txt

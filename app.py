@@ -12,8 +12,8 @@ from threading import Event
 import gradio as gr
 
 from dit_sparse import METHODS
-from dit_sparse.eval.generate import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT
-from dit_sparse.eval.playground import (
+from dit_sparse.bundled import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT
+from dit_sparse.demo.device_pool import (
     MOST_CHARACTERS,
     MOST_SEED,
     MOST_STEPS,

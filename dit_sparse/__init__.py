@@ -7,17 +7,17 @@ _here = Path(__file__).parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
+from .attention import attention  # noqa: E402
 from .budget import Above, Mass, Top  # noqa: E402
-from .call import attention  # noqa: E402
 from .clusters import ClusterPlan, Clusters  # noqa: E402
 from .composition import Cached, PerHead  # noqa: E402
-from .engine import SparseAttnProcessor, enable, prepare  # noqa: E402
+from .engine.enable import SparseAttnProcessor, enable, prepare  # noqa: E402
+from .engine.run import Run  # noqa: E402
 from .grid import Grid, Site  # noqa: E402
 from .method import Method, Pattern, Scorer  # noqa: E402
 from .methods import METHODS  # noqa: E402
 from .plan import Plan  # noqa: E402
-from .presets import Profile  # noqa: E402
-from .run import Run  # noqa: E402
+from .profiling.head_profile import Profile  # noqa: E402
 from .schedule import Schedule  # noqa: E402
 
 __version__ = "0.1.0"

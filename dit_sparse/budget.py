@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels.selection import best
+from .kernels.planning.selection import best
 
 
 def check_density(density: float) -> float:

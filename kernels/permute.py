@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_sparse.plan import arranged, blocks_in
 
-from . import launching
+from .gpu import launching
 
 ROW_BYTES = 1 << 14  # what one program moves of each tensor
 
@@ -24,7 +24,7 @@ def permuted(order: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     by_triton = launching.preferred(tensors[0])
     if not by_triton or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return tuple(arranged(x, order) for x in tensors)
-    from .permute_triton import permute
+    from .gpu.permute import permute
 
     arguments = launch(order, tensors)
     batch, heads, tokens, _ = arguments["copies"][0].shape

@@ -8,19 +8,17 @@ cheapest of its list by what a trial on this machine has measured.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
+from dit_sparse.kernels.executors import ON_GPU, executor
 from dit_sparse.plan import Plan
 
-from .trial import Kind, cost, verdict
+from .calibration import Kind, cost, verdict
 
-ON_GPU = ("block_sparse", "block_ragged", "flex", "paged", "xformers_paged", "flash4", "flashinfer_sparse")
-EXECUTORS = ("reference", "gather", "cpu", *ON_GPU)
 AUTO = {"cpu": ("cpu", "gather"), "cuda": (*ON_GPU, "gather")}
 
 
@@ -34,13 +32,6 @@ class Choice:
     @property
     def executor(self) -> ModuleType:
         return executor(self.name)
-
-
-def executor(name: str) -> ModuleType:
-    """The executor of that name. Raises ValueError when there is none."""
-    if name not in EXECUTORS:
-        raise ValueError(f"there is no executor {name!r}; there are auto, {', '.join(EXECUTORS)}")
-    return importlib.import_module(f"dit_sparse.kernels.{name}")
 
 
 def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool = False) -> str | None:

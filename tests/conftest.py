@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def triton_preferred(monkeypatch):
     """Functions that have a plain form and a Triton form take Triton's, in the interpreter too."""
-    from dit_sparse.kernels import launching
+    from dit_sparse.kernels.gpu import launching
 
     monkeypatch.setattr(launching, "preferred", lambda x: x.is_cuda or launching.interpreted())
 
@@ -22,6 +22,6 @@ def triton_preferred(monkeypatch):
 @pytest.fixture(autouse=True, scope="session")
 def small_trials():
     """What "auto" measures is small here, and kept apart from what it measures for its users by its size."""
-    from dit_sparse.kernels import trial
+    from dit_sparse.kernels import calibration as trial
 
     trial.TIMED["cpu"] = (256, 1)

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dit_sparse import method as methods
-from dit_sparse.kernels import launching
-from dit_sparse.kernels.architectures import ARCHITECTURES
+from dit_sparse.kernels.gpu import launching
+from dit_sparse.kernels.gpu.architectures import ARCHITECTURES
 from support import lacking
 
 PROGRAMS = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse import ClusterPlan, Clusters, Grid, Method, Plan, Scorer, Site, order
-from dit_sparse.kernels.pick import executor
+from dit_sparse.kernels.executors import executor
 from dit_sparse.methods import method
 from dit_sparse.plan import blocks_in
 from dit_sparse.scoring import pool

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dit_sparse import ClusterPlan, Grid, Plan, Schedule, Site
-from dit_sparse.eval.analysis import FIGURES, Analysis, judged, picture
-from dit_sparse.eval.bounds import best_mass, group_mass, kept_and_best
-from dit_sparse.kernels import reference
+from dit_sparse.engine.plans import Plans
+from dit_sparse.eval.analysis.bounds import best_mass, group_mass, kept_and_best
+from dit_sparse.eval.analysis.mask_quality import FIGURES, Analysis, judged, picture
+from dit_sparse.kernels.executors import reference
 from dit_sparse.method import Computed
 from dit_sparse.methods import METHODS, method
-from dit_sparse.planning import Plans
 from support import cluster_token_mask, exact, qkv, random_cluster_plan, random_plan, token_mask
 
 GRID, BLOCK = Grid(3, 5, 7, after=11), 16  # 116 tokens: 7 whole blocks and a ragged one

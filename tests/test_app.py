@@ -10,7 +10,7 @@ from threading import Event
 
 import pytest
 
-from dit_sparse.eval.playground import Cancelled, Limits, Playground, Wish, options_from, options_of
+from dit_sparse.demo.device_pool import Cancelled, Limits, Playground, Wish, options_from, options_of
 from support import ALL
 
 ROOT = Path(__file__).parent.parent

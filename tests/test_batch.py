@@ -18,11 +18,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dit_sparse.cli import app
-from dit_sparse.eval import batch as module
-from dit_sparse.eval.batch import Batch, Stopped
-from dit_sparse.eval.generate import BUNDLED, Clip
-from dit_sparse.eval.prompt_files import LONGEST_PROMPT, RESERVED, Row, file_name, read_rows
+from dit_sparse.bundled import BUNDLED
+from dit_sparse.cli.main import app
+from dit_sparse.generation import batch as module
+from dit_sparse.generation.batch import Batch, Stopped
+from dit_sparse.generation.generate import Clip
+from dit_sparse.generation.prompts import LONGEST_PROMPT, RESERVED, Row, file_name, read_rows
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:

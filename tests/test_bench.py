@@ -11,10 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from dit_sparse import Grid, Plan
-from dit_sparse.cli import app
-from dit_sparse.eval import bench, bench_transformer, tilings
-from dit_sparse.kernels import gather, launching
-from dit_sparse.kernels.architectures import ARCHITECTURES
+from dit_sparse.cli.main import app
+from dit_sparse.eval.bench import attention as bench
+from dit_sparse.eval.bench import tilings
+from dit_sparse.eval.bench import transformer as bench_transformer
+from dit_sparse.kernels.executors import gather
+from dit_sparse.kernels.gpu import launching
+from dit_sparse.kernels.gpu.architectures import ARCHITECTURES
 from support import qkv
 
 SMALL = Grid(2, 8, 9)

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dit_sparse import METHODS
-from dit_sparse.cli import app, count_or_fraction
-from dit_sparse.kernels.pick import EXECUTORS
+from dit_sparse.cli.main import app, count_or_fraction
+from dit_sparse.kernels.executors import EXECUTORS
 
 
 def call(*arguments: str):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dit_sparse.cli import app
-from dit_sparse.cli_measure import read_prompts
-from dit_sparse.eval.clips import Shelf, Take
-from dit_sparse.eval.files import aside, for_json, read_video, save_json, save_video
-from dit_sparse.eval.page import page
-from dit_sparse.eval.result_tables import RESULTS
-from dit_sparse.eval.stored import read_result
+from dit_sparse.cli.main import app
+from dit_sparse.cli.measure import read_prompts
+from dit_sparse.eval.comparison.clip_store import Shelf, Take
+from dit_sparse.eval.comparison.stored_result import read_result
+from dit_sparse.eval.report.page import page
+from dit_sparse.eval.report.tables import RESULTS
+from dit_sparse.output.files import aside, for_json, read_video, save_json, save_video
 
 SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
 
@@ -97,7 +97,7 @@ def test_one_clip_at_a_time_is_held(tmp_path, monkeypatch):
         held.extend([iter(clips) is clips, fps])
         return folder
 
-    monkeypatch.setattr("dit_sparse.eval.vbench_files.export", export)
+    monkeypatch.setattr("dit_sparse.eval.quality.vbench_export.export", export)
     assert run("eval", "export", tmp_path).exit_code == 0
     assert held == [True, 16]
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dit_sparse.kernels import launching
-from dit_sparse.kernels.cluster import kmeans
+from dit_sparse.kernels.gpu import launching
+from dit_sparse.kernels.planning.cluster import kmeans
 from support import assert_near, poisoned, qkv
 
 pytestmark = pytest.mark.usefixtures("triton_preferred")

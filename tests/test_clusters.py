@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_sparse import ClusterPlan, Clusters, Plan
-from dit_sparse.kernels import block_ragged, block_sparse, gather, launching
-from dit_sparse.kernels.pick import EXECUTORS, executor, pick
+from dit_sparse.kernels.executors import EXECUTORS, block_ragged, block_sparse, executor, gather
+from dit_sparse.kernels.gpu import launching
+from dit_sparse.kernels.pick import pick
 from support import (
     HALF,
     TOLERANCE,

@@ -16,12 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 from dit_sparse import METHODS, Schedule
-from dit_sparse.cli import app
-from dit_sparse.eval import page, takes
-from dit_sparse.eval.compare import Comparison, equal_steps
-from dit_sparse.eval.reproduce import Recipe, beside, recipes
-from dit_sparse.eval.result_tables import branches_table, compare_table
-from dit_sparse.shapes.judge import held_out_tasks
+from dit_sparse.bundled.shapes_wan.judge import held_out_tasks
+from dit_sparse.cli.main import app
+from dit_sparse.eval.comparison import runner as takes
+from dit_sparse.eval.comparison.comparison import Comparison, equal_steps
+from dit_sparse.eval.comparison.reproduce import Recipe, beside, recipes
+from dit_sparse.eval.report import page
+from dit_sparse.eval.report.tables import branches_table, compare_table
 
 LARGEST = json.loads((Path(__file__).parent.parent / "eval" / "results" / "cpu" / "compare.json").read_text())
 SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
@@ -180,7 +181,7 @@ def test_what_is_not_finished_says_so_and_takes_no_place_of_what_is(tmp_path, mo
             raise KeyboardInterrupt
         return row | {"name": wanted.name, "density_asked": wanted.density}
 
-    monkeypatch.setattr("dit_sparse.eval.compare.summary", summary)
+    monkeypatch.setattr("dit_sparse.eval.comparison.comparison.summary", summary)
     stop = "radial 0.4"
     with pytest.raises(KeyboardInterrupt):
         task.run(silent)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_sparse import Cached, ClusterPlan, Grid, Method, PerHead, Plan, Site, attention, enable
-from dit_sparse.kernels import reference
+from dit_sparse.kernels.executors import reference
 from dit_sparse.method import Computed
 from dit_sparse.methods import METHODS, PARTS, method, name_of
 from dit_sparse.methods.pooled import Pooled
@@ -380,7 +380,7 @@ def test_methods_with_a_pace_of_their_own_are_asked_at_every_step(around, expect
 
 
 def test_a_correction_needs_an_executor_with_a_log_sum_exp(monkeypatch):
-    from dit_sparse.kernels import flex
+    from dit_sparse.kernels.executors import flex
 
     monkeypatch.setattr(flex, "LSE", False)  # as on a CPU
     q, k, v = qkv(GRID.tokens)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_sparse.kernels import cpu, reference
+from dit_sparse.kernels.executors import cpu, reference
 from dit_sparse.plan import Plan, blocks_in
 from support import random_cluster_plan
 

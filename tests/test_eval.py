@@ -12,11 +12,14 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dit_sparse import Grid, Plan, Site, SparseAttnProcessor
-from dit_sparse.eval import files, metrics, pictures, table
-from dit_sparse.eval.demo import Demo
-from dit_sparse.eval.retained import retained_mass
-from dit_sparse.kernels import reference
+from dit_sparse.demo.demo import Demo
+from dit_sparse.eval.analysis.retained_mass import retained_mass
+from dit_sparse.eval.quality import fidelity as metrics
+from dit_sparse.eval.report import readme as table
+from dit_sparse.kernels.executors import reference
 from dit_sparse.methods import method
+from dit_sparse.output import files
+from dit_sparse.plotting import masks as pictures
 
 
 def clip(seed: int, frames: int = 3, height: int = 20, width: int = 27) -> np.ndarray:
@@ -107,7 +110,7 @@ def test_side_by_side_keeps_both_clips():
 
 def test_the_tables_of_the_readme_are_current():
     text = (Path(table.ROOT) / "README.md").read_text()
-    assert table.rewritten(text) == text, "run python -m dit_sparse.eval.table"
+    assert table.rewritten(text) == text, "run python -m dit_sparse.eval.report.readme"
 
 
 def test_the_demo_writes_what_it_promises(tmp_path):

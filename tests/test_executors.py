@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_sparse import Grid, Plan, attention, order
-from dit_sparse.kernels import flex, gather, launching, reference
-from dit_sparse.kernels.pick import AUTO, EXECUTORS, executor, pick
+from dit_sparse.kernels.executors import EXECUTORS, executor, flex, gather, reference
+from dit_sparse.kernels.gpu import launching
+from dit_sparse.kernels.pick import AUTO, pick
 from support import assert_near, exact, executor_or_skip, poisoned, qkv, random_plan, relative_rms, token_mask
 
 EAGER = ["reference", "gather", "cpu"] + ["block_sparse"] * launching.interpreted()

@@ -12,9 +12,9 @@ import pytest
 import torch
 import typer.main
 
-from dit_sparse import cli
-from dit_sparse.eval import gpu
-from dit_sparse.eval.gpu import Stage
+from dit_sparse.cli import main as cli
+from dit_sparse.eval.bench import gpu
+from dit_sparse.eval.bench.gpu import Stage
 
 
 def python(name: str, code: str, minutes: float = 1.0) -> Stage:

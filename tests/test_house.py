@@ -10,6 +10,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,78 +21,42 @@ MAPPED = ("kernels", "pipelines", "profiles", "eval")  # beside dit_sparse in a 
 
 
 @dataclass(frozen=True)
-class May:
-    """What a file may import: our own modules and other packages, at import time; more of both inside functions.
-    Torch and the standard library are free to all. ``public`` are the names that dit_sparse itself exports."""
+class Room:
+    """What the files of a room may import, besides torch, the standard library and each other: rooms and packages at
+    import time, and more of both inside functions."""
 
-    ours: str = ""
-    others: str = ""
+    files: str
+    imports: str = ""
     lazily: str = ""
 
 
-FLOOR_0 = "grid plan clusters"
-FLOOR_1 = f"{FLOOR_0} order budget"
-FLOOR_2 = f"{FLOOR_1} method methods schedule kernels.pick pipelines.family"
-FLOOR_3 = f"{FLOOR_2} presets"
-KERNEL = "kernels.architectures kernels.cache kernels.launching kernels.pages kernels.permute"
-USER = "public report methods kernels.pick kernels.trial pipelines.family"
-
-RULES = {  # the first pattern that fits a module is its row
-    "grid plan": May(),
-    "clusters": May("grid plan"),
-    "order": May(FLOOR_0),
-    "budget": May("kernels.selection"),
-    "method": May(FLOOR_1),
-    "schedule": May(FLOOR_1),
-    "scoring": May(FLOOR_0),
-    "composition": May(f"{FLOOR_0} method scoring"),
-    "methods": May("budget composition method methods.*"),
-    "methods.vdit": May(f"{FLOOR_1} method scoring methods.svg"),
-    "methods.pooled": May(f"{FLOOR_1} composition method scoring methods.radial"),
-    "methods.rettention": May(f"{FLOOR_1} composition method methods.window"),
-    "methods.*": May(f"{FLOOR_1} method scoring kernels.block_mass kernels.cluster kernels.selection"),
-    "kernels.cache": May(),
-    "kernels.trial": May(f"{FLOOR_1} kernels.cache kernels.reference", lazily="kernels.*"),
-    "kernels.pick": May(f"{FLOOR_1} kernels.trial", lazily="kernels.*"),
-    "kernels.*_triton": May("kernels.tiles_triton", others="triton"),
-    "kernels.launching": May("kernels.architectures", lazily="triton"),
-    "kernels.block_mass": May(f"{FLOOR_1} {KERNEL} kernels.block_sparse", lazily="kernels.block_mass_triton"),
-    "kernels.*": May(f"{FLOOR_1} {KERNEL}", lazily="kernels.*_triton triton xformers flash_attn flashinfer"),
-    "pipelines.family": May(lazily="diffusers"),
-    "pipelines.*": May("grid pipelines.family"),
-    "presets": May(f"{FLOOR_2} composition", others="pydantic"),
-    "call report": May(FLOOR_3),
-    "obstacles": May("grid pipelines.family"),
-    "seam locate": May(FLOOR_3, others="diffusers"),
-    "planning": May(f"{FLOOR_3} report"),
-    "run": May(f"{FLOOR_3} obstacles planning report seam", lazily="locate"),
-    "engine": May(f"{FLOOR_3} report run"),
-    "search": May(f"{FLOOR_3} composition engine planning methods.* kernels.trial"),
-    "package": May("*"),  # dit_sparse/__init__.py
-    "shapes shapes.*": May("public shapes shapes.*", others="diffusers transformers safetensors"),
-    "eval.compiled": May("public kernels.* eval.machine_code", lazily="triton kernels.*_triton"),
-    "eval.tilings": May(f"{USER} eval.* kernels.*", lazily="kernels.*_triton"),
-    "eval.machine_code": May(lazily="triton"),
-    "eval.compare": May(f"{USER} eval.* budget methods"),
-    "eval.takes": May(f"{USER} eval.* composition methods.* search", others="numpy"),
-    "eval.prompt_files eval.stored": May(others="pydantic"),
-    "eval.reproduce": May(f"{USER} eval.*", others="pydantic tomli", lazily="diffusers"),
-    "eval.profiling": May(f"{USER} eval.* search"),
-    "eval.bench": May(f"{USER} eval.* kernels.cluster kernels.permute"),
-    "eval.bench_transformer": May(f"{USER} eval.*", others="diffusers"),
-    "eval.analysis": May(f"{USER} eval.* composition method methods.* planning search", others="PIL"),
-    "eval.bounds": May("public grid method kernels.block_mass kernels.launching"),
-    "eval.scaling": May(f"{USER} eval.* method", others="PIL"),
-    "eval.*": May(f"{USER} eval.*", others="numpy PIL imageio", lazily="diffusers transformers skimage lpips pyiqa"),
-    "terminal": May(others="typer rich"),
-    "cli_measure": May("public terminal shapes.judge", others="typer rich", lazily="eval.*"),
-    "cli_batch": May("public terminal cli_measure", others="typer rich", lazily="eval.*"),
-    "cli_eval": May("public terminal cli_measure", others="typer rich", lazily="eval.*"),
-    "cli_bench": May("public terminal", others="typer rich", lazily="eval.*"),
-    "cli": May(
-        f"{USER} cli_batch cli_bench cli_eval cli_measure terminal", others="typer rich", lazily="eval.* gradio"
+ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it fits
+    "nouns": Room("grid order plan clusters schedule", lazily="plotting"),
+    "planners": Room("kernels.planning kernels.planning.*", "nouns executors programs"),
+    "programs": Room("kernels.gpu kernels.gpu.*", "triton"),
+    "executors": Room("kernels.*", "nouns programs platformdirs", lazily="triton xformers flash_attn flashinfer"),
+    "adapters": Room("pipelines.*", "nouns", lazily="diffusers"),
+    "methods": Room("budget method scoring composition methods methods.*", "nouns planners"),
+    "profile": Room("profiling profiling.head_profile", "nouns methods pydantic"),
+    "engine": Room("engine engine.* attention package", "nouns executors adapters methods profile diffusers"),
+    "plotting": Room("plotting plotting.*", "nouns matplotlib numpy"),
+    "bundled": Room("bundled bundled.*", "engine diffusers transformers safetensors"),
+    "output": Room("output output.*", "engine bundled imageio numpy PIL", lazily="diffusers"),
+    "generation": Room(
+        "generation generation.* profiling.*",
+        "engine methods executors adapters output bundled plotting numpy pydantic",
+        lazily="diffusers transformers",
     ),
-    "app": May("public eval.*", others="gradio"),
+    "eval": Room(
+        "eval.*",
+        "engine methods executors adapters planners programs output generation plotting bundled diffusers numpy pydantic PIL "
+        "imageio scipy jinja2 matplotlib tomli",
+        lazily="triton skimage lpips pyiqa transformers",
+    ),
+    "demo": Room("demo demo.*", "engine methods output generation eval plotting bundled numpy"),
+    "cli": Room(
+        "cli cli.* app", "engine bundled demo typer rich gradio", lazily="methods output generation eval plotting"
+    ),
 }
 
 
@@ -109,8 +74,8 @@ FILES = {
 } | {path.stem: path for path in ROOT.glob("app.py")}
 
 
-def rule_of(module: str) -> May | None:
-    return next((may for patterns, may in RULES.items() if fits(module, patterns)), None)
+def room_of(module: str) -> str | None:
+    return next((name for name, room in ROOMS.items() if fits(module, room.files)), None)
 
 
 def fits(name: str, patterns: str) -> bool:
@@ -150,13 +115,21 @@ def known(name: str) -> str | None:
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_imports_only_from_lower_floors(module):
-    may = rule_of(module)
-    assert may, f"{module} stands on no floor: add it to RULES and to docs/design.md"
-    at_import = f"{may.ours} {may.others} torch"
+def test_imports_only_from_lower_rooms(module):
+    own = room_of(module)
+    assert own, f"{module} belongs to no room: add it to ROOMS and to docs/design.md"
+    room = ROOMS[own]
     for name, lazy in imports(module):
-        allowed = fits(name, f"{at_import} {may.lazily}" if lazy else at_import)
-        assert allowed, f"{module} may not import {name} {'inside a function' if lazy else 'at import time'}"
+        source = own if name == "torch" else room_of("package" if name == "public" else name) or name
+        allowed = f"{own} {room.imports} {room.lazily if lazy else ''}".split()
+        assert source in allowed, f"{module} may not import {name} {'inside a function' if lazy else 'at import time'}"
+
+
+def test_rooms_stand_on_lower_rooms():
+    """The table itself has no cycle: at import time every room imports only rooms whose own imports are below it."""
+    below = {name: [other for other in room.imports.split() if other in ROOMS] for name, room in ROOMS.items()}
+    tuple(TopologicalSorter(below).static_order())
+    assert len(ROOMS) <= 15
 
 
 def test_import_reader_reads():
@@ -164,15 +137,20 @@ def test_import_reader_reads():
     assert ("pipelines.family", False) in imports("pipelines.wan")
     assert {("order", False), ("method", False), ("grid", False), ("torch", False)} <= imports("methods.window")
     assert ("diffusers", True) in imports("pipelines.family")
-    assert ("diffusers", False) in imports("locate")
+    assert ("diffusers", False) in imports("engine.tracking")
     assert ("budget", False) in imports("package")
 
 
 def test_mapped_folders_are_no_packages():
     for folder in MAPPED:
         assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py would shadow or break imports"
-        nested = [p.name for p in (ROOT / folder).glob("*/") if p.is_dir() and list(p.glob("*.py"))]
-        assert not nested, f"keep {folder}/ flat: {nested} would be missing from wheels silently"
+
+
+def test_rooms_are_small():
+    """A folder has one purpose and at most 14 files; methods/ has a file for each paper."""
+    for folder in {path.parent for path in FILES.values()} - {ROOT / "dit_sparse" / "methods"}:
+        files = [path for path in folder.iterdir() if path.is_file()]
+        assert len(files) <= 14, f"{folder.relative_to(ROOT)} has {len(files)} files: split it by purpose"
 
 
 def test_no_module_bears_the_name_of_a_library():
@@ -186,8 +164,8 @@ def test_no_module_bears_the_name_of_a_library():
         "diffusers",
         "torch",
     }
-    for folder in MAPPED:
-        assert not {path.stem for path in (ROOT / folder).glob("*.py")} & taken
+    stems = {path.stem for path in FILES.values()}
+    assert not stems & taken
 
 
 def test_kernels_of_hugging_face_is_not_shadowed(tmp_path):
@@ -230,7 +208,9 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel_holds_the_files_on_disk(wheel):
-    shipped = re.compile(r".*\.(py|cpp|h)|profiles/.*\.json|eval/recipes/.*\.toml|dit_sparse/(py\.typed|assets/.*)")
+    shipped = re.compile(
+        r".*\.(py|cpp|h)|profiles/.*\.json|eval/comparison/recipes/.*\.toml|dit_sparse/(py\.typed|assets/.*)"
+    )
     relative = (
         path.relative_to(ROOT)
         for name in ("dit_sparse", *MAPPED)
@@ -253,11 +233,13 @@ def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
     site = Path(torch.__file__).parent.parent
     code = f"""
 import sys; sys.path[:0] = [{str(wheel)!r}]; sys.path.append({str(site)!r})
-import dit_sparse.kernels.gather, dit_sparse.pipelines.wan
-print(dit_sparse.kernels.gather.__file__, dit_sparse.pipelines.wan.__file__, len(dit_sparse.__path__))
+import dit_sparse.kernels.executors.gather, dit_sparse.pipelines.wan
+print(dit_sparse.kernels.executors.gather.__file__, dit_sparse.pipelines.wan.__file__, len(dit_sparse.__path__))
 """
     at = wheel / "dit_sparse"
-    assert python(code, tmp_path, "-S") == f"{at / 'kernels' / 'gather.py'} {at / 'pipelines' / 'wan.py'} 1"
+    assert (
+        python(code, tmp_path, "-S") == f"{at / 'kernels' / 'executors' / 'gather.py'} {at / 'pipelines' / 'wan.py'} 1"
+    )
 
 
 METHOD_FILES = sorted(path for path in (ROOT / "dit_sparse" / "methods").glob("*.py") if path.stem != "__init__")
@@ -272,7 +254,7 @@ def test_method_names_its_paper_and_how_it_differs(path):
 
 def test_files_stay_short():
     budgets = {"dit_sparse/methods/*": 150, "kernels/*": 400, "*": 300}
-    sources = [*FILES.values(), *(ROOT / "kernels").glob("*.cpp")]
+    sources = [*FILES.values(), *(ROOT / "kernels" / "executors").glob("*.cpp")]
     for path in sources:
         name = path.relative_to(ROOT).as_posix()
         most = next(lines for pattern, lines in budgets.items() if fnmatchcase(name, pattern))
@@ -281,10 +263,10 @@ def test_files_stay_short():
 
 
 def test_no_program_is_tuned_at_its_first_call():
-    """Launch settings are data that were reviewed, kernels/architectures.py."""
+    """Launch settings are data that were reviewed, kernels/gpu/architectures.py."""
     programs = [
         (path.name, node.name, [ast.unparse(one) for one in node.decorator_list])
-        for path in (ROOT / "kernels").glob("*_triton.py")
+        for path in (ROOT / "kernels" / "gpu").glob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef)
     ]

@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 from skimage.metrics import structural_similarity
 
-from dit_sparse.eval import metrics
+from dit_sparse.eval.quality import fidelity as metrics
 
 
 def clip(seed: int, frames: int = 3, height: int = 20, width: int = 27) -> np.ndarray:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dit_sparse import Grid, Mass, Site, attention, order
-from dit_sparse.kernels.block_mass import block_mass, log_sum_exp
-from dit_sparse.kernels.cluster import kmeans
+from dit_sparse.kernels.planning.block_mass import block_mass, log_sum_exp
+from dit_sparse.kernels.planning.cluster import kmeans
 from dit_sparse.methods import method
 from dit_sparse.methods.adaspa import AdaSpa
 from dit_sparse.methods.asa import ASA

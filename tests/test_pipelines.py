@@ -20,8 +20,8 @@ from PIL import Image
 
 import dit_sparse as ds
 import tiny
+from dit_sparse.engine.intercept import is_diverted
 from dit_sparse.pipelines.family import FAMILIES
-from dit_sparse.seam import is_diverted
 
 STEPS = 4
 SETTINGS = dict(schedule=ds.Schedule(every=1), block=16, min_tokens=0, executor="gather", dense_steps=1)

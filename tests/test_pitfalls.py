@@ -38,10 +38,10 @@ from torch.overrides import TorchFunctionMode
 
 import dit_sparse as ds
 import tiny
+from dit_sparse.engine.intercept import is_diverted
+from dit_sparse.kernels.calibration import Cost
 from dit_sparse.kernels.pick import Choice
-from dit_sparse.kernels.trial import Cost
 from dit_sparse.scoring import pool
-from dit_sparse.seam import is_diverted
 
 EVERY_2 = ds.Schedule(dense_steps=1, every=2, per_branch=True)
 APART = ds.Schedule(dense_steps=1, every=1, per_branch=True)
@@ -425,7 +425,7 @@ def test_what_auto_chooses_for_a_clip_does_not_depend_on_the_clip_before(monkeyp
 def test_auto_chooses_once_a_layer_and_again_for_a_clip_where_densities_vary(method, clips, monkeypatch):
     stock, picked = built("wan"), []
     monkeypatch.setattr(
-        "dit_sparse.run.pick", lambda *call, **more: picked.append(call) or Choice("gather", "it was told")
+        "dit_sparse.engine.run.pick", lambda *call, **more: picked.append(call) or Choice("gather", "it was told")
     )
     with ds.enable(stock.pipe, method, dense_steps=0, block=16):
         for _ in range(2):

@@ -17,12 +17,12 @@ from torch import Tensor
 import dit_sparse as ds
 import tiny
 from dit_sparse.clusters import ClusterPlan, Clusters
-from dit_sparse.kernels import reference
+from dit_sparse.engine.plans import Plans
+from dit_sparse.kernels.executors import reference
 from dit_sparse.method import Computed, Method
 from dit_sparse.methods import method
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.plan import Plan
-from dit_sparse.planning import Plans
 from support import grids
 
 EVERY = ds.Schedule(dense_steps=1, every=1)

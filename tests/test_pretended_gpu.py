@@ -9,17 +9,21 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from dit_sparse import METHODS, ClusterPlan, Grid, Site, locate, run
+from dit_sparse import METHODS, ClusterPlan, Grid, Site
 from dit_sparse import plan as plan_file
 from dit_sparse.composition import PerHead
-from dit_sparse.eval import bench, bench_transformer
-from dit_sparse.kernels import block_ragged, block_sparse, pick
+from dit_sparse.engine import run
+from dit_sparse.engine import tracking as locate
+from dit_sparse.engine.plans import Plans
+from dit_sparse.engine.report import Tally
+from dit_sparse.eval.bench import attention as bench
+from dit_sparse.eval.bench import transformer as bench_transformer
+from dit_sparse.kernels import pick
+from dit_sparse.kernels.calibration import Cost
+from dit_sparse.kernels.executors import block_ragged, block_sparse
 from dit_sparse.kernels.permute import permuted
-from dit_sparse.kernels.trial import Cost
 from dit_sparse.method import Computed
 from dit_sparse.methods import method
-from dit_sparse.planning import Plans
-from dit_sparse.report import Tally
 from pretended import pretended_gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and it is tested itself")

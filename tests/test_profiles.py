@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from dit_sparse import Grid, PerHead, Plan, Profile, Schedule, Site, SparseAttnProcessor, enable, prepare, search
-from dit_sparse.cli import app
-from dit_sparse.kernels import reference
+from dit_sparse import Grid, PerHead, Plan, Profile, Schedule, Site, SparseAttnProcessor, enable, prepare
+from dit_sparse.cli.main import app
+from dit_sparse.kernels.executors import reference
 from dit_sparse.method import Computed
 from dit_sparse.methods.radial import Radial
 from dit_sparse.pipelines.family import family_of
-from dit_sparse.presets import names
+from dit_sparse.profiling import search
+from dit_sparse.profiling.head_profile import names
 from tiny import ALL
 
 SMALL = ["--frames", "3", "--height", "32", "--width", "32", "--steps", "4"]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from dit_sparse.eval import learned, quality
-from dit_sparse.eval.metrics import Unavailable
-from dit_sparse.eval.vbench_files import ANY_PROMPT, export, file_name
+from dit_sparse.eval.quality import learned
+from dit_sparse.eval.quality import vbench_style as quality
+from dit_sparse.eval.quality.fidelity import Unavailable
+from dit_sparse.eval.quality.vbench_export import ANY_PROMPT, export, file_name
 
 
 def noise(frames: int = 3, height: int = 20, width: int = 27, seed: int = 0) -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from dit_sparse.cli import app
-from dit_sparse.eval.reproduce import Recipe, beside, recipes
+from dit_sparse.cli.main import app
+from dit_sparse.eval.comparison.reproduce import Recipe, beside, recipes
 
 RECIPE = """
 title = "tiny"
@@ -70,7 +70,7 @@ def test_all_rows_of_a_recipe_are_rows_of_its_comparison(name, tmp_path):
     ],
 )
 def test_what_could_not_be_measured_is_refused_before_the_work(rows, change, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("dit_sparse.eval.compare.Comparison.run", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr("dit_sparse.eval.comparison.comparison.Comparison.run", lambda *_: pytest.fail("work began"))
     told = recipe(tmp_path, *rows, change=change)
     run = CliRunner().invoke(app, ["reproduce", told, "--prompts", "1", "--out", str(tmp_path / "out")])
     said = run.output.replace("\n", " ")

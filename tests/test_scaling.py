@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dit_sparse import Grid, Pattern, Site
-from dit_sparse.eval import charts, scaling
-from dit_sparse.eval.scaling import Scaling, fitted
-from dit_sparse.eval.structured import structured
+from dit_sparse.eval.bench import scaling
+from dit_sparse.eval.bench.scaling import Scaling, fitted
+from dit_sparse.eval.bench.structured_inputs import structured
 from dit_sparse.methods import method
+from dit_sparse.plotting import lines as charts
 from support import exact, relative_rms, token_mask
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit_sparse.eval import page, scatter
+from dit_sparse.eval.report import page, scatter
 
 LARGEST = Path(__file__).parent.parent / "eval" / "results" / "cpu" / "compare.json"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_sparse.budget import Mass, Top, up_to
-from dit_sparse.kernels.selection import best, best_by_sort, best_by_triton
+from dit_sparse.kernels.planning.selection import best, best_by_sort, best_by_triton
 from dit_sparse.plan import compact
 from support import poisoned
 
@@ -104,7 +104,7 @@ def test_a_budget_keeps_the_same_without_a_sort(keep, monkeypatch):
     table = scores(60)
     table[..., 7] = torch.inf
     expected = keep(table.cpu())
-    monkeypatch.setattr("dit_sparse.kernels.launching.preferred", lambda x: True)
+    monkeypatch.setattr("dit_sparse.kernels.gpu.launching.preferred", lambda x: True)
     found = keep(table).cpu()
     assert ((found != expected).sum(-1) <= 1).all() and (found != expected).sum() <= 2
 

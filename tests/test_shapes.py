@@ -11,15 +11,15 @@ import torch
 from diffusers import WanPipeline
 from transformers import AutoTokenizer
 
-from dit_sparse.shapes import prompts, reading
-from dit_sparse.shapes.autoencoder import CHANNELS, build_autoencoder, fold
-from dit_sparse.shapes.build import build_text_encoder, build_tokenizer, encode_prompts
-from dit_sparse.shapes.concentration import attention_weights, best_blocks_share, other_frames_share
-from dit_sparse.shapes.curriculum import TINY, Budget
-from dit_sparse.shapes.judge import held_out_tasks, judge, shares
-from dit_sparse.shapes.optim import orthogonalised
-from dit_sparse.shapes.scenes import SHAPES, Scene, Size, clip, random_scene
-from dit_sparse.shapes.train import Trainer
+from dit_sparse.bundled.shapes_wan import prompts, reading
+from dit_sparse.bundled.shapes_wan.autoencoder import CHANNELS, build_autoencoder, fold
+from dit_sparse.bundled.shapes_wan.build import build_text_encoder, build_tokenizer, encode_prompts
+from dit_sparse.bundled.shapes_wan.concentration import attention_weights, best_blocks_share, other_frames_share
+from dit_sparse.bundled.shapes_wan.curriculum import TINY, Budget
+from dit_sparse.bundled.shapes_wan.judge import held_out_tasks, judge, shares
+from dit_sparse.bundled.shapes_wan.optim import orthogonalised
+from dit_sparse.bundled.shapes_wan.scenes import SHAPES, Scene, Size, clip, random_scene
+from dit_sparse.bundled.shapes_wan.train import Trainer
 
 LIMIT = 16e6
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from dit_sparse import Schedule, SparseAttnProcessor
-from dit_sparse.eval import environment, summary, takes
-from dit_sparse.eval.bootstrap import interval
-from dit_sparse.eval.clips import Shelf, Take
-from dit_sparse.eval.generate import Clip
-from dit_sparse.eval.takes import Studio, Wanted
+from dit_sparse.eval.comparison import runner as takes
+from dit_sparse.eval.comparison import summary
+from dit_sparse.eval.comparison.bootstrap import interval
+from dit_sparse.eval.comparison.clip_store import Shelf, Take
+from dit_sparse.eval.comparison.runner import Studio, Wanted
+from dit_sparse.generation.generate import Clip
+from dit_sparse.output import environment
 
 FRAMES = np.zeros((2, 8, 8, 3), np.uint8)
 DENSE = Wanted("dense", "dense", None, SparseAttnProcessor("dense", min_tokens=0))

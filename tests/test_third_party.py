@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_sparse.kernels import flash4, flashinfer_sparse, launching, paged, pages, xformers_paged
-from dit_sparse.kernels.pick import EXECUTORS, executor
+from dit_sparse.kernels.executors import EXECUTORS, executor, flash4, flashinfer_sparse, paged, pages, xformers_paged
+from dit_sparse.kernels.gpu import launching
 from support import (
     TOLERANCE,
     assert_near,

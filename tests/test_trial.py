@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis.strategies import floats
 
-from dit_sparse.kernels import gather, pick, reference, trial
-from dit_sparse.kernels.trial import Cost, Kind
+from dit_sparse.kernels import calibration as trial
+from dit_sparse.kernels import pick
+from dit_sparse.kernels.calibration import Cost, Kind
+from dit_sparse.kernels.executors import gather, reference
 from support import qkv, random_cluster_plan, random_plan
 
 BLOCKS = Kind(torch.device("cpu"), torch.float32, 16, 16, clusters=False, ordered=True)

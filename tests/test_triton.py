@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from dit_sparse import Plan
-from dit_sparse.eval.compiled import ATTENTION, MI300, rows_apart
-from dit_sparse.eval.machine_code import main_loop_of
-from dit_sparse.kernels import block_mass, block_sparse, launching
-from dit_sparse.kernels.architectures import AMD, ARCHITECTURES, architecture
+from dit_sparse.eval.bench.compiled import ATTENTION, MI300, rows_apart
+from dit_sparse.eval.bench.machine_code import main_loop_of
+from dit_sparse.kernels.executors import block_sparse
+from dit_sparse.kernels.gpu import launching
+from dit_sparse.kernels.gpu.architectures import AMD, ARCHITECTURES, architecture
 from dit_sparse.kernels.permute import permuted
+from dit_sparse.kernels.planning import block_mass
 from dit_sparse.plan import arranged
 from support import HALF, TOLERANCE, assert_near, exact, lacking, poisoned, qkv, random_plan, token_mask
 

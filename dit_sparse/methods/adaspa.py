@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..budget import Top
 from ..grid import Blocks, Site
-from ..kernels.block_mass import block_mass, first_block_mass
-from ..kernels.selection import best
+from ..kernels.planning.block_mass import block_mass, first_block_mass
+from ..kernels.planning.selection import best
 from ..method import Method, always_kept
 from ..plan import Plan
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..grid import Blocks, Site
-from ..kernels.block_mass import first_block_mass
-from ..kernels.selection import best
+from ..kernels.planning.block_mass import first_block_mass
+from ..kernels.planning.selection import best
 from ..method import Method, always_kept
 from ..plan import Plan
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from ..budget import Mass, up_to
 from ..clusters import ClusterPlan, Clusters
 from ..grid import Grid, Site
-from ..kernels.cluster import kmeans
+from ..kernels.planning.cluster import kmeans
 from ..method import Method
 
 

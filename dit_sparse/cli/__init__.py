@@ -1,0 +1,1 @@
+"""The ``dit-sparse`` command: one file per group of commands."""

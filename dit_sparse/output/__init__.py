@@ -1,0 +1,1 @@
+"""Write results: atomic files, videos, and the conditions of a measurement."""

@@ -1,0 +1,103 @@
+"""The conditions of a measurement: machine, versions, commit. Every result carries them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import dit_sparse
+
+from ..bundled import BUNDLED
+
+PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "xformers", "numpy")
+DECIDING = ("assets", "engine", "generation", "methods", "profiling")  # folders of this package
+MAPPED = ("kernels", "pipelines", "profiles")  # inside the package in a wheel, next to it in a checkout
+
+
+def conditions(device: str | None = None) -> dict:
+    """Device, versions and commit, as plain values for JSON."""
+    return {"device": device_name(device), "versions": versions(), "commit": commit()}
+
+
+def device_name(device: str | None = None) -> str:
+    """The GPU's name, or the CPU's with its threads and instruction set."""
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        return torch.cuda.get_device_name()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"CPU ({_processor()}), {torch.get_num_threads()} threads, {capability}"
+
+
+def versions() -> dict[str, str | None]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, with "+" where files differ from it; None for a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def sources(*more: Path) -> str:
+    """Return a digest of the files that decide what a clip becomes, edited or not: methods, engine, kernels, adapters,
+    profiles, bundled weights, and ``more``."""
+    package, *beside = map(Path, dit_sparse.__path__)
+    folders = [package / name for name in DECIDING] + [place / name for place in (package, *beside) for name in MAPPED]
+    digest = hashlib.sha256()
+    for folder in filter(Path.is_dir, folders):
+        for path in _files(folder):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in (*sorted(package.glob("*.py")), *more):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def weights(model: str) -> str | None:
+    """What tells the weights of a model from later ones under its name: a digest of the names, sizes and times of the
+    files in a local folder, the commit of a model of the hub that was loaded; None for the bundled one, which is among
+    `sources`, and where nobody knows."""
+    if model == BUNDLED:
+        return None
+    if (folder := Path(model)).is_dir():
+        listed = ((path, path.stat()) for path in _files(folder))
+        told = [(path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in listed]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.load_config(model, local_files_only=True, return_commit_hash=True)[1]
+    except OSError:
+        return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = (
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        )
+        return next(names, platform.machine())
+    return platform.processor() or platform.machine() or os.name

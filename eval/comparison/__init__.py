@@ -1,0 +1,1 @@
+"""Compare methods on a model: clips made once, rows summarized, published settings reproduced."""

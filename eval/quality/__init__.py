@@ -1,0 +1,1 @@
+"""Quality measures: fidelity to the dense video, and VBench-style scores of a video alone."""

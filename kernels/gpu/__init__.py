@@ -1,0 +1,1 @@
+"""Triton programs, launch settings for each GPU architecture, and launching."""

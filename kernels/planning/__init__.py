@@ -1,0 +1,1 @@
+"""Kernels that plan: attention mass of blocks, k-means, top-k selection."""
