@@ -14,14 +14,14 @@ import gradio as gr
 from dit_sparse import METHODS
 from dit_sparse.bundled import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT
 from dit_sparse.demo.device_pool import (
-    MOST_CHARACTERS,
-    MOST_SEED,
-    MOST_STEPS,
+    MAX_CHARACTERS,
+    MAX_SEED,
+    MAX_STEPS,
     Cancelled,
+    DevicePool,
+    GenerationRequest,
     Limits,
     Option,
-    Playground,
-    Wish,
     options_from,
     options_of,
 )
@@ -54,10 +54,10 @@ document.addEventListener("timeupdate", (event) => ours(event) &&
 </script>"""
 
 LIMITS = (
-    f"At most {MOST_STEPS} steps and {MOST_CHARACTERS} characters; {{0.frames}} frames of {{0.side}} x {{0.side}} "
+    f"At most {MAX_STEPS} steps and {MAX_CHARACTERS} characters; {{0.frames}} frames of {{0.side}} x {{0.side}} "
     f"pixels with {BUNDLED}, {{1.frames}} of {{1.side}} x {{1.side}} with other models. One clip a device at a time; "
     "others wait."
-).format(Limits.of(BUNDLED), Limits.of("another"))
+).format(Limits.for_model(BUNDLED), Limits.for_model("another"))
 
 
 class Page:
@@ -65,7 +65,7 @@ class Page:
 
     def __init__(self, models: list[str], any_model: bool) -> None:
         self.models, self.any_model = models, any_model
-        self.playground = Playground()
+        self.playground = DevicePool()
         self._folders: dict[str, TemporaryDirectory] = {}
         self._cancels: dict[str, Event] = {}  # of those who wait or watch
 
@@ -103,12 +103,12 @@ class Page:
         return blocks
 
     def _inputs(self) -> list[gr.components.Component]:
-        """In the order of the fields of `Wish`; what is set of the method comes last."""
+        """In the order of the fields of `GenerationRequest`; what is set of the method comes last."""
         told = "A folder or a name on the hub will do as well." if self.any_model else None
         model = gr.Dropdown(self.models, label="Model", info=told, allow_custom_value=self.any_model)
-        prompt = gr.Textbox(BUNDLED_PROMPT, label="Prompt", lines=2, max_length=MOST_CHARACTERS)
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MOST_SEED)
-        steps = gr.Slider(2, MOST_STEPS, BUNDLED_CALL["num_inference_steps"], step=1, label="Denoising steps")
+        prompt = gr.Textbox(BUNDLED_PROMPT, label="Prompt", lines=2, max_length=MAX_CHARACTERS)
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+        steps = gr.Slider(2, MAX_STEPS, BUNDLED_CALL["num_inference_steps"], step=1, label="Denoising steps")
         told = "Also radial|sink, or pooled(subblock): a method around another one."
         names = [name for name in METHODS if name != "dense"]
         method = gr.Dropdown(names, value="radial", label="Method", info=told, allow_custom_value=True)
@@ -139,14 +139,16 @@ class Page:
 
     def _wish(
         self, model, prompt, seed, steps, method, density, own, dense_steps, frames, height, width, changed
-    ) -> Wish:
+    ) -> GenerationRequest:
         if not self.any_model and model not in self.models:
             raise ValueError(f"this page draws with {', '.join(self.models)}")
         options = options_from(method, changed)
         if own:  # at least one setting has to be there, else the usual density is taken
             options = {option.name: option.value for option in options_of(method)} | options
         density = None if own else density
-        return Wish(model, prompt, seed, steps, method, density, dense_steps, frames, height, width, options)
+        return GenerationRequest(
+            model, prompt, seed, steps, method, density, dense_steps, frames, height, width, options
+        )
 
     def _snippet(self, *given) -> str:
         try:

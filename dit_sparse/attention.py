@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .grid import Grid, Site
 from .kernels.pick import pick
-from .method import Computed, Method
+from .method import AttentionOutput, Method
 from .methods import method as method_named
 from .plan import Plan
 
@@ -54,13 +54,13 @@ def attention(
     if not isinstance(method, Method):
         raise ValueError(f"a method is a name or a dit_sparse.Method, not {type(method).__name__}")
     site, memory = Site(grid, block), {}
-    method.begin(q, site)
-    plan = method.plan(q, k, site, memory) or Plan.full(grid.tokens, block, q.device)
+    method.begin_generation(q, site)
+    plan = method.plan(q, k, site, memory) or Plan.dense(grid.tokens, block, q.device)
     if lengths is not None and plan.order is not None and lengths.min() < grid.tokens - grid.after:
         raise ValueError("padding must be text at the end of the sequence: this method reorders the video tokens")
-    plan = plan.padded(lengths)
+    plan = plan.with_lengths(lengths)
     attend = partial(pick(executor, q, k, plan, lse=method.needs_lse).executor.attend, q, k, v, scale=scale)
-    done = Computed(q, k, v, plan, scale, *attend(plan=plan), lambda: attend(plan=plan.whole()))
+    done = AttentionOutput(q, k, v, plan, scale, *attend(plan=plan), lambda: attend(plan=plan.full()))
     return method.correct(done, site, memory)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels.planning.selection import best
+from .kernels.planning.selection import select_best
 
 
 def check_density(density: float) -> float:
@@ -37,7 +37,7 @@ class Top:
         return max(1, round(self.density * columns))
 
     def keep(self, scores: Tensor) -> Tensor:
-        return best(scores, self.blocks_of(scores.shape[-1]))
+        return select_best(scores, self.blocks_of(scores.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Mass:
     def keep(self, scores: Tensor) -> Tensor:
         forced, blocks = scores.isposinf(), scores.shape[-1]
         mass = scores.masked_fill(forced, -torch.inf).softmax(-1).nan_to_num(0.0)
-        keep = best(scores, self.share if self.share < 1 else math.inf, mass)
+        keep = select_best(scores, self.share if self.share < 1 else math.inf, mass)
         if self == Mass(self.share):
             return keep
         found = (keep & ~forced).sum(-1, keepdim=True)
         found = found.clamp(max=max(1, round(self.most * blocks))).clamp(min=math.ceil(self.least * blocks))
-        return best(scores, found, mass > 0)
+        return select_best(scores, found, mass > 0)
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Above:
 Budget = Top | Mass | Above
 
 
-def up_to(scores: Tensor, sizes: Tensor, tokens: float) -> Tensor:
+def top_tokens(scores: Tensor, sizes: Tensor, tokens: float) -> Tensor:
     """Of groups of any size the best of each row, up to so many tokens, to the nearest group; at least one.
 
     Args:
         scores: ``[B, H, Q, K]``; +inf is always kept.
         sizes: tokens of each key group, ``[B, H, 1, K]``. An empty group is kept only where its score is +inf.
     """
-    return best(scores, tokens, sizes, to_nearest=True)
+    return select_best(scores, tokens, sizes, to_nearest=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .plan import Lists, compact, twice
+from .plan import BasePlan, lists_from_mask, repeat_batch
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Clusters:
     edges: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor, clusters: int) -> Clusters:
+    def from_labels(cls, labels: Tensor, clusters: int) -> Clusters:
         """From the cluster of every token, integers ``[B|1, H|1, N]`` below ``clusters``. Tokens of one cluster keep
         their order, so padding that has the highest label stays at the end."""
         narrow = torch.int16 if clusters < 1 << 15 else torch.int32  # a GPU sorts two bytes in a fourth of the passes
@@ -34,14 +34,15 @@ class Clusters:
         return cls(order, torch.searchsorted(labels, bounds.contiguous(), out_int32=True))
 
     @classmethod
-    def beside_text(cls, labels: Tensor, clusters: int, grid: Grid) -> Clusters:
-        """As `of`, from the clusters of the video tokens alone, ``[B|1, H|1, F * h * w]``; all text of the grid is one
-        more cluster, the last, so that padding stays at the end."""
+    def from_video_labels(cls, labels: Tensor, clusters: int, grid: Grid) -> Clusters:
+        """Return clusters from the labels of the video tokens alone, ``[B|1, H|1, F * h * w]``.
+
+        All text tokens form one more cluster, the last one, so that padding stays at the end."""
         if grid.tokens == grid.video:
-            return cls.of(labels, clusters)
+            return cls.from_labels(labels, clusters)
         of_all = labels.new_full((*labels.shape[:-1], grid.tokens), clusters)
         of_all[..., grid.before : grid.before + grid.video] = labels
-        return cls.of(of_all, clusters + 1)
+        return cls.from_labels(of_all, clusters + 1)
 
     @property
     def sizes(self) -> Tensor:
@@ -60,13 +61,13 @@ class Clusters:
     def to(self, device: torch.device | str) -> Clusters:
         return Clusters(self.order.to(device), self.edges.to(device))
 
-    def twice(self) -> Clusters:
+    def repeat_batch(self) -> Clusters:
         """The same clusters for a batch in which every item stands twice, in two equal halves."""
-        return Clusters(twice(self.order), twice(self.edges))
+        return Clusters(repeat_batch(self.order), repeat_batch(self.edges))
 
 
 @dataclass(frozen=True)
-class ClusterPlan(Lists):
+class ClusterPlan(BasePlan):
     """Lists of key clusters for every query cluster.
 
     Attributes:
@@ -79,7 +80,7 @@ class ClusterPlan(Lists):
     lengths: Tensor | None = None
 
     @classmethod
-    def of(cls, keep: Tensor, queries: Clusters, keys: Clusters) -> ClusterPlan:
+    def from_mask(cls, keep: Tensor, queries: Clusters, keys: Clusters) -> ClusterPlan:
         """From a boolean map ``keep [B|1, H|1, Cq, Ck]``.
 
         Raises:
@@ -88,7 +89,7 @@ class ClusterPlan(Lists):
         expected = [clusters.edges.shape[-1] - 1 for clusters in (queries, keys)]
         if keep.ndim != 4 or list(keep.shape[-2:]) != expected:
             raise ValueError(f"these clusters need a map [B, H, {expected[0]}, {expected[1]}], not {list(keep.shape)}")
-        return cls(*compact(keep), queries, keys)
+        return cls(*lists_from_mask(keep), queries, keys)
 
     @property
     def tokens(self) -> int:

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import Grid, Site
-from .method import Computed, Method, Union
+from .method import AttentionOutput, Method, Union
 from .plan import Plan
 from .scoring import pool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Around(Method):
+class Wrapper(Method):
     """A method that adds something to another one. A density given here is that of the inner one.
 
     Attributes:
@@ -38,8 +38,8 @@ class Around(Method):
         return self.inner.static
 
     @property
-    def own_pace(self) -> bool:
-        return self.inner.own_pace
+    def manages_own_plans(self) -> bool:
+        return self.inner.manages_own_plans
 
     @property
     def clusters(self) -> bool:
@@ -49,11 +49,11 @@ class Around(Method):
     def needs_lse(self) -> bool:
         return self.inner.needs_lse
 
-    def fits(self, layers: int, heads: int) -> None:
-        self.inner.fits(layers, heads)
+    def check_model(self, layers: int, heads: int) -> None:
+        self.inner.check_model(layers, heads)
 
-    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
-        return self.inner.begin(q, site, promised)
+    def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
+        return self.inner.begin_generation(q, site, reserved_bytes)
 
     def order(self, grid: Grid, block: int) -> Tensor | None:
         return self.inner.order(grid, block)
@@ -61,47 +61,47 @@ class Around(Method):
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
         return self.inner.plan(q, k, site, memory.setdefault("inner", {}))
 
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         return self.inner.correct(done, site, memory.setdefault("inner", {}))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction(Around):
+class Correction(Wrapper):
     """A method that changes what the executor computed, by any plan."""
 
     needs_lse = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if corrects(self.inner):
+        if changes_output(self.inner):
             raise ValueError(f"{type(self).__name__} and {type(self.inner).__name__} would both correct the output")
 
 
-def corrects(method: Method) -> bool:
+def changes_output(method: Method) -> bool:
     """Whether a method changes what the executor computed."""
     if isinstance(method, PerHead):
-        return any(corrects(one) for _, one in method.methods)
-    if type(method).correct is Around.correct:
-        return corrects(method.inner)
+        return any(changes_output(one) for _, one in method.methods)
+    if type(method).correct is Wrapper.correct:
+        return changes_output(method.inner)
     return type(method).correct is not Method.correct
 
 
-def inside(method: Method) -> Iterator[Method]:
+def nested_methods(method: Method) -> Iterator[Method]:
     """A method and all that it is made of."""
     yield method
     parts: tuple[Method, ...] = ()
-    if isinstance(method, Around):
+    if isinstance(method, Wrapper):
         parts = (method.inner,)
     elif isinstance(method, Union):
         parts = method.parts
     elif isinstance(method, PerHead):
         parts = tuple(one for _, one in method.methods)
     for part in parts:
-        yield from inside(part)
+        yield from nested_methods(part)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cached(Around):
+class Cached(Wrapper):
     """Keeps a plan over several steps: for a fixed number of them, and as long as the queries stay what they were.
 
     Source of the second rule: W. Wu et al., "TokenSelect", arXiv:2411.02886, who reuse a selection while the cosine of
@@ -114,7 +114,7 @@ class Cached(Around):
     """
 
     static = False
-    own_pace = True
+    manages_own_plans = True
     every: int | None = None
     drift: float | None = None
 
@@ -164,26 +164,26 @@ class PerHead(Method):
             raise ValueError("a mixture has at least one layer")
 
     @property
-    def own_pace(self) -> bool:
-        return any(method.own_pace for _, method in self.methods)
+    def manages_own_plans(self) -> bool:
+        return any(method.manages_own_plans for _, method in self.methods)
 
     @property
     def needs_lse(self) -> bool:
         return any(method.needs_lse for _, method in self.methods)
 
-    def fits(self, layers: int, heads: int) -> None:
+    def check_model(self, layers: int, heads: int) -> None:
         if layers != len(self.layers):
             raise ValueError(f"this is made for {len(self.layers)} layers of self-attention; the model has {layers}")
         if wrong := [len(line) for line in self.layers if len(line) != heads]:
             raise ValueError(f"this is made for {wrong[0]} heads a layer; the model has {heads}")
         for _, method in self.methods:
-            method.fits(layers, heads)
+            method.check_model(layers, heads)
 
-    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
-        before = promised
+    def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
+        before = reserved_bytes
         for _, method in self.methods:
-            promised += method.begin(q, site, promised)
-        return promised - before
+            reserved_bytes += method.begin_generation(q, site, reserved_bytes)
+        return reserved_bytes - before
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         line = self._line(q, site)
@@ -193,13 +193,13 @@ class PerHead(Method):
             heads = _places(line, letter, q.device)
             plan = self._part(method, q[:, heads], k[:, heads], site, memory.setdefault(letter, {}))
             choice[:, heads] = len(plans)
-            plans.append(plan.spread(heads, len(line)))
+            plans.append(plan.expand_heads(heads, len(line)))
         return Plan.by_head(plans, choice)
 
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         line, (out, lse) = self._line(done.q, site), (done.out, done.lse)
         for letter, method in self._used(line):
-            if corrects(method):
+            if changes_output(method):
                 mine = torch.tensor([one == letter for one in line], device=out.device)[:, None]
                 better, its_lse = method.correct(done, site, memory[letter])
                 out = torch.where(mine[..., None], better, out)
@@ -208,16 +208,16 @@ class PerHead(Method):
 
     def _part(self, method: Method, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         """The plan of the heads of one letter, new where it is due."""
-        if "part" not in memory or method.own_pace or site.due:
+        if "part" not in memory or method.manages_own_plans or site.needs_plan:
             plan = method.plan(q, k, site, memory)
-            memory["part"] = Plan.full(site.grid.tokens, site.block, q.device) if plan is None else plan
+            memory["part"] = Plan.dense(site.grid.tokens, site.block, q.device) if plan is None else plan
         return memory["part"]
 
     def _used(self, line: str) -> list[tuple[str, Method]]:
         return [(letter, method) for letter, method in self.methods if letter in line]
 
     def _line(self, q: Tensor, site: Site) -> str:
-        self.fits(site.layers, q.shape[1])
+        self.check_model(site.layers, q.shape[1])
         return self.layers[site.layer]
 
 

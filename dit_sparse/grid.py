@@ -83,9 +83,9 @@ class Site:
     step: int = 0
     steps: int | None = None
     branch: str = ""
-    pair: str = ""
-    both: bool = False
-    due: bool = True
+    plan_group: str = ""
+    both_branches: bool = False
+    needs_plan: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Blocks:
     text: Tensor
 
     @classmethod
-    def of(cls, grid: Grid, block: int, order: Tensor | None = None) -> Blocks:
+    def from_grid(cls, grid: Grid, block: int, order: Tensor | None = None) -> Blocks:
         *axes, text = grid.coordinates(order)
         short = -grid.tokens % block
         cut = lambda x: torch.cat([x, x[-1:].expand(short)]).view(-1, block)

@@ -18,11 +18,11 @@ from torch import Tensor
 from .budget import Budget, Top, check_density
 from .clusters import ClusterPlan
 from .grid import Blocks, Grid, Site
-from .plan import Plan, blocks_in
+from .plan import Plan, num_blocks
 
 
 @dataclass(frozen=True)
-class Computed:
+class AttentionOutput:
     """A sparse call as an executor computed it, for a method that wants the last word.
 
     Attributes:
@@ -52,9 +52,11 @@ class Method:
     """
 
     static: ClassVar[bool] = False  # the plan depends on the grid alone: made once, shared by all layers and steps
-    own_pace: ClassVar[bool] = False  # it keeps plans itself, and is asked at every step, not by the schedule
+    manages_own_plans: ClassVar[bool] = False  # it keeps plans itself, and is asked at every step, not by the schedule
     clusters: ClassVar[bool] = False  # its plans are between clusters of any size
-    untouched: ClassVar[bool] = False  # the model's own call runs in all steps: what others are compared with
+    keeps_model_attention: ClassVar[bool] = (
+        False  # the model's own call runs in all steps: what others are compared with
+    )
     needs_lse: ClassVar[bool] = False  # the correction asks for the log-sum-exp, which not all executors return
     density: float | None = None
 
@@ -66,20 +68,27 @@ class Method:
         """The token order the blocks are cut from, ``[N]``; None: as given."""
         return None
 
-    def fits(self, layers: int, heads: int) -> None:
+    def check_model(self, layers: int, heads: int) -> None:
         """Called when a model is made sparse. Raises ValueError where the method is made for another one."""
 
-    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
-        """Called at the first attention call of every branch of a generation, dense or not, that the run sees: an
-        attention backend that the user has set hides those of dense steps. Returns the bytes it will keep; ``promised``
-        are those of other branches. Raises for what would fail later, after long work."""
+    def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
+        """Prepare for a generation. Called at the first attention call of each branch, dense or sparse.
+
+        Args:
+            reserved_bytes: memory that other branches have reserved.
+
+        Returns:
+            Bytes that the method will keep for this branch.
+
+        Raises:
+            RuntimeError: the generation would fail later, for example for lack of memory."""
         return 0
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | ClusterPlan | None:
         """The blocks to visit for ``q, k [B, H, N, D]`` (after RoPE); None: compute this call densely."""
         raise NotImplementedError
 
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         """A last word on what was computed: out ``[B, H, N, D]`` and lse ``[B, H, N]``; by default none."""
         return done.out, done.lse
 
@@ -111,13 +120,13 @@ class Pattern(Method):
 
     static: ClassVar[bool] = True
     knob: ClassVar[str]  # the field that widens the pattern
-    reach: ClassVar[tuple[float, float]]  # the knob's range: from almost nothing to everything
+    knob_range: ClassVar[tuple[float, float]]  # the knob's range: from almost nothing to everything
 
     def keep(self, grid: Grid, block: int) -> Tensor:
         """The pattern itself: which key blocks each query block visits, bool ``[Qb, Qb]``."""
         raise NotImplementedError
 
-    def sparser(self) -> Pattern | None:
+    def narrower(self) -> Pattern | None:
         """A sparser relative for densities below the knob's range, or None."""
         return None
 
@@ -126,15 +135,15 @@ class Pattern(Method):
 
     def block_map(self, grid: Grid, block: int) -> Tensor:
         """The pattern with what is always kept, at the density asked for, bool ``[Qb, Qb]``."""
-        always = always_kept(Blocks.of(grid, block, self.order(grid, block)))
+        always = required_blocks(Blocks.from_grid(grid, block, self.order(grid, block)))
         if self.density is None:
             return self.keep(grid, block) | always
         weight = _pair_weight(grid, block)
         measure = lambda keep: float(weight[keep].sum())
-        family, low = self, self.reach[0]
-        while measure(family._at(low, grid, block) | always) > self.density and (relative := family.sparser()):
+        family, low = self, self.knob_range[0]
+        while measure(family._at(low, grid, block) | always) > self.density and (relative := family.narrower()):
             family = relative
-        inner, outer = _bracket(lambda x: family._at(x, grid, block) | always, measure, self.density, self.reach)
+        inner, outer = _bracket(lambda x: family._at(x, grid, block) | always, measure, self.density, self.knob_range)
         return _fill(inner if inner is not None else always, outer, weight, self.density)
 
     def _at(self, value: float, grid: Grid, block: int) -> Tensor:
@@ -150,7 +159,7 @@ class Scorer(Method):
             ``Top(0.25)``.
     """
 
-    usual: ClassVar[Budget] = Top(0.25)
+    default_budget: ClassVar[Budget] = Top(0.25)
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
@@ -170,8 +179,8 @@ class Scorer(Method):
         if order is not None:
             q, k = (x.index_select(2, order) for x in (q, k))
         scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
-        budget = self.budget or (self.usual if self.density is None else Top(self.density))
-        return Plan.of(budget.keep(scores.masked_fill(always, torch.inf)), site.grid.tokens, site.block, order)
+        budget = self.budget or (self.default_budget if self.density is None else Top(self.density))
+        return Plan.from_mask(budget.keep(scores.masked_fill(always, torch.inf)), site.grid.tokens, site.block, order)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +197,8 @@ class Union(Pattern):
         self.order(Grid(2, 2, 2), 16)
 
     @property
-    def reach(self) -> tuple[float, float]:
-        return self.parts[0].reach
+    def knob_range(self) -> tuple[float, float]:
+        return self.parts[0].knob_range
 
     def order(self, grid: Grid, block: int) -> Tensor | None:
         first, *others = (part.order(grid, block) for part in self.parts)
@@ -201,8 +210,8 @@ class Union(Pattern):
     def keep(self, grid: Grid, block: int) -> Tensor:
         return self._with_others(self.parts[0].block_map(grid, block), grid, block)
 
-    def sparser(self) -> Union | None:
-        relative = self.parts[0].sparser()
+    def narrower(self) -> Union | None:
+        relative = self.parts[0].narrower()
         return relative and replace(self, parts=(relative, *self.parts[1:]))
 
     def _at(self, value: float, grid: Grid, block: int) -> Tensor:
@@ -223,7 +232,7 @@ def _mapped(pattern: Pattern, grid: Grid, block: int) -> Tensor:
 def _planned(pattern: Pattern, grid: Grid, block: int) -> Plan:
     """One for all layers, also where a pattern is a part of something that is planned layer by layer."""
     keep = pattern.block_map(grid, block)
-    return Plan.of(keep[None, None], grid.tokens, block, pattern.order(grid, block))
+    return Plan.from_mask(keep[None, None], grid.tokens, block, pattern.order(grid, block))
 
 
 @lru_cache(maxsize=16)
@@ -231,11 +240,11 @@ def _cut(scorer: Scorer, grid: Grid, block: int, device: torch.device) -> tuple[
     """The order that a scorer cuts its blocks from, and which of them are always kept: the same at every plan, so they
     are copied to the device once."""
     order = scorer.order(grid, block)
-    always = always_kept(Blocks.of(grid, block, order)).to(device)
+    always = required_blocks(Blocks.from_grid(grid, block, order)).to(device)
     return order if order is None else order.to(device), always
 
 
-def always_kept(blocks: Blocks) -> Tensor:
+def required_blocks(blocks: Blocks) -> Tensor:
     """Text rows and columns and each block's own block, bool ``[Qb, Qb]``: what no method may drop."""
     text = blocks.text
     return text[:, None] | text | torch.eye(len(text), dtype=torch.bool)
@@ -243,7 +252,7 @@ def always_kept(blocks: Blocks) -> Tensor:
 
 def _pair_weight(grid: Grid, block: int) -> Tensor:
     """Share of all token pairs that lies in each block pair, float64 ``[Qb, Qb]``, in sum 1."""
-    starts = torch.arange(blocks_in(grid.tokens, block)) * block
+    starts = torch.arange(num_blocks(grid.tokens, block)) * block
     size = (grid.tokens - starts).clamp(max=block).double() / grid.tokens
     return size[:, None] * size
 
@@ -252,10 +261,10 @@ def _bracket(
     keep: Callable[[float], Tensor],
     measure: Callable[[Tensor], float],
     density: float,
-    reach: tuple[float, float],
+    knob_range: tuple[float, float],
 ) -> tuple[Tensor | None, Tensor]:
     """The densest pattern within ``density`` (None: even the sparsest exceeds it) and the next one beyond."""
-    low, high = reach
+    low, high = knob_range
     inner, outer = keep(low), keep(high)
     if measure(inner) > density:
         return None, inner

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SPARED = 16 << 20  # bytes that the lists of a plan may take so that nobody waits for the device to shorten them
+MAX_UNTRIMMED_BYTES = 16 << 20  # below this, index lists are not trimmed: that would synchronize with the GPU
 
 
-def blocks_in(tokens: int, block: int) -> int:
+def num_blocks(tokens: int, block: int) -> int:
     """Number of blocks that cover ``tokens``; the last one may be ragged."""
     return -(-tokens // block)
 
 
 @dataclass(frozen=True)
-class Lists:
+class BasePlan:
     """Which groups of keys every group of queries visits, whatever the groups are.
 
     Leading sizes of 1 mean "the same for every batch item / head".
@@ -34,76 +34,76 @@ class Lists:
     count: Tensor
 
     @property
-    def live(self) -> Tensor:
+    def valid(self) -> Tensor:
         """Which entries of ``index`` count, bool, its shape."""
         return torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
 
     @cached_property
-    def share_by_head(self) -> Tensor:
+    def density_by_head(self) -> Tensor:
         """Fraction of the query-key token pairs that each head computes, groups weighing what they hold: float64
         ``[B|1, H|1]``."""
         kept_sizes = torch.take_along_dim(self.key_sizes[:, :, None], self.index.long(), -1)
-        keys = (kept_sizes * self.live).sum(-1)
+        keys = (kept_sizes * self.valid).sum(-1)
         return (keys * self.query_sizes).sum(-1).double() / self.tokens**2
 
     @property
-    def share(self) -> Tensor:
+    def mean_density(self) -> Tensor:
         """The mean over the heads, a scalar on the plan's device, so that counting it waits for nothing."""
-        return self.share_by_head.mean()
+        return self.density_by_head.mean()
 
     @property
     def density(self) -> float:
         """The share as a number."""
-        return float(self.share)
+        return float(self.mean_density)
 
-    def keep(self) -> Tensor:
+    def block_mask(self) -> Tensor:
         """The boolean map of groups again, ``[B|1, H|1, Q, Qk]``."""
         groups = self.key_sizes.shape[-1]
         empty = torch.zeros(*self.index.shape[:-1], groups, dtype=torch.bool, device=self.index.device)
-        return empty.scatter_reduce(-1, self.index.long(), self.live, "amax")
+        return empty.scatter_reduce(-1, self.index.long(), self.valid, "amax")
 
-    def kept_by(self, queries: Tensor) -> Tensor:
+    def token_mask(self, queries: Tensor) -> Tensor:
         """Which keys some queries ``[R]`` see, padding or not: bool ``[B|1, H|1, R, N]``."""
-        kept = torch.take_along_dim(self.keep(), self.query_group[..., queries, None], 2)
+        kept = torch.take_along_dim(self.block_mask(), self.query_group[..., queries, None], 2)
         return torch.take_along_dim(kept, self.key_group[..., None, :], 3)
 
-    def whole(self) -> Lists:
+    def full(self) -> BasePlan:
         """The same groups, each visiting all of them: dense attention, as a plan."""
         rows, columns = self.query_sizes.shape[-1], self.key_sizes.shape[-1]
         index = torch.arange(columns, dtype=torch.int32, device=self.index.device)
         count = torch.full((), columns, dtype=torch.int32, device=self.index.device)
         return replace(self, index=index.expand(1, 1, rows, -1), count=count.expand(1, 1, rows))
 
-    def twice(self) -> Lists:
+    def repeat_batch(self) -> BasePlan:
         """The same plan for a batch in which every item stands twice, in two equal halves."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         lengths = None if self.lengths is None else self.lengths.repeat(2)
-        return replace(self, **{name: twice(value) for name, value in values}).padded(lengths)
+        return replace(self, **{name: repeat_batch(value) for name, value in values}).with_lengths(lengths)
 
-    def padded(self, lengths: Tensor | None) -> Lists:
+    def with_lengths(self, lengths: Tensor | None) -> BasePlan:
         """The same plan for a batch whose items end in padding: ``lengths [B]`` real tokens each."""
         return self if lengths is None else replace(self, lengths=lengths.to(self.index.device, torch.int32))
 
-    def to(self, device: torch.device | str) -> Lists:
+    def to(self, device: torch.device | str) -> BasePlan:
         """The same plan on another device."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: value.to(device) for name, value in values if hasattr(value, "to")})
 
 
-def twice(value: Any) -> Any:
+def repeat_batch(value: Any) -> Any:
     """A part of a plan for a batch in which every item stands twice; what is one for all items stays so."""
-    if hasattr(value, "twice"):
-        return value.twice()
+    if hasattr(value, "repeat_batch"):
+        return value.repeat_batch()
     one_for_all = not isinstance(value, Tensor) or value.ndim < 3 or len(value) == 1
     return value if one_for_all else torch.cat([value, value])
 
 
-def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
+def lists_from_mask(keep: Tensor) -> tuple[Tensor, Tensor]:
     """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises as `check_rows` does."""
     place = keep.cumsum(-1)
     count = place[..., -1].int()
     check_rows(count)
-    width = width_of(count, keep.shape[-1])
+    width = list_width(count, keep.shape[-1])
     index = torch.zeros(*keep.shape[:-1], 1 + width, dtype=torch.int32, device=keep.device)
     number = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device).expand(keep.shape)
     index.scatter_(-1, place.mul_(keep), number)  # what is not kept goes to place 0
@@ -120,16 +120,16 @@ def check_rows(count: Tensor) -> None:
         raise ValueError(wrong)
 
 
-def width_of(count: Tensor, columns: int) -> int:
+def list_width(count: Tensor, columns: int) -> int:
     """How wide lists of ``count`` entries a row have to be: as the fullest row. On a GPU, where finding it waits for
     the device, as wide as they could ever be, unless that takes much memory; then attention takes much longer."""
-    if count.is_cuda and count.numel() * columns * torch.int32.itemsize <= SPARED:
+    if count.is_cuda and count.numel() * columns * torch.int32.itemsize <= MAX_UNTRIMMED_BYTES:
         return columns
     return int(count.max())
 
 
 @dataclass(frozen=True)
-class Plan(Lists):
+class Plan(BasePlan):
     """Lists of equal blocks, and the token order that the blocks are cut from.
 
     Q = ceil(N / block), for queries and keys alike.
@@ -148,14 +148,14 @@ class Plan(Lists):
     lengths: Tensor | None = None
 
     @classmethod
-    def of(cls, keep: Tensor, tokens: int, block: int, order: Tensor | None = None) -> Plan:
+    def from_mask(cls, keep: Tensor, tokens: int, block: int, order: Tensor | None = None) -> Plan:
         """From a boolean block map ``keep [B|1, H|1, Qb, Qb]``. Raises ValueError when a row keeps nothing."""
-        blocks = blocks_in(tokens, block)
+        blocks = num_blocks(tokens, block)
         if keep.ndim != 4 or keep.shape[-2:] != (blocks, blocks):
             raise ValueError(
                 f"{tokens} tokens in blocks of {block} need a map [B, H, {blocks}, {blocks}], not {list(keep.shape)}"
             )
-        return cls(*compact(keep), tokens, block, order)
+        return cls(*lists_from_mask(keep), tokens, block, order)
 
     @classmethod
     def by_head(cls, plans: Sequence[Plan], choice: Tensor) -> Plan:
@@ -178,7 +178,7 @@ class Plan(Lists):
             order = _chosen([o.expand(1, 1, -1) if o.ndim == 1 else o for o in orders], choice, lead)
         return cls(index, count, plans[0].tokens, plans[0].block, order)
 
-    def spread(self, heads: Tensor, total: int) -> Plan:
+    def expand_heads(self, heads: Tensor, total: int) -> Plan:
         """The same plan for all ``total`` heads of a layer, where it was made for some of them: ``heads [H']``. What
         the others get is not meant to be used."""
         place = torch.zeros(total, dtype=torch.long, device=self.index.device)
@@ -187,14 +187,14 @@ class Plan(Lists):
         return replace(self, index=lift(self.index), count=lift(self.count), order=lift(self.order))
 
     @classmethod
-    def full(cls, tokens: int, block: int, device: torch.device | str = "cpu") -> Plan:
+    def dense(cls, tokens: int, block: int, device: torch.device | str = "cpu") -> Plan:
         """Every block visits every block: dense attention, as a plan."""
         first = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
-        return cls(first, first[..., 0] + 1, tokens, block).whole()
+        return cls(first, first[..., 0] + 1, tokens, block).full()
 
     @property
     def blocks(self) -> int:
-        return blocks_in(self.tokens, self.block)
+        return num_blocks(self.tokens, self.block)
 
     @property
     def query_sizes(self) -> Tensor:
@@ -216,11 +216,11 @@ class Plan(Lists):
 
     def arrange(self, x: Tensor) -> Tensor:
         """``x [B, H, N, ...]`` in the plan's order."""
-        return arranged(x, self.order)
+        return reorder(x, self.order)
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`arrange`."""
-        return x if self.order is None else arranged(x, self.order.argsort(-1))
+        return x if self.order is None else reorder(x, self.order.argsort(-1))
 
 
 def _chosen(values: Sequence[Tensor], choice: Tensor, lead: tuple[int, int]) -> Tensor:
@@ -233,7 +233,7 @@ def _chosen(values: Sequence[Tensor], choice: Tensor, lead: tuple[int, int]) -> 
     return result
 
 
-def arranged(x: Tensor, order: Tensor | None) -> Tensor:
+def reorder(x: Tensor, order: Tensor | None) -> Tensor:
     """``x [B, H, N, ...]`` in an order ``[N]`` or ``[B|1, H|1, N]``; fewer heads than there are orders are repeated."""
     if order is None:
         return x

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import Grid
-from .plan import blocks_in
+from .plan import num_blocks
 
 SCORES_PER_CHUNK = 1 << 23
 
 
-def in_blocks(x: Tensor, block: int) -> Tensor:
+def split_blocks(x: Tensor, block: int) -> Tensor:
     """``[B, H, N, D] -> [B, H, Qb, block, D]``, float32, the ragged last block filled up with zeros."""
     return F.pad(x.float(), (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
 
@@ -22,11 +22,11 @@ def in_blocks(x: Tensor, block: int) -> Tensor:
 def pool(x: Tensor, block: int) -> Tensor:
     """Mean of every block, ``[B, H, N, D] -> [B, H, Qb, D]``, float32; the ragged last block over what it holds."""
     tokens = x.shape[2]
-    sizes = (tokens - torch.arange(blocks_in(tokens, block), device=x.device) * block).clamp(max=block)
-    return in_blocks(x, block).sum(3) / sizes[:, None]
+    sizes = (tokens - torch.arange(num_blocks(tokens, block), device=x.device) * block).clamp(max=block)
+    return split_blocks(x, block).sum(3) / sizes[:, None]
 
 
-def by_query_blocks(score: Callable[[slice], Tensor], blocks: int, per_block: int) -> Tensor:
+def score_in_chunks(score: Callable[[slice], Tensor], blocks: int, per_block: int) -> Tensor:
     """``score(blocks) -> [B, H, len, Qb]`` for a few query blocks at a time, put together: ``[B, H, Qb, Qb]``. A block
     makes ``per_block`` numbers on the way, which bounds the memory of a chunk."""
     step = max(1, SCORES_PER_CHUNK // per_block)
@@ -41,7 +41,7 @@ def sampled_attention(q: Tensor, k: Tensor, grid: Grid, samples: int, seed: int)
     return rows, (q[:, :, rows].float() @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
-def merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_attention(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from attention over each: out ``[B, H, N, D]`` and lse ``[B, H, N]``, in
     float32. A set without keys has lse -inf."""
     total = torch.logaddexp(lse, other_lse)

@@ -22,13 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan, Clusters
-from dit_sparse.plan import Plan, blocks_in
+from dit_sparse.plan import Plan, num_blocks
 
 from .cache import cache_folder
 from .executors import executor, reference
 
 TOLERANCE = 0.02  # relative RMS error of an output; bfloat16 stays below .01, a mask that is ignored gives more than .5
-TIMED = {"cpu": (2048, 2), "cuda": (16384, 8)}  # tokens and heads: little work, and yet the fixed costs do not rule
+TIMING_SIZES = {
+    "cpu": (2048, 2),
+    "cuda": (16384, 8),
+}  # (tokens, heads): small, yet not dominated by fixed costs
 FEW, SOME = 0.125, 0.5  # densities
 REPEATS = 4  # the fastest counts: others only add to a time
 
@@ -36,7 +39,7 @@ _log = logging.getLogger("dit_sparse")
 
 
 @dataclass(frozen=True)
-class Kind:
+class CallSignature:
     """Calls that cost the same per token and per pair: of these inputs, with groups of this size, and with tokens that
     are brought into an order or not."""
 
@@ -48,7 +51,7 @@ class Kind:
     ordered: bool
 
     @classmethod
-    def of(cls, q: Tensor, plan: Plan | ClusterPlan) -> Kind:
+    def from_call(cls, q: Tensor, plan: Plan | ClusterPlan) -> CallSignature:
         """Of a call with queries ``q [B, H, N, D]``. Clusters count by their mean size, to a power of 2."""
         clusters = isinstance(plan, ClusterPlan)
         mean = plan.tokens / plan.key_sizes.shape[-1]
@@ -74,16 +77,16 @@ class Cost:
         return self.fixed + self.per_token * tokens + self.per_pair * pairs
 
 
-def verdict(name: str, kind: Kind) -> str | None:
+def self_check(name: str, kind: CallSignature) -> str | None:
     """None when the executor agrees with the reference on two small problems, else what is wrong, in words."""
-    return _verdict(name, replace(kind, ordered=True))
+    return _self_check(name, replace(kind, ordered=True))
 
 
 @cache
-def _verdict(name: str, kind: Kind) -> str | None:
+def _self_check(name: str, kind: CallSignature) -> str | None:
     attend = executor(name).attend
     for tokens in (4 * kind.group, 3 * kind.group + kind.group // 2 + 1):
-        q, k, v, plan = _problem(kind, tokens, heads=2, density=0.5)
+        q, k, v, plan = _random_problem(kind, tokens, heads=2, density=0.5)
         try:
             out, lse = attend(q, k, v, plan)
         except Exception as error:
@@ -98,13 +101,13 @@ def _verdict(name: str, kind: Kind) -> str | None:
 
 
 @cache
-def cost(name: str, kind: Kind) -> Cost:
+def cost_model(name: str, kind: CallSignature) -> Cost:
     """What a call of this kind costs by an executor, or by PyTorch's dense attention when ``name`` is "dense"."""
-    key = json.dumps([name, str(kind), *_circumstances(kind.device)])
+    key = json.dumps([name, str(kind), *_machine_key(kind.device)])
     file = cache_folder() / f"cost_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if (known := _read(file)) is not None:
         return known
-    measured = _measured(name, kind)
+    measured = _measure(name, kind)
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps({"measured": json.loads(key), "cost": asdict(measured)}, indent=1))
@@ -124,23 +127,23 @@ def _read(file: Path) -> Cost | None:
         return None
 
 
-def _measured(name: str, kind: Kind) -> Cost:
+def _measure(name: str, kind: CallSignature) -> Cost:
     _log.info("measuring %s for %s, once on this machine", name, kind)
-    tokens, heads = TIMED.get(kind.device.type, TIMED["cpu"])
+    tokens, heads = TIMING_SIZES.get(kind.device.type, TIMING_SIZES["cpu"])
     if name == "dense":
-        q, k, v, _ = _problem(kind, tokens, heads, 1.0)
+        q, k, v, _ = _random_problem(kind, tokens, heads, 1.0)
         return Cost(0.0, 0.0, _seconds(partial(F.scaled_dot_product_attention, q, k, v)) / (heads * tokens**2))
     attend = executor(name).attend
 
     def tried(tokens: int, density: float) -> tuple[float, float]:
-        q, k, v, plan = _problem(kind, tokens, heads, density)
+        q, k, v, plan = _random_problem(kind, tokens, heads, density)
         return heads * tokens**2 * plan.density, _seconds(partial(attend, q, k, v, plan))
 
     few, some, fewer_tokens = tried(tokens, FEW), tried(tokens, SOME), tried(tokens // 4, SOME)
-    return _solved(few, some, fewer_tokens, heads * tokens, heads * (tokens // 4))
+    return _fit_cost(few, some, fewer_tokens, heads * tokens, heads * (tokens // 4))
 
 
-def _solved(few: tuple, some: tuple, fewer_tokens: tuple, tokens: int, fewer: int) -> Cost:
+def _fit_cost(few: tuple, some: tuple, fewer_tokens: tuple, tokens: int, fewer: int) -> Cost:
     """What explains three measurements of pairs and seconds, where noise makes nothing negative and pairs not free: two
     of so many ``tokens``, and one of ``fewer``."""
     (_, short), (pairs, long) = few, some
@@ -158,19 +161,21 @@ def _seconds(call: Callable[[], object]) -> float:
     return min(timer.timeit(1).mean for _ in range(REPEATS))
 
 
-def _problem(kind: Kind, tokens: int, heads: int, density: float) -> tuple[Tensor, Tensor, Tensor, Plan | ClusterPlan]:
+def _random_problem(
+    kind: CallSignature, tokens: int, heads: int, density: float
+) -> tuple[Tensor, Tensor, Tensor, Plan | ClusterPlan]:
     """Random inputs ``[1, heads, tokens, D]`` and a plan with lists of its own for every head, of shuffled tokens where
     the kind is of an order."""
     generator = torch.Generator().manual_seed(0)
-    groups = blocks_in(tokens, kind.group)
+    groups = num_blocks(tokens, kind.group)
     keep = torch.rand(1, heads, groups, groups, generator=generator) < density
     keep |= torch.eye(groups, dtype=torch.bool)
     if kind.clusters:
         labels = torch.randint(groups, (2, 1, heads, tokens), generator=generator)
-        plan = ClusterPlan.of(keep, *(Clusters.of(side, groups) for side in labels))
+        plan = ClusterPlan.from_mask(keep, *(Clusters.from_labels(side, groups) for side in labels))
     else:
         order = torch.randperm(tokens, generator=generator) if kind.ordered else None
-        plan = Plan.of(keep, tokens, kind.group, order)
+        plan = Plan.from_mask(keep, tokens, kind.group, order)
     q, k, v = torch.randn(3, 1, heads, tokens, kind.dim, generator=generator).to(kind.device, kind.dtype).unbind()
     return q, k, v, plan.to(kind.device)
 
@@ -179,8 +184,8 @@ def _relative_rms(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
-def _circumstances(device: torch.device) -> list[str]:
+def _machine_key(device: torch.device) -> list[str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     versions = f"torch {torch.__version__}", f"dit-sparse {version('dit-sparse')}"
-    tokens, heads = TIMED.get(device.type, TIMED["cpu"])
+    tokens, heads = TIMING_SIZES.get(device.type, TIMING_SIZES["cpu"])
     return [name, f"{torch.get_num_threads()} threads", *versions, f"{tokens} tokens, {heads} heads"]

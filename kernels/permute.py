@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_sparse.plan import arranged, blocks_in
+from dit_sparse.plan import num_blocks, reorder
 
 from .gpu import launching
 
@@ -23,13 +23,13 @@ def permuted(order: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     by_triton = launching.preferred(tensors[0])
     if not by_triton or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
-        return tuple(arranged(x, order) for x in tensors)
+        return tuple(reorder(x, order) for x in tensors)
     from .gpu.permute import permute
 
     arguments = launch(order, tensors)
     batch, heads, tokens, _ = arguments["copies"][0].shape
     with torch.cuda.device_of(tensors[0]):
-        permute[(batch * heads * blocks_in(tokens, arguments["ROWS"]),)](**arguments)
+        permute[(batch * heads * num_blocks(tokens, arguments["ROWS"]),)](**arguments)
     return arguments["copies"]
 
 

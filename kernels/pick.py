@@ -17,7 +17,7 @@ from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.executors import ON_GPU, executor
 from dit_sparse.plan import Plan
 
-from .calibration import Kind, cost, verdict
+from .calibration import CallSignature, cost_model, self_check
 
 AUTO = {"cpu": ("cpu", "gather"), "cuda": (*ON_GPU, "gather")}
 
@@ -43,7 +43,7 @@ def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool
         return "it computes blocks of one size, and the method made clusters of any size"
     reason = module.why_not(q, k, plan)
     if reason is None and getattr(module, "THIRD_PARTY", False):
-        return verdict(name, Kind.of(q, plan))
+        return self_check(name, CallSignature.from_call(q, plan))
     return reason
 
 
@@ -64,11 +64,11 @@ def pick(
     able = [name for name in AUTO.get(q.device.type, ("gather",)) if _able(name, q, k, plan, lse)]
     if len(able) == 1 and not or_dense:
         return Choice(able[0], "the only one that can")
-    kind, tokens = Kind.of(q, plan), q.shape[:3].numel()
+    kind, tokens = CallSignature.from_call(q, plan), q.shape[:3].numel()
     pairs = tokens * q.shape[2]
-    seconds = {name: cost(name, kind).seconds(tokens, pairs * plan.density) for name in able}
+    seconds = {name: cost_model(name, kind).seconds(tokens, pairs * plan.density) for name in able}
     if or_dense:
-        seconds["dense"] = cost("dense", replace(kind, ordered=False)).seconds(tokens, pairs)
+        seconds["dense"] = cost_model("dense", replace(kind, ordered=False)).seconds(tokens, pairs)
     ranked = sorted(seconds, key=seconds.get)
     told = ", ".join(f"{name} {1000 * seconds[name]:.3g} ms" for name in ranked)
     return Choice(ranked[0], f"estimated for a call at density {plan.density:.2f}: {told}")
@@ -78,4 +78,4 @@ def _able(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool) 
     """Whether ``auto`` may take it: one that compiles must have shown on this machine that it is right."""
     if why_not(name, q, k, plan, lse) is not None:
         return False
-    return name == "gather" or verdict(name, Kind.of(q, plan)) is None
+    return name == "gather" or self_check(name, CallSignature.from_call(q, plan)) is None

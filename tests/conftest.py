@@ -24,4 +24,4 @@ def small_trials():
     """What "auto" measures is small here, and kept apart from what it measures for its users by its size."""
     from dit_sparse.kernels import calibration as trial
 
-    trial.TIMED["cpu"] = (256, 1)
+    trial.TIMING_SIZES["cpu"] = (256, 1)

@@ -124,7 +124,7 @@ def export(
 ) -> None:
     """Write the clips of a row as the official VBench tool wants them."""
     with one_sentence():
-        from dit_sparse.eval.comparison.clip_store import Shelf
+        from dit_sparse.eval.comparison.clip_store import ClipStore
         from dit_sparse.eval.comparison.stored_result import read_result
         from dit_sparse.eval.quality.vbench_export import export as write
         from dit_sparse.eval.quality.vbench_export import of_row
@@ -136,7 +136,7 @@ def export(
             raise ValueError(f"there is no row {row!r}; there are {', '.join(rows)}")
         if not (results / "clips").is_dir():
             raise ValueError(f"{results} has no clips: run dit-sparse compare into it again")
-        listed = write(out, of_row(Shelf(results / "clips"), result, rows[row]), usual_fps(result["model"]))
+        listed = write(out, of_row(ClipStore(results / "clips"), result, rows[row]), usual_fps(result["model"]))
     console.print(f"{len(result['prompts']) * result['seeds']} videos, listed in {escape(str(listed))}")
 
 

@@ -170,7 +170,7 @@ def show(
         if png:
             writable_folder(png.parent)
         nothing = torch.zeros(1, 1, where.tokens, 8)
-        plan = chosen.plan(nothing, nothing, Site(where, block), {}) or Plan.full(where.tokens, block)
+        plan = chosen.plan(nothing, nothing, Site(where, block), {}) or Plan.dense(where.tokens, block)
         if not isinstance(plan, Plan):
             raise ValueError(f"{method} clusters tokens by what they hold, so there is no mask to draw without a video")
         if png:

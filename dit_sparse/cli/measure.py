@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .terminal import console, names, one_sentence, progress_bars
 
-MOST_PROMPTS = 60  # of the bundled ones
+MAX_PROMPTS = 60  # of the bundled ones
 QUICK_PROMPTS, QUICK_STEPS = 2, 6
 
 Model = Annotated[str, typer.Option(help="shapes-wan, a local diffusers folder, or a name on the hub.")]
@@ -146,11 +146,11 @@ def read_prompts(text: str) -> list[str]:
     from dit_sparse.bundled.shapes_wan.judge import held_out_tasks
     from dit_sparse.generation.prompts import read_rows
 
-    if text.isdecimal() and 1 <= int(text) <= MOST_PROMPTS:
+    if text.isdecimal() and 1 <= int(text) <= MAX_PROMPTS:
         return [task.text for task in held_out_tasks(int(text))]
     if not Path(text).suffix:
         raise ValueError(
-            f"--prompts is a number from 1 to {MOST_PROMPTS}, or a .txt, .csv or .jsonl file, not {text[:60]!r}"
+            f"--prompts is a number from 1 to {MAX_PROMPTS}, or a .txt, .csv or .jsonl file, not {text[:60]!r}"
         )
     rows = [row for _, row in read_rows(Path(text))]
     more = set().union(*(row.model_dump(exclude_none=True) for row in rows)) - {"prompt", "id"}

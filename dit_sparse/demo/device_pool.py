@@ -20,9 +20,9 @@ from ..bundled import BUNDLED
 from ..generation.generate import Progress, load, usual_call, usual_fps
 from .demo import Demo, Stage
 
-MOST_SEED = 2**31 - 1
-MOST_CHARACTERS = 500
-MOST_STEPS = 50
+MAX_SEED = 2**31 - 1
+MAX_CHARACTERS = 500
+MAX_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Limits:
     side: int
 
     @classmethod
-    def of(cls, model: str) -> Limits:
+    def for_model(cls, model: str) -> Limits:
         return cls(frames=32, side=128) if model == BUNDLED else cls(frames=129, side=1280)
 
 
@@ -42,7 +42,7 @@ class Cancelled(Exception):
 
 
 @dataclass(frozen=True)
-class Wish:
+class GenerationRequest:
     """One comparison of dense and sparse attention, as plain values that come from outside.
 
     Attributes:
@@ -69,11 +69,11 @@ class Wish:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        limits = Limits.of(self.model)
-        if not self.prompt.strip() or len(self.prompt) > MOST_CHARACTERS:
-            raise ValueError(f"a prompt has 1 to {MOST_CHARACTERS} characters")
-        _whole("seed", self.seed, 0, MOST_SEED)
-        _whole("the number of steps", self.steps, 2, MOST_STEPS)
+        limits = Limits.for_model(self.model)
+        if not self.prompt.strip() or len(self.prompt) > MAX_CHARACTERS:
+            raise ValueError(f"a prompt has 1 to {MAX_CHARACTERS} characters")
+        _whole("seed", self.seed, 0, MAX_SEED)
+        _whole("the number of steps", self.steps, 2, MAX_STEPS)
         for name, most in (("frames", limits.frames), ("height", limits.side), ("width", limits.side)):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, most)
@@ -158,7 +158,7 @@ def options_from(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, (option, value) in read.items() if value != option.value}
 
 
-class Playground:
+class DevicePool:
     """Devices with a model each; whoever asks gets the next that is free."""
 
     def __init__(self, devices: Sequence[str] | None = None) -> None:
@@ -169,7 +169,7 @@ class Playground:
         for device in self.devices:
             self._free.put(device)
 
-    def run(self, wish: Wish, out: Path, stage: Stage, cancel: Event) -> dict:
+    def run(self, wish: GenerationRequest, out: Path, stage: Stage, cancel: Event) -> dict:
         """Videos, pictures and ``result.json`` in ``out``; returns the result.
 
         Raises:

@@ -11,7 +11,7 @@ from ..grid import Grid
 from ..pipelines.family import Shape
 
 
-def obstacle(shape: Shape, grid: Grid | None, q: Tensor, k: Tensor, inexact: bool, processor: Any) -> str | None:
+def why_dense(shape: Shape, grid: Grid | None, q: Tensor, k: Tensor, inexact: bool, processor: Any) -> str | None:
     """Why this call cannot be sparse, in words; None where it can."""
     if q.shape[2] != k.shape[2] or grid is None:
         return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {'x'.join(map(str, shape))}"

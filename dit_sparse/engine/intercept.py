@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 Attend = Callable[..., Tensor]  # attend(sdpa, q, k, v, ...): what the intercepted call becomes
 
 
-def divert(module: nn.Module, attend: Callable[[], Attend | None]) -> Callable[[], None]:
+def intercept_attention(module: nn.Module, attend: Callable[[], Attend | None]) -> Callable[[], None]:
     """Divert the attention call of one attention module; returns the function that puts the original back.
 
     Args:
@@ -30,7 +30,7 @@ def divert(module: nn.Module, attend: Callable[[], Attend | None]) -> Callable[[
             returns None, the call runs as if nothing had been diverted.
     """
     original = module.processor
-    module.processor = _sharing_state(original, attend)
+    module.processor = _intercepting_processor(original, attend)
 
     def undo() -> None:
         if getattr(module.processor, "dit_sparse_attend", None) is attend:
@@ -39,21 +39,21 @@ def divert(module: nn.Module, attend: Callable[[], Attend | None]) -> Callable[[
     return undo
 
 
-def is_diverted(module: nn.Module) -> bool:
+def is_intercepted(module: nn.Module) -> bool:
     return hasattr(getattr(module, "processor", None), "dit_sparse_attend")
 
 
-def _sharing_state(processor: Any, attend: Callable[[], Attend | None]) -> Any:
+def _intercepting_processor(processor: Any, attend: Callable[[], Attend | None]) -> Any:
     """A processor of a diverted subclass that holds the very ``__dict__`` of the original, so that what diffusers sets
     on one (a backend, a parallel configuration) is set on both."""
-    diverted = object.__new__(_diverted_class(type(processor)))
+    diverted = object.__new__(_intercepting_class(type(processor)))
     diverted.__dict__ = processor.__dict__
     diverted.dit_sparse_attend = attend
     return diverted
 
 
 @functools.cache
-def _diverted_class(original: type) -> type:
+def _intercepting_class(original: type) -> type:
     # diffusers drops every keyword that the processor's __call__ does not name: the signature must stay visible.
     @functools.wraps(original.__call__)
     def call(self, *args, **kwargs):

@@ -20,14 +20,14 @@ from .report import Stopwatch
 
 
 @dataclass(frozen=True)
-class Made:
+class CachedPlan:
     """A plan, and who asked for it when."""
 
     plan: Plan | ClusterPlan | None
     step: int
     branch: str
 
-    def serves(self, site: Site) -> bool:
+    def is_shared_by(self, site: Site) -> bool:
         """Whether it was made in this very step, for the other branch. Where the same one asks twice a step, as when a
         long video is denoised window by window, that is another part of the video."""
         return self.step == site.step and self.branch != site.branch
@@ -40,30 +40,30 @@ class Plans:
     """
 
     def __init__(
-        self, method: Method, per_branch: bool = False, stopwatch: Stopwatch | None = None, aside: bool = False
+        self, method: Method, per_branch: bool = False, stopwatch: Stopwatch | None = None, offload: bool = False
     ) -> None:
-        self.method, self._per_branch, self._aside = method, per_branch, aside
+        self.method, self._per_branch, self._offload = method, per_branch, offload
         self._stopwatch = stopwatch or Stopwatch()
-        self._made: dict[tuple, Made] = {}
+        self._made: dict[tuple, CachedPlan] = {}
         self._memory: dict[tuple, dict] = defaultdict(dict)
 
     def plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | ClusterPlan | None:
         """The plan for ``q, k [B, H, N, D]``, made anew where that is due."""
         method = self.method
-        place = (site.grid, q.device) if method.static else (*self._place(q, site), len(q), q.device)
-        made = self._made.get(place)
-        due = not method.static and (method.own_pace or site.due)
-        if made is None or (due and not made.serves(site)):
-            with self._stopwatch.running(q.device):
-                plan = self._asked(q, k, site)
-            kept = plan.to("cpu") if self._aside and plan is not None else plan
-            self._made[place] = Made(kept, site.step, site.branch)
+        key = (site.grid, q.device) if method.static else (*self._key(q, site), len(q), q.device)
+        made = self._made.get(key)
+        due = not method.static and (method.manages_own_plans or site.needs_plan)
+        if made is None or (due and not made.is_shared_by(site)):
+            with self._stopwatch.timing(q.device):
+                plan = self._make_plan(q, k, site)
+            kept = plan.to("cpu") if self._offload and plan is not None else plan
+            self._made[key] = CachedPlan(kept, site.step, site.branch)
             return plan
-        return made.plan.to(q.device) if self._aside and made.plan is not None else made.plan
+        return made.plan.to(q.device) if self._offload and made.plan is not None else made.plan
 
     def memory(self, q: Tensor, site: Site) -> dict:
         """What the method remembers where q comes from."""
-        return self._memory[self._place(q, site)]
+        return self._memory[self._key(q, site)]
 
     def forget(self) -> None:
         """A generation is over: what was learnt from its tokens goes; static plans know only the grid, and stay."""
@@ -71,17 +71,17 @@ class Plans:
         if not self.method.static:
             self._made.clear()
 
-    def _asked(self, q: Tensor, k: Tensor, site: Site) -> Plan | ClusterPlan | None:
+    def _make_plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | ClusterPlan | None:
         """A new plan. Of a batch that holds both branches the second half, which is that of the prompt, decides."""
         memory, half = self.memory(q, site), len(q) // 2
-        if not self._halved(q, site):
+        if not self._splits_batch(q, site):
             return self.method.plan(q, k, site, memory)
         plan = self.method.plan(q[half:], k[half:], site, memory)
-        return plan if plan is None else plan.twice()
+        return plan if plan is None else plan.repeat_batch()
 
-    def _halved(self, q: Tensor, site: Site) -> bool:
-        return site.both and len(q) % 2 == 0 and not self._per_branch
+    def _splits_batch(self, q: Tensor, site: Site) -> bool:
+        return site.both_branches and len(q) % 2 == 0 and not self._per_branch
 
-    def _place(self, q: Tensor, site: Site) -> tuple:
-        branch = site.branch if self._per_branch else site.pair
-        return site.grid, site.layer, branch, len(q) // 2 if self._halved(q, site) else len(q)
+    def _key(self, q: Tensor, site: Site) -> tuple:
+        branch = site.branch if self._per_branch else site.plan_group
+        return site.grid, site.layer, branch, len(q) // 2 if self._splits_batch(q, site) else len(q)

@@ -61,7 +61,7 @@ class Report:
 
 
 @dataclass
-class Tally:
+class RunCounters:
     """The counters behind a report."""
 
     executors: Counter = field(default_factory=Counter)
@@ -76,13 +76,13 @@ class Tally:
     attention: Stopwatch = field(default_factory=lambda: Stopwatch())
     planning: Stopwatch = field(default_factory=lambda: Stopwatch())
 
-    def computed(self, grid: object, pairs: int, share: torch.Tensor) -> None:
+    def count_sparse(self, grid: object, pairs: int, share: torch.Tensor) -> None:
         self.sparse_calls += 1
         self.grids[str(grid)] = None
         self.sparse_pairs += pairs
         self.computed_in_sparse += pairs * share
 
-    def stayed_dense(self, reason: str, pairs: int | None) -> None:
+    def count_dense(self, reason: str, pairs: int | None) -> None:
         """``pairs`` None: a call that was not seen; it counts as much as the others on average."""
         self.dense[reason] += 1
         self.unseen_calls += pairs is None
@@ -108,7 +108,7 @@ class Stopwatch:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def running(self, device: torch.device):
+    def timing(self, device: torch.device):
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from ..grid import Grid, Site
 from ..kernels.pick import Choice, pick
-from ..method import Computed, Method
+from ..method import AttentionOutput, Method
 from ..methods import name_of
 from ..pipelines.family import Family, Shape
 from ..plan import Plan
 from ..schedule import Schedule
-from .eligibility import obstacle, read_padding
-from .intercept import Attend, divert
+from .eligibility import read_padding, why_dense
+from .intercept import Attend, intercept_attention
 from .plans import Plans
-from .report import Report, Tally
+from .report import Report, RunCounters
 
 log = logging.getLogger("dit_sparse")
 
@@ -50,13 +50,13 @@ class Settings:
     def block_for(self, grid: Grid) -> int:
         return self.block or (64 if grid.tokens < SMALL_SEQUENCE else 128)
 
-    def too_short(self, grid: Grid) -> str | None:
+    def min_tokens_reason(self, grid: Grid) -> str | None:
         least = self.min_tokens or 0
         return f"fewer than {least} tokens" if grid.tokens < least else None
 
 
 @dataclass(frozen=True)
-class Place:
+class AttentionSite:
     """One self-attention module: of which transformer, which layer of how many, and on which side its text stands."""
 
     component: str
@@ -77,26 +77,26 @@ class Run:
         guided: Callable[[], bool],
         transformers: Iterable[tuple[str, nn.Module, Family]],
     ) -> None:
-        from .tracking import Whereabouts  # here, for it imports diffusers, which takes seconds
+        from .tracking import StepTracker  # here, for it imports diffusers, which takes seconds
 
         self._settings = settings
-        self._tally = Tally()
-        self._plans = Plans(settings.method, settings.schedule.per_branch, self._tally.planning)
+        self._counters = RunCounters()
+        self._plans = Plans(settings.method, settings.schedule.per_branch, self._counters.planning)
         self._choices: dict[tuple, Choice] = {}
-        self._whole: dict[tuple, tuple[Choice, Plan]] = {}
+        self._full_plans: dict[tuple, tuple[Choice, Plan]] = {}
         self._stay_dense: dict[tuple, str] = {}
         self._lengths: dict[int, tuple[Tensor, Tensor | str]] = {}
-        self._turns: Counter[nn.Module] = Counter()  # Mochi attends one batch item at a time: which one is this?
+        self._batch_items: Counter[nn.Module] = Counter()  # Mochi attends one batch item at a time: which one is this?
         self._warned: set[str] = set()
-        self._begun: dict[str, int] = {}  # branches of this generation, and bytes promised to each
+        self._reserved_bytes: dict[str, int] = {}  # branches of this generation, and bytes promised to each
         self._undo: list = []
         self._observers: list[Observer] = []
-        self._clock = Whereabouts(timesteps, guided, settings.steps, self._forget)
+        self._tracker = StepTracker(timesteps, guided, settings.steps, self._forget)
         self._grid: Shape = (1, 1, 1)
         self._batch = 1
         try:
             for name, transformer, family in transformers:
-                self._watch(name, transformer, family)
+                self._attach(name, transformer, family)
         except BaseException:
             self.disable()
             raise
@@ -109,20 +109,20 @@ class Run:
 
     def report(self) -> Report:
         """What happened so far."""
-        tally, method = self._tally, self._settings.method
+        counters, method = self._counters, self._settings.method
         return Report(
             method=name_of(method),
             settings=method.settings(),
-            executors=dict(tally.executors),
-            choices=dict(tally.choices),
-            grids=list(tally.grids),
-            sparse_calls=tally.sparse_calls,
-            dense_calls=dict(tally.dense),
+            executors=dict(counters.executors),
+            choices=dict(counters.choices),
+            grids=list(counters.grids),
+            sparse_calls=counters.sparse_calls,
+            dense_calls=dict(counters.dense),
             density_asked=method.density,
-            density_achieved=tally.density_achieved,
-            density_run=tally.density_run,
-            attention_seconds=tally.attention.seconds,
-            planning_seconds=tally.planning.seconds,
+            density_achieved=counters.density_achieved,
+            density_run=counters.density_run,
+            attention_seconds=counters.attention.seconds,
+            planning_seconds=counters.planning.seconds,
         )
 
     def observe(self, observer: Observer) -> None:
@@ -135,41 +135,54 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.disable()
 
-    def _watch(self, name: str, transformer: nn.Module, family: Family) -> None:
-        from .tracking import RootHook, watch
+    def _attach(self, name: str, transformer: nn.Module, family: Family) -> None:
+        from .tracking import RootHook, register_root_hook
 
-        def entered(arguments: dict) -> None:
+        def on_forward(arguments: dict) -> None:
             self._grid = family.grid(transformer.config, arguments)
             self._batch = len(arguments["hidden_states"])
             self._lengths.clear()
-            self._turns.clear()
+            self._batch_items.clear()
 
-        self._undo.append(watch(transformer, RootHook(self._clock, entered)))
+        self._undo.append(register_root_hook(transformer, RootHook(self._tracker, on_forward)))
         sites = [(path, module) for path, module in transformer.named_modules() if re.fullmatch(family.sites, path)]
-        self._settings.method.fits(len(sites), getattr(sites[0][1], "heads", 0) if sites else 0)
+        self._settings.method.check_model(len(sites), getattr(sites[0][1], "heads", 0) if sites else 0)
         for layer, (_, module) in enumerate(sites):
-            place = Place(name, layer, len(sites), family.text, module)
-            self._undo.append(divert(module, partial(self._decide, place)))
+            module_site = AttentionSite(name, layer, len(sites), family.text, module)
+            self._undo.append(intercept_attention(module, partial(self._decide, module_site)))
 
-    def _decide(self, place: Place) -> Attend | None:
+    def _decide(self, module_site: AttentionSite) -> Attend | None:
         """Who computes the coming call: this run, or, in dense steps, the attention backend that the user chose."""
-        backend = getattr(place.module.processor, "_attention_backend", None)
-        if backend in (None, "native") or not self._settings.schedule.dense(self._site(place, Grid(*self._grid))):
-            return partial(self._attend, place)
-        self._tally.stayed_dense(f"the schedule, by the backend {getattr(backend, 'value', backend)}", None)
+        backend = getattr(module_site.module.processor, "_attention_backend", None)
+        if backend in (None, "native") or not self._settings.schedule.dense(self._site(module_site, Grid(*self._grid))):
+            return partial(self._attend, module_site)
+        self._counters.count_dense(f"the schedule, by the backend {getattr(backend, 'value', backend)}", None)
         return None
 
-    def _site(self, place: Place, grid: Grid) -> Site:
-        clock, block = self._clock, self._settings.block_for(grid)
-        turn = self._turns[place.module]
-        branch = f"{place.component} {clock.branch} {turn}"
-        pair = f"{place.component} {clock.pair} {turn % (self._batch // (1 + clock.both) or 1)}"
-        site = Site(grid, block, place.layer, place.layers, clock.step, clock.steps, branch, pair, clock.both)
-        return replace(site, due=self._settings.schedule.replan(site))
+    def _site(self, module_site: AttentionSite, grid: Grid) -> Site:
+        tracker, block = self._tracker, self._settings.block_for(grid)
+        turn = self._batch_items[module_site.module]
+        branch = f"{module_site.component} {tracker.branch} {turn}"
+        pair = (
+            f"{module_site.component} {tracker.plan_group} {turn % (self._batch // (1 + tracker.both_branches) or 1)}"
+        )
+        site = Site(
+            grid,
+            block,
+            module_site.layer,
+            module_site.layers,
+            tracker.step,
+            tracker.steps,
+            branch,
+            pair,
+            tracker.both_branches,
+        )
+        return replace(site, needs_plan=self._settings.schedule.replan(site))
 
     def _attend(
-        self, place: Place, sdpa: Attend, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+        self, module_site: AttentionSite, sdpa: Attend, query: Tensor, key: Tensor, value: Tensor,
+        attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         """What a diverted attention call becomes: sparse where that is possible and pays, else the call it was."""
         pairs = query.shape[2] * key.shape[2] * query.shape[0] * query.shape[1]
@@ -178,48 +191,50 @@ class Run:
             return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
         def dense(reason: str, attend: Callable[[], Tensor] = as_it_was) -> Tensor:
-            self._tally.stayed_dense(reason, pairs)
-            with self._tally.attention.running(query.device):
+            self._counters.count_dense(reason, pairs)
+            with self._counters.attention.timing(query.device):
                 return attend()
 
-        grid = Grid(*self._grid).with_text(query.shape[2], place.text)
-        if reason := obstacle(self._grid, grid, query, key, is_causal or dropout_p > 0, place.module.processor):
+        grid = Grid(*self._grid).with_text(query.shape[2], module_site.text)
+        if reason := why_dense(self._grid, grid, query, key, is_causal or dropout_p > 0, module_site.module.processor):
             return dense(self._warn_once(reason))
-        site = self._site(place, grid)
-        self._turns[place.module] += 1
-        if site.branch not in self._begun:
-            self._begun[site.branch] = self._settings.method.begin(query, site, sum(self._begun.values()))
+        site = self._site(module_site, grid)
+        self._batch_items[module_site.module] += 1
+        if site.branch not in self._reserved_bytes:
+            self._reserved_bytes[site.branch] = self._settings.method.begin_generation(
+                query, site, sum(self._reserved_bytes.values())
+            )
         if self._settings.schedule.dense(site):
-            if (quicker := self._quicker(query, key, attn_mask, site)) is None:
+            if (quicker := self._fastest_for_dense(query, key, attn_mask, site)) is None:
                 return dense("the schedule")
             choice, whole = quicker
             attend = partial(choice.executor.attend, query, key, value, whole, scale)
             return dense(f"the schedule, by the executor {choice.name}", lambda: attend()[0])
-        if reason := self._settings.too_short(grid) or self._stay_dense.get((site.grid, site.layer)):
+        if reason := self._settings.min_tokens_reason(grid) or self._stay_dense.get((site.grid, site.layer)):
             return dense(reason)
         lengths = self._key_lengths(attn_mask, query, grid)
         if isinstance(lengths, str):
             return dense(self._warn_once(lengths))
-        with self._tally.attention.running(query.device):
+        with self._counters.attention.timing(query.device):
             plan = self._plans.plan(query, key, site)
         if plan is None:
             return dense("the method")
-        plan = plan.padded(lengths)
+        plan = plan.with_lengths(lengths)
         choice = self._choice(plan, query, key, site)
         if choice.name == "dense":
             return dense(self._stay_dense[site.grid, site.layer])
         for observer in self._observers:
             observer(site, query, key, plan)
-        self._tally.computed(grid, pairs, plan.share)
-        with self._tally.attention.running(query.device):
-            self._tally.executors[choice.name] += 1
+        self._counters.count_sparse(grid, pairs, plan.mean_density)
+        with self._counters.attention.timing(query.device):
+            self._counters.executors[choice.name] += 1
             attend = partial(choice.executor.attend, query, key, value, scale=scale)
 
-            def whole() -> tuple[Tensor, Tensor]:
-                self._tally.computed_in_sparse += pairs
-                return attend(plan=plan.whole())
+            def attend_all() -> tuple[Tensor, Tensor]:
+                self._counters.computed_in_sparse += pairs
+                return attend(plan=plan.full())
 
-            done = Computed(query, key, value, plan, scale, *attend(plan=plan), whole)
+            done = AttentionOutput(query, key, value, plan, scale, *attend(plan=plan), attend_all)
             return self._settings.method.correct(done, site, self._plans.memory(query, site))[0]
 
     def _choice(self, plan: Plan, q: Tensor, k: Tensor, site: Site) -> Choice:
@@ -230,28 +245,32 @@ class Run:
             choice = pick(self._settings.executor, q, k, plan, or_dense=or_dense, lse=lse)
             self._choices[call] = choice
             if self._settings.executor == "auto":
-                self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
+                self._counters.choices[f"{choice.name}: {choice.reason}"] += 1
             if choice.name == "dense":
                 self._stay_dense[site.grid, site.layer] = "faster here, by what was measured"
         return self._choices[call]
 
-    def _quicker(self, q: Tensor, k: Tensor, mask: Tensor | None, site: Site) -> tuple[Choice, Plan] | None:
+    def _fastest_for_dense(self, q: Tensor, k: Tensor, mask: Tensor | None, site: Site) -> tuple[Choice, Plan] | None:
         """Who computes all pairs of a dense step faster than torch's own attention, by what "auto" has measured on this
         machine, and the plan that says so; None: nobody."""
         settings = self._settings
-        if settings.executor != "auto" or settings.method.untouched or settings.too_short(site.grid):
+        if (
+            settings.executor != "auto"
+            or settings.method.keeps_model_attention
+            or settings.min_tokens_reason(site.grid)
+        ):
             return None
         lengths = self._key_lengths(mask, q, site.grid)
         if isinstance(lengths, str):
             return None
         call = (site.grid, q.shape, q.dtype, q.device, lengths is None)
-        if call not in self._whole:
-            whole = Plan.full(site.grid.tokens, site.block, q.device)
-            choice = pick("auto", q, k, whole.padded(lengths), or_dense=True)
-            self._tally.choices[f"{choice.name}: {choice.reason}"] += 1
-            self._whole[call] = choice, whole
-        choice, whole = self._whole[call]
-        return None if choice.name == "dense" else (choice, whole.padded(lengths))
+        if call not in self._full_plans:
+            whole = Plan.dense(site.grid.tokens, site.block, q.device)
+            choice = pick("auto", q, k, whole.with_lengths(lengths), or_dense=True)
+            self._counters.choices[f"{choice.name}: {choice.reason}"] += 1
+            self._full_plans[call] = choice, whole
+        choice, whole = self._full_plans[call]
+        return None if choice.name == "dense" else (choice, whole.with_lengths(lengths))
 
     def _key_lengths(self, mask: Tensor | None, q: Tensor, grid: Grid) -> Tensor | str | None:
         """Real keys of each batch item from a padding mask, ``[B]``; None: no padding; a string: why the mask cannot be
@@ -272,7 +291,7 @@ class Run:
         """A generation is over, and what was learnt from its tokens goes."""
         self._plans.forget()
         self._lengths.clear()
-        self._begun.clear()
+        self._reserved_bytes.clear()
         if self._settings.density_varies:  # which clip came first must not matter
             self._choices.clear()
             self._stay_dense.clear()

@@ -21,7 +21,7 @@ BOTH = "cond_uncond"  # the cache context of a batch with both branches of guida
 BRANCHES = {"cond", "uncond", "pred_cond", "pred_uncond", BOTH}
 
 
-class Whereabouts:
+class StepTracker:
     """The clock of one run, shared by the transformers of a pipeline (Wan 2.2 has two that take turns)."""
 
     def __init__(
@@ -31,7 +31,7 @@ class Whereabouts:
         both branches of guidance computes them now; ``forget()`` is called when a generation ends."""
         self._timesteps, self._guided, self._given_steps, self._forget = timesteps, guided, steps, forget
         self.step, self.steps = 0, steps
-        self.branch, self.pair, self.both = "", "", False  # as in Site
+        self.branch, self.plan_group, self.both_branches = "", "", False  # as in Site
         self._latents = lambda: None  # those of the last call, while they live
         self._parts = 0  # of the video, as far as this step has come: windows, if there are several
         self.calls = 0
@@ -43,7 +43,7 @@ class Whereabouts:
         self._read_from: Any = None
         self._read: list[float] = []
 
-    def enter(self, timestep: torch.Tensor | float | None, latents: torch.Tensor, context: Any) -> None:
+    def begin_forward(self, timestep: torch.Tensor | float | None, latents: torch.Tensor, context: Any) -> None:
         """A transformer call begins. An earlier call that never left means that its generation failed."""
         if self._in_flight:
             self.reset()
@@ -62,7 +62,7 @@ class Whereabouts:
         self.steps = self._given_steps or getattr(context, "num_inference_steps", None) or ahead or None
         self._in_flight = True
 
-    def leave(self) -> None:
+    def end_forward(self) -> None:
         self._in_flight = False
 
     def reset(self) -> None:
@@ -76,9 +76,9 @@ class Whereabouts:
         elif latents is not self._latents():
             self._parts += 1
         self._latents = weakref.ref(latents)
-        self.both = self._doubled and name == BOTH
+        self.both_branches = self._doubled and name == BOTH
         self.branch = name or f"call {self.calls}"
-        self.pair = "" if name in BRANCHES else name or f"part {self._parts}"
+        self.plan_group = "" if name in BRANCHES else name or f"part {self._parts}"
 
     def _schedule(self) -> list[float]:
         """The scheduler's timesteps, read once a generation: reading waits for a GPU. New ones begin a generation."""
@@ -109,28 +109,28 @@ class RootHook(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, whereabouts: Whereabouts, entered: Callable[[dict], None]) -> None:
+    def __init__(self, tracker: StepTracker, on_forward: Callable[[dict], None]) -> None:
         super().__init__()
-        self.whereabouts, self.entered = whereabouts, entered
+        self.tracker, self.on_forward = tracker, on_forward
         self.contexts = StateManager(BaseState)
 
     def pre_forward(self, module: nn.Module, *args, **kwargs):
         arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        self.whereabouts.enter(arguments.get("timestep"), arguments["hidden_states"], self.contexts._context)
-        self.entered(arguments)
+        self.tracker.begin_forward(arguments.get("timestep"), arguments["hidden_states"], self.contexts._context)
+        self.on_forward(arguments)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        self.whereabouts.leave()
+        self.tracker.end_forward()
         return output
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.contexts.reset()
-        self.whereabouts.reset()
+        self.tracker.reset()
         return module
 
 
-def watch(transformer: nn.Module, hook: RootHook) -> Callable[[], None]:
+def register_root_hook(transformer: nn.Module, hook: RootHook) -> Callable[[], None]:
     """Put the hook on; returns the function that takes it off and leaves no trace.
 
     Raises:

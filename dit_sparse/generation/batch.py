@@ -122,7 +122,7 @@ class Batch:
     def _processor(self, name: str, row: Row) -> SparseAttnProcessor:
         special = {key: getattr(row, key) for key in ("method", "density", "dense_steps")}
         try:
-            return SparseAttnProcessor(**self.usual | {key: x for key, x in special.items() if x is not None})
+            return SparseAttnProcessor(**self.default_budget | {key: x for key, x in special.items() if x is not None})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: {error}") from None
 
@@ -133,7 +133,7 @@ class Batch:
             Stopped: after SIGINT or SIGTERM, at the end of a step. What was done stays done.
         """
         jobs, progress = self.jobs(), stage("clips")
-        share = set(_share(lambda: self._left(jobs)))
+        share = set(_shard(lambda: self._left(jobs)))
         mine = [job for job in jobs if job.name in share]
         with _stop_flag(lambda: stage("stopping")) as stopping:
             pipe = prepare(load(self.model)) if mine else None
@@ -149,7 +149,7 @@ class Batch:
 
     def _left(self, jobs: Sequence[Job]) -> list[str]:
         """The names of what is not done. Only the first process asks, before any begins: nobody's draft is in use."""
-        self._sweep({job.name for job in jobs} | {"manifest"})
+        self._remove_partial_files({job.name for job in jobs} | {"manifest"})
         return [job.name for job in jobs if not self._done(job)]
 
     def _make(self, pipe: Any, job: Job, progress: Progress) -> None:
@@ -183,15 +183,15 @@ class Batch:
 
     def _manifest(self, jobs: Sequence[Job]) -> dict:
         """All clips and how they stand, written to ``manifest.json``."""
-        manifest, before = self._standing(jobs), None
+        manifest, before = self._status(jobs), None
         while manifest["count"] != before:  # another process may have ended a clip, and its manifest be the older one
             save_json(self.out / "manifest.json", manifest)
-            before, manifest = manifest["count"], self._standing(jobs)
+            before, manifest = manifest["count"], self._status(jobs)
         if before["done"] == len(jobs):  # an encoder can outlive the process that was killed
-            self._sweep({job.name for job in jobs})
+            self._remove_partial_files({job.name for job in jobs})
         return manifest
 
-    def _standing(self, jobs: Sequence[Job]) -> dict:
+    def _status(self, jobs: Sequence[Job]) -> dict:
         clips = []
         for job in jobs:
             found = self._result(job) or {"status": "missing", "asked": job.asked}
@@ -199,7 +199,7 @@ class Batch:
         number = {status: sum(clip["status"] == status for clip in clips) for status in ("done", "failed", "missing")}
         return {"count": number, "clips": clips}
 
-    def _sweep(self, names: set[str]) -> None:
+    def _remove_partial_files(self, names: set[str]) -> None:
         """Remove the drafts that killed processes left."""
         for path in self.out.glob(".*"):
             draft = re.fullmatch(r"\.(.+)\.[^.]+\.(mp4|json)", path.name)
@@ -220,13 +220,13 @@ class Batch:
         return self.out / f"{job.name}.{kind}"
 
 
-def _share(left: Callable[[], list[str]]) -> list[str]:
+def _shard(left: Callable[[], list[str]]) -> list[str]:
     """This process's part of what is left, as the first process sees it: what others see may have changed since."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return left()
     from torch.distributed import DistStoreError
 
-    store, rank, world = _meeting()
+    store, rank, world = _rendezvous()
     key = f"dit-sparse-batch-{next(_shares)}"
     if rank == 0:
         store.set(key, json.dumps(left()))
@@ -239,7 +239,7 @@ def _share(left: Callable[[], list[str]]) -> list[str]:
 
 
 @functools.cache
-def _meeting() -> tuple[Any, int, int]:
+def _rendezvous() -> tuple[Any, int, int]:
     """A store that all processes of a launch reach, which of them this is, and how many they are."""
     from torch.distributed import rendezvous
 

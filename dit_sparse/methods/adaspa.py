@@ -29,8 +29,8 @@ from torch import Tensor
 from ..budget import Top
 from ..grid import Blocks, Site
 from ..kernels.planning.block_mass import block_mass, first_block_mass
-from ..kernels.planning.selection import best
-from ..method import Method, always_kept
+from ..kernels.planning.selection import select_best
+from ..method import Method, required_blocks
 from ..plan import Plan
 
 
@@ -45,7 +45,7 @@ class AdaSpa(Method):
         rows: queries of each block that a search looks at, a divisor of the block; None, or more than it has: all.
     """
 
-    own_pace: ClassVar[bool] = True
+    manages_own_plans: ClassVar[bool] = True
 
     levels: bool = True
     every: int | float = 0.4
@@ -56,7 +56,7 @@ class AdaSpa(Method):
         if self.every <= 0 or (self.rows is not None and self.rows < 1):
             raise ValueError(f"every is positive and rows at least 1, not {self.every} and {self.rows}")
 
-    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
+    def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
         if site.block % min(self.rows or 1, site.block):
             raise ValueError(f"rows must divide the block of {site.block} tokens, not {self.rows}")
         return 0
@@ -73,14 +73,14 @@ class AdaSpa(Method):
             mass = block_mass(q, k, memory["lse"], site.block, rows=rows)
         else:
             mass, memory["lse"] = first_block_mass(q, k, site.block, rows=rows)
-        always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
+        always = required_blocks(Blocks.from_grid(site.grid, site.block)).to(q.device)
         scores, density = mass.masked_fill(always, torch.inf), 0.2 if self.density is None else self.density
         keep = Top(density).keep(scores)
         if self.levels and density <= 2 / 3:
             recall = (mass * keep).sum((-2, -1)) / mass.sum((-2, -1))
             wanted = (_by_level(recall, density) * mass.shape[-1]).round()
-            keep = best(scores, wanted[..., None, None])
-        return Plan.of(keep, site.grid.tokens, site.block)
+            keep = select_best(scores, wanted[..., None, None])
+        return Plan.from_mask(keep, site.grid.tokens, site.block)
 
 
 def _by_level(recall: Tensor, density: float) -> Tensor:

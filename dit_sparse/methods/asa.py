@@ -26,8 +26,8 @@ from .. import order
 from ..budget import Budget, Mass
 from ..grid import Grid, Site
 from ..method import Scorer
-from ..plan import blocks_in
-from ..scoring import by_query_blocks
+from ..plan import num_blocks
+from ..scoring import score_in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class ASA(Scorer):
         seed: of the places.
     """
 
-    usual: ClassVar[Budget] = Mass(0.95, least=0.05, most=0.17)
+    default_budget: ClassVar[Budget] = Mass(0.95, least=0.05, most=0.17)
     samples: int = 16
     seed: int = 0
 
@@ -53,7 +53,7 @@ class ASA(Scorer):
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         tokens, dim = q.shape[2:]
-        blocks, samples = blocks_in(tokens, site.block), min(self.samples, site.block)
+        blocks, samples = num_blocks(tokens, site.block), min(self.samples, site.block)
         within = torch.randperm(site.block, generator=torch.Generator().manual_seed(self.seed))[:samples]
         places = (torch.arange(blocks)[:, None] * site.block + within).clamp(max=tokens - 1).flatten().to(q.device)
         queries, keys = (x[:, :, places].float().unflatten(2, (blocks, samples)) for x in (q, k))
@@ -64,4 +64,4 @@ class ASA(Scorer):
             relative = of_block - of_block.amax(-1, keepdim=True)
             return relative.unflatten(2, (-1, samples)).amax(3)
 
-        return by_query_blocks(best, blocks, q.shape[0] * q.shape[1] * samples**2 * blocks)
+        return score_in_chunks(best, blocks, q.shape[0] * q.shape[1] * samples**2 * blocks)

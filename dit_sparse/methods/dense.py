@@ -17,7 +17,7 @@ class Dense(Method):
     """Every pair is computed. It takes a density so that loops over methods need no special case, and achieves 1."""
 
     static: ClassVar[bool] = True
-    untouched: ClassVar[bool] = True
+    keeps_model_attention: ClassVar[bool] = True
 
     def plan(self, q, k, site, memory) -> None:
         return None

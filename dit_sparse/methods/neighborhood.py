@@ -43,7 +43,7 @@ class Neighborhood(Pattern):
     """
 
     knob: ClassVar[str] = "window"
-    reach: ClassVar[tuple[float, float]] = (1e-3, 1.0)
+    knob_range: ClassVar[tuple[float, float]] = (1e-3, 1.0)
 
     window: float = 0.5
     stride: Three = (1, 1, 1)

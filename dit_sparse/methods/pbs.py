@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..budget import Mass, up_to
+from ..budget import Mass, top_tokens
 from ..clusters import ClusterPlan, Clusters
 from ..grid import Site
 from ..method import Method
-from ..plan import arranged, blocks_in
-from ..scoring import by_query_blocks, in_blocks
+from ..plan import num_blocks, reorder
+from ..scoring import score_in_chunks, split_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +67,25 @@ class PBS(Method):
         in_place = torch.arange(grid.video, device=q.device)
         segment = in_place // (self.segment * block)
         rank = (segment.double() - importance).argsort(dim=-1, stable=True)  # an importance is at most 1
-        k, blocks = arranged(k, rank), blocks_in(grid.video, block)
+        k, blocks = reorder(k, rank), num_blocks(grid.video, block)
         some = (..., slice(None, None, max(1, block // self.rows)), slice(None))
-        rows, real = in_blocks(q, block)[some], in_blocks(torch.ones_like(q[:1, :1, :, :1]), block)[some]
+        rows, real = split_blocks(q, block)[some], split_blocks(torch.ones_like(q[:1, :1, :, :1]), block)[some]
 
         def asked(part: slice) -> Tensor:
             weights = (rows[:, :, part].flatten(2, 3) @ k.mT).softmax(-1) * real[:, :, part].flatten(2, 3)
             sums = F.pad(weights, (0, -grid.video % block)).unflatten(-1, (blocks, block)).sum(-1)
             return sums.unflatten(2, (-1, rows.shape[3])).sum(3).log()
 
-        scores = by_query_blocks(asked, blocks, q.shape[0] * q.shape[1] * rows.shape[3] * grid.video)
+        scores = score_in_chunks(asked, blocks, q.shape[0] * q.shape[1] * rows.shape[3] * grid.video)
         own = segment[::block]
         own = F.pad(own[:, None] == own, (0, grid.tokens > grid.video) * 2)
-        queries = Clusters.beside_text((in_place // block)[None, None], blocks, grid)
-        keys = Clusters.beside_text(rank.argsort(-1) // block, blocks, grid)
+        queries = Clusters.from_video_labels((in_place // block)[None, None], blocks, grid)
+        keys = Clusters.from_video_labels(rank.argsort(-1) // block, blocks, grid)
         if grid.tokens > grid.video:
             scores = F.pad(scores, (0, 1, 0, 1), value=torch.inf)
         if self.density is None:
-            return ClusterPlan.of(Mass(self.share).keep(scores) | own, queries, keys)
+            return ClusterPlan.from_mask(Mass(self.share).keep(scores) | own, queries, keys)
         scores = scores.masked_fill(own, torch.inf)
-        return ClusterPlan.of(up_to(scores, keys.sizes[..., None, :], self.density * grid.tokens), queries, keys)
+        return ClusterPlan.from_mask(
+            top_tokens(scores, keys.sizes[..., None, :], self.density * grid.tokens), queries, keys
+        )

@@ -12,7 +12,7 @@ much for the concentrated heads of the bundled model: `svg` at density .25 had 2
 and 19.5 with the variance. So it is not the default.
 
 Differs from the authors: nothing is trained, only dropped groups are pooled (BLADE pools all, and so counts the kept
-ones twice). The kept part and the pooled one are merged by their log-sum-exps.
+ones twice). The kept part and the pooled one are merge_attention by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch import Tensor
 from ..clusters import ClusterPlan
 from ..composition import Correction
 from ..grid import Site
-from ..method import Computed, Method
+from ..method import AttentionOutput, Method
 from ..plan import Plan
-from ..scoring import SCORES_PER_CHUNK, merged
+from ..scoring import SCORES_PER_CHUNK, merge_attention
 from .radial import Radial
 
 USUAL = Radial()
@@ -45,7 +45,7 @@ class Pooled(Correction):
     inner: Method = USUAL
     variance: bool = False
 
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor]:
+    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor]:
         q, plan = done.q.float(), done.plan
         heads, tokens, dim = q.shape[1:]
         scale = dim**-0.5 if done.scale is None else done.scale
@@ -53,7 +53,7 @@ class Pooled(Correction):
         size, mean = _pooled(plan, k.shape[:2], k.device)
         key, value = mean(k), mean(v)
         spread = (mean(k.square()) - key.square()).clamp(min=0) if self.variance else None
-        keep, row = plan.keep(), plan.query_group
+        keep, row = plan.block_mask(), plan.query_group
         parts = []
         for some in torch.arange(tokens, device=q.device).split(max(1, SCORES_PER_CHUNK // size.numel())):
             logits = q[:, :, some] @ key.mT * scale + size.log()[:, :, None]
@@ -62,7 +62,7 @@ class Pooled(Correction):
             logits = logits.masked_fill(torch.take_along_dim(keep, row[..., some, None], 2), -torch.inf)
             lse = logits.logsumexp(-1)
             parts.append(((logits - lse.nan_to_num(neginf=0.0)[..., None]).exp() @ value, lse))
-        out, lse = merged(done.out, done.lse, *(torch.cat(part, 2) for part in zip(*parts, strict=True)))
+        out, lse = merge_attention(done.out, done.lse, *(torch.cat(part, 2) for part in zip(*parts, strict=True)))
         return out.to(done.out.dtype), lse
 
 

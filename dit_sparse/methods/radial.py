@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..grid import Grid
 from ..method import Pattern
-from ..plan import blocks_in
+from ..plan import num_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Radial(Pattern):
     """
 
     knob: ClassVar[str] = "decay"
-    reach: ClassVar[tuple[float, float]] = (1e-4, 1e4)
+    knob_range: ClassVar[tuple[float, float]] = (1e-4, 1e4)
 
     decay: float = 0.95
     near: int = 1
@@ -58,13 +58,13 @@ class Radial(Pattern):
                 f"decay is positive, near at least -1, floor at least 0, not {self.decay}, {self.near}, {self.floor}"
             )
 
-    def sparser(self) -> Radial | None:
+    def narrower(self) -> Radial | None:
         if self.near >= 0:
             return replace(self, near=self.near - 1)
         return replace(self, floor=0.0) if self.floor else None
 
     def keep(self, grid: Grid, block: int) -> Tensor:
-        segment = _Segments.of(grid, block)
+        segment = _Segments.from_grid(grid, block)
         distance = (segment.frame[:, None] - segment.frame).abs()
         width, survives = self._window(distance, grid.frame, block)
         kept = segment.columns_seen(width, rows=block // 3 + 1)
@@ -72,7 +72,7 @@ class Radial(Pattern):
         pair = survives & (kept > 0.6 * touched)
         if self.sink:
             pair = pair | (segment.frame == 0)
-        return segment.merge(pair, blocks_in(grid.tokens, block))
+        return segment.merge(pair, num_blocks(grid.tokens, block))
 
     def _window(self, distance: Tensor, frame: int, block: int) -> tuple[Tensor, Tensor]:
         """Half-width of the window for every temporal distance, in tokens, and whether the frame pair survives."""
@@ -94,7 +94,7 @@ class _Segments:
     high: Tensor
 
     @classmethod
-    def of(cls, grid: Grid, block: int) -> _Segments:
+    def from_grid(cls, grid: Grid, block: int) -> _Segments:
         token = torch.arange(grid.before, grid.before + grid.video)
         frame = (token - grid.before) // grid.frame
         starts = torch.cat([torch.ones(1, dtype=torch.bool), (token // block).diff().bool() | frame.diff().bool()])

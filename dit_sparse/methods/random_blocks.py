@@ -13,8 +13,8 @@ import torch
 
 from ..budget import Top
 from ..grid import Blocks, Site
-from ..method import Method, always_kept
-from ..plan import Plan, blocks_in
+from ..method import Method, required_blocks
+from ..plan import Plan, num_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class RandomBlocks(Method):
 
     def plan(self, q, k, site: Site, memory: dict) -> Plan:
         grid, block = site.grid, site.block
-        blocks = blocks_in(grid.tokens, block)
+        blocks = num_blocks(grid.tokens, block)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)
         scores = torch.rand(1, q.shape[1], blocks, blocks, generator=generator)
-        scores = scores.masked_fill(always_kept(Blocks.of(grid, block)), torch.inf)
-        return Plan.of(Top(self.density).keep(scores), grid.tokens, block).to(q.device)
+        scores = scores.masked_fill(required_blocks(Blocks.from_grid(grid, block)), torch.inf)
+        return Plan.from_mask(Top(self.density).keep(scores), grid.tokens, block).to(q.device)

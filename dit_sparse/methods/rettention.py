@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..composition import Correction
 from ..grid import Site
-from ..method import Computed, Method
+from ..method import AttentionOutput, Method
 from ..plan import Plan
 from .window import Window
 
@@ -49,7 +49,7 @@ class Rettention(Correction):
     """
 
     static = False
-    own_pace = True
+    manages_own_plans = True
     inner: Method = USUAL
     every: int = 5
     ramp: float = 0.04
@@ -60,15 +60,15 @@ class Rettention(Correction):
         if self.every < 1 or self.ramp < 0:
             raise ValueError(f"every is at least 1 and ramp at least 0, not {self.every} and {self.ramp}")
 
-    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
-        promised += super().begin(q, site, promised)
+    def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
+        reserved_bytes += super().begin_generation(q, site, reserved_bytes)
         device = torch.device("cpu") if self.offload else q.device
         need = site.layers * q.shape[:3].numel() * (q.shape[3] * q.element_size() + 4)
         free = _free(device)
         said = f"Re-ttention keeps {need / 2**30:.2f} GiB on {device} for {site.layers} layers of one branch"
-        if need + promised > free:
+        if need + reserved_bytes > free:
             way_out = "fewer frames or another method" if self.offload else "offload=True keeps it on the CPU"
-            taken = f", {promised / 2**30:.2f} GiB are for other branches" if promised else ""
+            taken = f", {reserved_bytes / 2**30:.2f} GiB are for other branches" if reserved_bytes else ""
             raise RuntimeError(f"{said}{taken}, and {free / 2**30:.2f} GiB are free; {way_out}")
         log.info("%s", said)
         return need
@@ -78,7 +78,7 @@ class Rettention(Correction):
             memory.update(plan=super().plan(q, k, site, memory), step=site.step)
         return memory["plan"]
 
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor]:
+    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor]:
         own = memory.setdefault(site.branch, {})  # branches of guidance share a plan, not what it lacks
         if own.get("step") != memory["step"]:
             out, lse = done.dense()

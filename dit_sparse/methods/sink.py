@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..grid import Grid
 from ..method import Pattern
-from ..plan import blocks_in
+from ..plan import num_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Sink(Pattern):
     """
 
     knob: ClassVar[str] = "frames"
-    reach: ClassVar[tuple[float, float]] = (1e-6, 1e6)
+    knob_range: ClassVar[tuple[float, float]] = (1e-6, 1e6)
 
     frames: float = 1.0
 
@@ -40,6 +40,6 @@ class Sink(Pattern):
             raise ValueError(f"the sink holds more than 0 frames, not {self.frames}")
 
     def keep(self, grid: Grid, block: int) -> Tensor:
-        starts = torch.arange(blocks_in(grid.tokens, block)) * block
+        starts = torch.arange(num_blocks(grid.tokens, block)) * block
         kept = (starts + block > grid.before) & (starts < grid.before + self.frames * grid.frame)
         return kept.expand(len(starts), -1).clone()

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..budget import Above, Budget
 from ..grid import Site
-from ..method import Computed, Scorer
-from ..scoring import merged, pool
+from ..method import AttentionOutput, Scorer
+from ..scoring import merge_attention, pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Sol(Scorer):
         budget: by default ``Above(1.3)``, as their released node.
     """
 
-    usual: ClassVar[Budget] = Above(1.3)
+    default_budget: ClassVar[Budget] = Above(1.3)
     needs_lse: ClassVar[bool] = True
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
@@ -47,18 +47,18 @@ class Sol(Scorer):
         place = torch.arange(scores.shape[-1], device=q.device)
         return scores.masked_fill((place[:, None] - place).abs() <= 1, torch.inf)
 
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor]:
+    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor]:
         plan, block = done.plan, done.plan.block
         heads, tokens, dim = done.q.shape[1:]
         scale = dim**-0.5 if done.scale is None else done.scale
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (done.k, done.v))
         size, keys, values = _means(k, v, plan.lengths, block)
         logits = pool(done.q, block) @ keys.mT * scale + size.log()[:, None, None]
-        logits = logits.masked_fill(plan.keep(), -torch.inf)
+        logits = logits.masked_fill(plan.block_mask(), -torch.inf)
         lse = logits.logsumexp(-1)
         tail = (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp() @ values
         each = lambda x: x.repeat_interleave(block, 2)[:, :, :tokens]
-        out, lse = merged(done.out, done.lse, each(tail), each(lse))
+        out, lse = merge_attention(done.out, done.lse, each(tail), each(lse))
         return out.to(done.out.dtype), lse
 
 

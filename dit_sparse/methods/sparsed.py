@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..grid import Blocks, Site
 from ..kernels.planning.block_mass import first_block_mass
-from ..kernels.planning.selection import best
-from ..method import Method, always_kept
+from ..kernels.planning.selection import select_best
+from ..method import Method, required_blocks
 from ..plan import Plan
 
 
@@ -35,7 +35,7 @@ class SparseD(Method):
         rows: queries of each block that are looked at, a divisor of the block; None, or more than it has: all.
     """
 
-    own_pace: ClassVar[bool] = True
+    manages_own_plans: ClassVar[bool] = True
 
     groups: int = 3
     rows: int | None = 16
@@ -47,7 +47,7 @@ class SparseD(Method):
         if self.groups < 1:
             raise ValueError(f"groups is how many runs of frames are chosen from apart, at least 1, not {self.groups}")
 
-    def begin(self, q: Tensor, site: Site, promised: int = 0) -> int:
+    def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
         if site.block % min(self.rows or 1, site.block):
             raise ValueError(f"rows must divide the block of {site.block} tokens, not {self.rows}")
         return 0
@@ -56,9 +56,9 @@ class SparseD(Method):
         if "plan" not in memory:
             rows = min(self.rows or site.block, site.block)
             mass, _ = first_block_mass(q, k, site.block, rows=rows)
-            always = always_kept(Blocks.of(site.grid, site.block)).to(q.device)
+            always = required_blocks(Blocks.from_grid(site.grid, site.block)).to(q.device)
             parts = mass.masked_fill(always, torch.inf).tensor_split(self.groups, -1)
             density = 0.3 if self.density is None else self.density
-            keep = torch.cat([best(part, round(density * part.shape[-1])) for part in parts], -1)
-            memory["plan"] = Plan.of(keep, site.grid.tokens, site.block)
+            keep = torch.cat([select_best(part, round(density * part.shape[-1])) for part in parts], -1)
+            memory["plan"] = Plan.from_mask(keep, site.grid.tokens, site.block)
         return memory["plan"]

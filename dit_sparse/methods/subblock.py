@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..grid import Site
 from ..method import Scorer
-from ..scoring import by_query_blocks, pool
+from ..scoring import pool, score_in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,4 +57,4 @@ class SubBlock(Scorer):
             logits = (logits + rows[:, None] + log_held).unflatten(-1, (blocks, self.parts))
             return logits.logsumexp(-1).unflatten(2, (-1, self.parts)).logsumexp(3)
 
-        return by_query_blocks(estimate, blocks, q.shape[0] * q.shape[1] * self.parts**2 * blocks)
+        return score_in_chunks(estimate, blocks, q.shape[0] * q.shape[1] * self.parts**2 * blocks)

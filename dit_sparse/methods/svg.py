@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import order
 from ..grid import Grid, Site
 from ..method import Method, Pattern
-from ..plan import Plan, blocks_in
+from ..plan import Plan, num_blocks
 from ..scoring import sampled_attention
 
 
@@ -33,12 +33,12 @@ class Band(Pattern):
     """Blocks at most ``width`` of the sequence away, in whatever order it stands."""
 
     knob: ClassVar[str] = "width"
-    reach: ClassVar[tuple[float, float]] = (1e-4, 1.0)
+    knob_range: ClassVar[tuple[float, float]] = (1e-4, 1.0)
 
     width: float = 0.25
 
     def keep(self, grid: Grid, block: int) -> Tensor:
-        place = torch.arange(blocks_in(grid.tokens, block))
+        place = torch.arange(num_blocks(grid.tokens, block))
         return (place[:, None] - place).abs() * block <= self.width * grid.tokens
 
 
@@ -72,7 +72,7 @@ class SVG(Method):
         grid, block = site.grid, site.block
         plan = _band(0.25 if self.density is None else self.density, grid, block).to(q.device)
         orders = torch.stack([order.row_major(grid), order.frame_last(grid)]).to(q.device)
-        spatial, temporal = self._kept_mass(q, k, plan.keep()[0, 0], orders, grid, block)
+        spatial, temporal = self._kept_mass(q, k, plan.block_mask()[0, 0], orders, grid, block)
         choice = orders[(temporal > spatial).long()]  # [B, H, N]
         return replace(plan, order=choice)
 
@@ -86,4 +86,4 @@ class SVG(Method):
 @cache
 def _band(density: float, grid: Grid, block: int) -> Plan:
     """Made once: only the orders differ from head to head and step to step."""
-    return Plan.of(Band(density=density).block_map(grid, block)[None, None], grid.tokens, block)
+    return Plan.from_mask(Band(density=density).block_map(grid, block)[None, None], grid.tokens, block)

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Mass, up_to
+from ..budget import Mass, top_tokens
 from ..clusters import ClusterPlan, Clusters
 from ..grid import Grid, Site
 from ..kernels.planning.cluster import kmeans
@@ -73,8 +73,8 @@ class SVG2(Method):
         if self.density is None:
             keep = Mass(self.share, self.least).keep(logits)
         else:
-            keep = up_to(logits, sizes, self.density * site.grid.tokens)
-        return ClusterPlan.of(keep, queries, keys)
+            keep = top_tokens(logits, sizes, self.density * site.grid.tokens)
+        return ClusterPlan.from_mask(keep, queries, keys)
 
     def _clusters(self, x: Tensor, usual: int, grid: Grid, memory: dict, name: str) -> tuple[Clusters, Tensor]:
         """Clusters of the video tokens of ``x [B, H, N, D]`` with text as the last one, and the centroid of each."""
@@ -85,4 +85,4 @@ class SVG2(Method):
         if grid.before + grid.after == 0:
             return found, memory[name]
         text = memory[name].new_zeros(*memory[name].shape[:2], 1, x.shape[-1])
-        return Clusters.beside_text(found.labels, count, grid), torch.cat([memory[name], text], 2)
+        return Clusters.from_video_labels(found.labels, count, grid), torch.cat([memory[name], text], 2)

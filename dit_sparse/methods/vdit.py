@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..grid import Site
-from ..method import Computed, Method, Scorer
+from ..method import AttentionOutput, Method, Scorer
 from ..plan import Plan
 from ..scoring import sampled_attention
 from .svg import Band, Temporal
@@ -64,7 +64,7 @@ class Skip(Method):
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         return Band(width=1e-6).plan(q, k, site, memory)
 
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         return torch.zeros_like(done.out), done.lse
 
 
@@ -78,7 +78,7 @@ class VDiT(Method):
         seed: of the sample.
     """
 
-    own_pace: ClassVar[bool] = True
+    manages_own_plans: ClassVar[bool] = True
 
     samples: int = 64
     seed: int = 0
@@ -94,6 +94,6 @@ class VDiT(Method):
             modes = (Band(density=density), Temporal(density=density), vertical)
             plans = [mode.plan(q, k, site, memory) for mode in modes]
             rows, weights = sampled_attention(q, k, site.grid, self.samples, self.seed)
-            kept = torch.stack([(weights * plan.kept_by(rows)).sum((-2, -1)) for plan in plans])
+            kept = torch.stack([(weights * plan.token_mask(rows)).sum((-2, -1)) for plan in plans])
             memory["plan"] = Plan.by_head(plans, kept.argmax(0))
         return memory["plan"]

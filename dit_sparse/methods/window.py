@@ -29,7 +29,7 @@ class Window(Pattern):
     """
 
     knob: ClassVar[str] = "size"
-    reach: ClassVar[tuple[float, float]] = (1e-3, 1.0)
+    knob_range: ClassVar[tuple[float, float]] = (1e-3, 1.0)
 
     size: float = 0.25
 
@@ -42,7 +42,7 @@ class Window(Pattern):
         return order.hilbert(grid)
 
     def keep(self, grid: Grid, block: int) -> Tensor:
-        at = Blocks.of(grid, block, self.order(grid, block))
+        at = Blocks.from_grid(grid, block, self.order(grid, block))
         axes = ((at.frame, grid.frames), (at.row, grid.height), (at.column, grid.width))
         near = [span.gap() <= self.size * length for span, length in axes]
         return near[0] & near[1] & near[2]

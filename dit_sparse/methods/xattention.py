@@ -24,7 +24,7 @@ from torch import Tensor
 from ..budget import Budget, Mass
 from ..grid import Site
 from ..method import Scorer
-from ..scoring import by_query_blocks, in_blocks
+from ..scoring import score_in_chunks, split_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class XAttention(Scorer):
         stride: S, side of a tile in tokens; divides the block.
     """
 
-    usual: ClassVar[Budget] = Mass(0.9)
+    default_budget: ClassVar[Budget] = Mass(0.9)
     stride: int = 8
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class XAttention(Scorer):
         tokens, dim = q.shape[2:]
         if site.block % self.stride:
             raise ValueError(f"stride must divide the block of {site.block} tokens, not {self.stride}")
-        queries, keys = (in_blocks(x, site.block).unflatten(3, (-1, self.stride)) for x in (q, k))
+        queries, keys = (split_blocks(x, site.block).unflatten(3, (-1, self.stride)) for x in (q, k))
         queries, keys = queries.flip(-2).flatten(-2), keys.flatten(-2)  # [B, H, Qb, tiles, S * D]
         blocks, tiles = keys.shape[2:4]
         first = torch.arange(blocks * tiles, device=q.device) * self.stride
@@ -59,4 +59,4 @@ class XAttention(Scorer):
             weights = weights * real.view(blocks, tiles)[part].flatten()[:, None]
             return weights.unflatten(-1, (blocks, tiles)).sum(-1).unflatten(2, (-1, tiles)).sum(3)
 
-        return by_query_blocks(sums, blocks, q.shape[0] * q.shape[1] * tiles**2 * blocks).log()
+        return score_in_chunks(sums, blocks, q.shape[0] * q.shape[1] * tiles**2 * blocks).log()

@@ -40,7 +40,7 @@ def writable_file(path: Path | str, option: str = "--out") -> Path:
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to; it takes the place of ``path`` at the end, or vanishes on an error."""
     draft = path.with_name(f".{path.stem}.{secrets.token_hex(3)}{path.suffix}")
     try:
@@ -55,7 +55,7 @@ def save_video(path: Path, frames: NDArray, fps: int) -> None:
     scale = max(1, -(-384 // frames.shape[1]))
     large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     even = large[:, : large.shape[1] // 2 * 2, : large.shape[2] // 2 * 2]
-    with aside(path) as draft:
+    with atomic_write(path) as draft:
         imageio.imwrite(draft, even, fps=fps, codec="libx264", macro_block_size=2, quality=9)
 
 
@@ -74,12 +74,12 @@ def read_video(path: Path) -> tuple[NDArray, float]:
 
 
 def save_picture(path: Path, image: Image.Image) -> None:
-    with aside(path) as draft:
+    with atomic_write(path) as draft:
         image.save(draft)
 
 
 def save_json(path: Path, value: dict) -> None:
-    with aside(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(json.dumps(for_json(value), indent=2, allow_nan=False) + "\n")
 
 

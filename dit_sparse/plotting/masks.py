@@ -20,7 +20,7 @@ MARGIN = 24
 def mask_picture(plan: Plan, grid: Grid, title: str) -> Image.Image:
     """Left the block map of the first head; right, frame by frame, the keys that one query in the middle sees."""
     side = 480
-    blocks = _enlarged(_shade(plan.keep()[0, 0].numpy().astype(float)), side, side)
+    blocks = _enlarged(_shade(plan.block_mask()[0, 0].numpy().astype(float)), side, side)
     seen = _seen_from_the_middle(plan, grid)
     frames = _montage(seen, grid, side)
     width = 3 * MARGIN + blocks.width + frames.width
@@ -31,7 +31,7 @@ def mask_picture(plan: Plan, grid: Grid, title: str) -> Image.Image:
     picture.paste(blocks, (MARGIN, top))
     picture.paste(frames, (2 * MARGIN + blocks.width, top))
     caption = top + side + 6
-    rows, columns = plan.keep().shape[-2:]
+    rows, columns = plan.block_mask().shape[-2:]
     draw.text((MARGIN, caption), f"{rows} blocks of queries (down) x {columns} blocks of keys", INK, _font(13))
     draw.text((2 * MARGIN + blocks.width, caption), "keys seen by one query (orange), frame by frame", INK, _font(13))
     return picture
@@ -121,7 +121,7 @@ def step_chart(dense: Sequence[float], sparse: Sequence[float], name: str) -> Im
 def terminal_map(plan: Plan, columns: int = 64) -> str:
     """The block map of the first head in characters: the darker, the more is kept."""
     shades = " .:-=+*#%@"
-    keep = plan.keep()[0, 0].float()[None, None]
+    keep = plan.block_mask()[0, 0].float()[None, None]
     size = min(columns, keep.shape[-2])
     shrunk = torch.nn.functional.adaptive_avg_pool2d(keep, (max(1, size // 2), size))[0, 0]
     level = (shrunk * (len(shades) - 1)).ceil().long()
@@ -131,7 +131,7 @@ def terminal_map(plan: Plan, columns: int = 64) -> str:
 def _seen_from_the_middle(plan: Plan, grid: Grid) -> NDArray:
     """Per video token, ``[F, H, W]``: 1 where the middle query sees it, 2 at the query itself."""
     query = grid.before + grid.frames // 2 * grid.frame + grid.height // 2 * grid.width + grid.width // 2
-    seen = plan.keep()[0, 0, plan.query_group[0, 0, query]][plan.key_group[0, 0]].float()
+    seen = plan.block_mask()[0, 0, plan.query_group[0, 0, query]][plan.key_group[0, 0]].float()
     seen[query] = 2
     return seen[grid.before : grid.before + grid.video].view(grid.frames, grid.height, grid.width).numpy()
 

@@ -15,7 +15,7 @@ from dit_sparse.profiling import search
 
 from ..generation.generate import Progress, generate, load, usual_call
 from ..output.environment import conditions
-from ..output.files import aside, save_picture, writable_folder
+from ..output.files import atomic_write, save_picture, writable_folder
 from ..plotting.masks import heat_map
 
 ONE_FOR_ALL = (1.0,)  # the target is the density of every head
@@ -102,7 +102,7 @@ class Profiling:
                 **conditions(),
             },
         )
-        with aside(self.out) as draft:
+        with atomic_write(self.out) as draft:
             draft.write_text(profile.dumps())
         density = float(taken(seen.density).mean())
         title = f"{profile.model}: relative error of every head at mean density {density:.3f}"
@@ -152,7 +152,7 @@ def drifted(profile: Profile, model: str, prompts: Sequence[str], call: dict, st
 
 def _check_steps(schedule: Schedule, call: dict) -> None:
     if steps := call.get("num_inference_steps"):
-        search.looked_at(schedule, steps, search.STEPS_MEASURED)
+        search.measured_steps(schedule, steps, search.STEPS_MEASURED)
 
 
 def _transformer(pipe: Any) -> str:

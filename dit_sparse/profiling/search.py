@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from ..clusters import ClusterPlan
-from ..composition import PerHead, inside
+from ..composition import PerHead, nested_methods
 from ..engine.enable import enable
 from ..engine.plans import Plans
 from ..grid import Site
-from ..kernels.calibration import Kind, cost
+from ..kernels.calibration import CallSignature, cost_model
 from ..kernels.pick import pick
-from ..method import Computed, Method
+from ..method import AttentionOutput, Method
 from ..methods import method
 from ..methods.dense import Dense
 from ..methods.rettention import Rettention
@@ -76,7 +76,7 @@ def candidates(names: str, density: float, spread: Sequence[float] = SPREAD) -> 
     wanted = [part for name in wanted for part in (VDIT if name == "vdit" else (name,))]
     tried = [Candidate("dense", Dense())]
     for name in dict.fromkeys(wanted):
-        if any(isinstance(part, Rettention | PerHead) for part in inside(method(name))):
+        if any(isinstance(part, Rettention | PerHead) for part in nested_methods(method(name))):
             raise ValueError(f"{name} cannot be a candidate: it is not judged by single calls")
         if method(name).clusters:
             raise ValueError(f"{name} cannot be a candidate: clusters cannot share a launch with blocks")
@@ -125,7 +125,7 @@ def measure(
     return seen
 
 
-def looked_at(schedule: Schedule, steps: int | None, looks: int) -> list[int]:
+def measured_steps(schedule: Schedule, steps: int | None, looks: int) -> list[int]:
     """Steps at which methods are tried: the first sparse one, the last, and evenly spread between. Where nobody knows
     how many steps there are, the first alone.
 
@@ -140,19 +140,19 @@ def looked_at(schedule: Schedule, steps: int | None, looks: int) -> list[int]:
     return torch.linspace(first, first if steps is None else steps - 1, looks).round().int().tolist()
 
 
-def on_the_side(tried: Sequence[Method], memory: dict, schedule: Schedule) -> list[Plans]:
+def trial_plans(tried: Sequence[Method], memory: dict, schedule: Schedule) -> list[Plans]:
     """The plans of each method that is tried beside another one, kept in that one's memory; for all methods and layers
     they are too many for a GPU."""
-    return [memory.setdefault(i, Plans(one, schedule.per_branch, aside=True)) for i, one in enumerate(tried)]
+    return [memory.setdefault(i, Plans(one, schedule.per_branch, offload=True)) for i, one in enumerate(tried)]
 
 
 def squared_error(
-    one: Method, done: Computed, plan: Plan | ClusterPlan, attend: Callable, site: Site, memory: dict
+    one: Method, done: AttentionOutput, plan: Plan | ClusterPlan, attend: Callable, site: Site, memory: dict
 ) -> Tensor:
     """``|O_s - O|^2 / |O|^2`` of every head's output, float64 ``[H]``; what padding would have said does not count."""
     out, lse = attend(done.q, done.k, done.v, plan, scale=done.scale)
     dense = lambda: (done.out, done.lse)
-    out, _ = one.correct(Computed(done.q, done.k, done.v, plan, done.scale, out, lse, dense), site, memory)
+    out, _ = one.correct(AttentionOutput(done.q, done.k, done.v, plan, done.scale, out, lse, dense), site, memory)
     out, exact = out.double(), done.out.double()
     if plan.lengths is not None:
         padding = torch.arange(plan.tokens, device=out.device) >= plan.lengths.to(out.device)[:, None]
@@ -229,31 +229,31 @@ class _Probe(Method):
     note: Callable[[Site, tuple[Tensor, Tensor, Tensor]], None]
     schedule: Schedule
 
-    def fits(self, layers: int, heads: int) -> None:
+    def check_model(self, layers: int, heads: int) -> None:
         for one in self.tried:
-            one.fits(layers, heads)
+            one.check_model(layers, heads)
 
     def plan(self, q, k, site, memory):
-        return Plan.full(site.grid.tokens, site.block, q.device)
+        return Plan.dense(site.grid.tokens, site.block, q.device)
 
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        if site.step in looked_at(self.schedule, site.steps, STEPS_MEASURED):
-            fresh = replace(site, due=True)
-            rows = [self._try(one, done, fresh) for one in on_the_side(self.tried, memory, self.schedule)]
+    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        if site.step in measured_steps(self.schedule, site.steps, STEPS_MEASURED):
+            fresh = replace(site, needs_plan=True)
+            rows = [self._try(one, done, fresh) for one in trial_plans(self.tried, memory, self.schedule)]
             self.note(site, tuple(torch.stack(row).cpu() for row in zip(*rows, strict=True)))
         return done.out, done.lse
 
-    def _try(self, tried: Plans, done: Computed, site: Site) -> tuple[Tensor, Tensor, Tensor]:
+    def _try(self, tried: Plans, done: AttentionOutput, site: Site) -> tuple[Tensor, Tensor, Tensor]:
         """Squared relative error, density and predicted seconds of every head, ``[H]`` each."""
         heads, tokens = done.q.shape[1:3]
         one, plan = tried.method, tried.plan(done.q, done.k, site)
         if plan is None:
-            seconds = cost("dense", Kind.of(done.q, done.plan)).seconds(tokens, tokens**2)
+            seconds = cost_model("dense", CallSignature.from_call(done.q, done.plan)).seconds(tokens, tokens**2)
             return torch.zeros(heads), torch.ones(heads), torch.full((heads,), seconds)
-        plan = plan.padded(done.plan.lengths)
+        plan = plan.with_lengths(done.plan.lengths)
         choice = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
         wrong = squared_error(one, done, plan, choice.executor.attend, site, tried.memory(done.q, site))
-        density = plan.share_by_head.mean(0).float().cpu().expand(heads)
-        price = cost(choice.name, Kind.of(done.q, plan))
+        density = plan.density_by_head.mean(0).float().cpu().expand(heads)
+        price = cost_model(choice.name, CallSignature.from_call(done.q, plan))
         seconds = replace(price, fixed=price.fixed / heads).seconds(tokens, tokens**2 * density)
         return wrong.float().cpu(), density, seconds

@@ -23,15 +23,17 @@ from dit_sparse import ClusterPlan, Plan, Site
 from dit_sparse.grid import Blocks
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.planning.block_mass import block_mass
-from dit_sparse.method import Computed, always_kept
+from dit_sparse.method import AttentionOutput, required_blocks
 
 
-def kept_and_best(done: Computed, plan: Plan | ClusterPlan, site: Site, row_major: Tensor) -> dict[str, Tensor]:
+def kept_and_best(done: AttentionOutput, plan: Plan | ClusterPlan, site: Site, row_major: Tensor) -> dict[str, Tensor]:
     """What a plan retains of a dense call, and the three bounds, float64 ``[B, H]`` each."""
     own_groups = isinstance(plan, ClusterPlan) or plan.order is not None
     mass = group_mass(done.q, done.k, done.lse, plan, done.scale) if own_groups else row_major
-    keep, pairs, pairs_row_major = plan.keep(), _pairs(plan), _pairs(done.plan)
-    always = always_kept(Blocks.of(site.grid, site.block)).to(mass.device)  # the same in all orders: text stays put
+    keep, pairs, pairs_row_major = plan.block_mask(), _pairs(plan), _pairs(done.plan)
+    always = required_blocks(Blocks.from_grid(site.grid, site.block)).to(
+        mass.device
+    )  # the same in all orders: text stays put
     forced = keep & False if isinstance(plan, ClusterPlan) else keep & always
     spent = (pairs * keep).sum(-1)
     return {

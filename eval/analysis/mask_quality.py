@@ -22,16 +22,16 @@ from torch import Tensor
 
 from dit_sparse import Method, PerHead, Plan, Schedule, Site, SparseAttnProcessor, enable, prepare
 from dit_sparse.bundled import BUNDLED, BUNDLED_PROMPT
-from dit_sparse.composition import inside
+from dit_sparse.composition import nested_methods
 from dit_sparse.engine.plans import Plans
 from dit_sparse.generation.generate import Progress, generate, load, usual_call
 from dit_sparse.kernels.pick import pick
-from dit_sparse.method import Computed
+from dit_sparse.method import AttentionOutput
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.output.environment import conditions
 from dit_sparse.plotting.masks import heat_map
-from dit_sparse.profiling.search import looked_at, on_the_side, squared_error
+from dit_sparse.profiling.search import measured_steps, squared_error, trial_plans
 
 from .bounds import group_mass, kept_and_best
 
@@ -77,7 +77,7 @@ class Analysis:
         self.tried()
         object.__setattr__(self, "call", usual_call(self.model, small=True) | self.call)
         if steps := self.call.get("num_inference_steps"):
-            looked_at(self.schedule, steps, self.looks)
+            measured_steps(self.schedule, steps, self.looks)
 
     def tried(self) -> list[tuple[str, float | None, Method]]:
         """Name, density asked for, and method, in the order of the rows."""
@@ -116,7 +116,7 @@ def named(methods: Sequence[str | Method], density: float | None) -> dict[str, M
             name, one = given, method(given, **({} if density is None else {"density": density}))
         else:
             name, one = name_of(given), given if density is None else replace(given, density=density)
-        if any(isinstance(part, Rettention | PerHead) for part in inside(one)):
+        if any(isinstance(part, Rettention | PerHead) for part in nested_methods(one)):
             raise ValueError(
                 f"{name} cannot be judged by single calls: it lives on earlier ones, or on a layer's place"
             )
@@ -129,7 +129,7 @@ def named(methods: Sequence[str | Method], density: float | None) -> dict[str, M
 
 
 @torch.no_grad()
-def judged(tried: Plans, done: Computed, site: Site, row_major: Tensor) -> dict[str, Tensor]:
+def judged(tried: Plans, done: AttentionOutput, site: Site, row_major: Tensor) -> dict[str, Tensor]:
     """A method on one call, float64 ``[H]`` for each of `FIGURES`: means over the batch; ``error`` is squared.
 
     Args:
@@ -140,8 +140,8 @@ def judged(tried: Plans, done: Computed, site: Site, row_major: Tensor) -> dict[
     heads = done.q.shape[1]
     if plan is None:
         return {name: torch.full((heads,), float(name != "error"), dtype=torch.float64) for name in FIGURES}
-    plan = plan.padded(done.plan.lengths)
-    by_head = {"density": plan.share_by_head} | kept_and_best(done, plan, site, row_major)
+    plan = plan.with_lengths(done.plan.lengths)
+    by_head = {"density": plan.density_by_head} | kept_and_best(done, plan, site, row_major)
     figures = {name: value.mean(0).expand(heads) for name, value in by_head.items()}
     chosen = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
     figures["error"] = squared_error(one, done, plan, chosen.executor.attend, site, tried.memory(done.q, site))
@@ -158,17 +158,17 @@ class _Look(Method):
     schedule: Schedule
     looks: int
 
-    def fits(self, layers: int, heads: int) -> None:
+    def check_model(self, layers: int, heads: int) -> None:
         for one in self.tried:
-            one.fits(layers, heads)
+            one.check_model(layers, heads)
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        return Plan.full(site.grid.tokens, site.block, q.device)
+        return Plan.dense(site.grid.tokens, site.block, q.device)
 
-    def correct(self, done: Computed, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        if site.step in looked_at(self.schedule, site.steps, self.looks):
+    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        if site.step in measured_steps(self.schedule, site.steps, self.looks):
             row_major = group_mass(done.q, done.k, done.lse, done.plan, done.scale)
-            fresh, plans = replace(site, due=True), on_the_side(self.tried, memory, self.schedule)
+            fresh, plans = replace(site, needs_plan=True), trial_plans(self.tried, memory, self.schedule)
             found = [judged(one, done, fresh, row_major) for one in plans]
             self.note(site, torch.stack([torch.stack([figures[name] for name in FIGURES]) for figures in found]))
         return done.out, done.lse

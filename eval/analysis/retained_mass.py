@@ -19,12 +19,12 @@ def retained_mass(
     """
     _, heads, tokens, dim = q.shape
     k = k.repeat_interleave(heads // k.shape[1], 1).float()
-    looked_at = torch.linspace(0, tokens - 1, min(rows, tokens), device=q.device).round().long()
-    scores = q[:, :, looked_at].float() @ k.mT * (dim**-0.5 if scale is None else scale)
+    measured_steps = torch.linspace(0, tokens - 1, min(rows, tokens), device=q.device).round().long()
+    scores = q[:, :, measured_steps].float() @ k.mT * (dim**-0.5 if scale is None else scale)
     if plan.lengths is not None:
         keys = torch.arange(tokens, device=q.device)
         scores = scores.masked_fill((keys >= plan.lengths[:, None])[:, None, None], -torch.inf)
-    return (scores.softmax(-1) * plan.kept_by(looked_at)).sum(-1).mean(-1)
+    return (scores.softmax(-1) * plan.token_mask(measured_steps)).sum(-1).mean(-1)
 
 
 def at_step(step: int, found: dict[int, Tensor]) -> Callable[[Site, Tensor, Tensor, Plan | ClusterPlan], None]:

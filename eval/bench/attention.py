@@ -106,7 +106,7 @@ def clustered(q: Tensor, k: Tensor, density: float) -> ClusterPlan:
     (queries, query_means), (keys, key_means) = (
         kmeans(x, max(1, x.shape[2] // size)) for x, size in ((q, 250), (k, 100))
     )
-    return ClusterPlan.of(Top(density).keep(query_means @ key_means.mT), queries, keys)
+    return ClusterPlan.from_mask(Top(density).keep(query_means @ key_means.mT), queries, keys)
 
 
 @torch.no_grad()
@@ -193,10 +193,10 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable]:
 
 def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, rows: int = 64) -> None:
     """Compare some rows with the definition. Raises RuntimeError where the executor is wrong."""
-    looked_at = torch.linspace(0, q.shape[2] - 1, min(rows, q.shape[2]), device=q.device).round().long()
-    scores = q[:, :, looked_at].float() @ k.float().mT * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~plan.kept_by(looked_at), -torch.inf)
-    exact, out = scores.softmax(-1) @ v.float(), out[:, :, looked_at].float()
+    measured_steps = torch.linspace(0, q.shape[2] - 1, min(rows, q.shape[2]), device=q.device).round().long()
+    scores = q[:, :, measured_steps].float() @ k.float().mT * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~plan.token_mask(measured_steps), -torch.inf)
+    exact, out = scores.softmax(-1) @ v.float(), out[:, :, measured_steps].float()
     error = float((out - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     if not error <= TOLERANCE[q.dtype]:
         raise RuntimeError(f"the executor {name!r} is wrong here: relative error {error:.2g}")

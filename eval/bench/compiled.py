@@ -103,7 +103,7 @@ def _attention_launches(machine: Architecture) -> Iterator[tuple]:
     from dit_sparse.kernels.gpu.block_sparse import forward
 
     for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (16, 128, ""), (32, 128, ""), WORST):
-        q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
+        q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.dense(TOKENS, block)
         if features:
             plan = replace(plan, order=torch.arange(TOKENS), lengths=torch.tensor([TOKENS], dtype=torch.int32))
         arguments, *_ = block_sparse.launch(q, q, q, plan, None, machine)
@@ -111,8 +111,8 @@ def _attention_launches(machine: Architecture) -> Iterator[tuple]:
 
     for count, dim in (*product((3,), DIMS[:-1]), *product((15,), DIMS)):  # large clusters and small ones
         q = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16)
-        clusters = Clusters.of(torch.arange(TOKENS).mul(count).div(TOKENS).long()[None, None], count)
-        plan = ClusterPlan.of(torch.ones(1, 1, count, count, dtype=torch.bool), clusters, clusters)
+        clusters = Clusters.from_labels(torch.arange(TOKENS).mul(count).div(TOKENS).long()[None, None], count)
+        plan = ClusterPlan.from_mask(torch.ones(1, 1, count, count, dtype=torch.bool), clusters, clusters)
         arguments, *_ = block_ragged.launch(q, q, q, plan, None, machine)
         yield "block_ragged", arguments["ROWS"], dim, "", ragged, arguments
 
@@ -122,7 +122,7 @@ def _mass_launches(machine: Architecture) -> Iterator[tuple]:
 
     every = [(block, dim, None, False) for block, dim in (*product(BLOCKS, (64, 128)), (128, 80), (128, 256))]
     for block, dim, queries, kept in (*every, (128, 128, 16, False), (128, 128, None, True)):
-        q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.full(TOKENS, block)
+        q, plan = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), Plan.dense(TOKENS, block)
         layout = (queries or block, None, None, None, plan if kept else None)
         arguments, _ = block_mass.launch(q, q, torch.empty(1, 2, TOKENS), block, *layout, machine)
         features = f"{queries} queries a block" if queries else "kept blocks" if kept else ""
@@ -139,7 +139,7 @@ def _companion_launches() -> Iterator[tuple]:
         x, old = torch.empty(1, 2, TOKENS, dim, dtype=torch.bfloat16), torch.empty(1, 2, 100, dim)
         arguments, labels = cluster.launch_assign(x, old.to(x.dtype), old[..., 0].contiguous())
         yield "assign", cluster.ROWS, dim, "", assign, arguments
-        arguments, _ = cluster.launch_means(x, Clusters.of(torch.zeros_like(labels), 100), old)
+        arguments, _ = cluster.launch_means(x, Clusters.from_labels(torch.zeros_like(labels), 100), old)
         yield "means", 0, dim, "no products", means, arguments
 
     arguments = permute.launch(torch.arange(TOKENS), (x, x))  # one program for all of the same power of two

@@ -28,7 +28,13 @@ from dit_sparse.output.environment import conditions, device_name, sources, vers
 from dit_sparse.output.files import save_json, writable_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("test_triton.py", "test_clusters.py", "test_cluster.py", "test_selection.py", "test_bench.py")
+TESTS = (
+    "kernels/test_triton.py",
+    "kernels/test_cluster_plans.py",
+    "kernels/test_kmeans.py",
+    "kernels/test_selection.py",
+    "eval/test_bench.py",
+)
 TRIED = ("not begun", "stopped", "failed")  # in this order a later call takes up what is left
 GRACE = 30  # seconds between asking a stage to end and ending it: training saves and exports meanwhile
 LEAST = 20  # seconds; with less left, nothing is begun
@@ -46,7 +52,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Standing:
+class StageStatus:
     """How a stage stands: ``done``, ``failed``, ``stopped`` at its limit, or ``not begun``."""
 
     name: str
@@ -75,11 +81,11 @@ def stages(out: Path, training_minutes: float) -> list[Stage]:
     ]
 
 
-def run(todo: Sequence[Stage], out: Path, minutes: float) -> list[Standing]:
+def run(todo: Sequence[Stage], out: Path, minutes: float) -> list[StageStatus]:
     """Run what is not done yet, for so many minutes in all. ``gpu.json`` in ``out`` says after each stage how all
     stand."""
     end, state = time.monotonic() + 60 * minutes, decided()
-    standing = {stage.name: Standing(stage.name) for stage in todo} | _before(out, state)
+    standing = {stage.name: StageStatus(stage.name) for stage in todo} | _before(out, state)
     left = [stage for stage in todo if standing[stage.name].state != "done"]
     for stage in sorted(left, key=lambda stage: (bool(stage.after), TRIED.index(standing[stage.name].state))):
         seconds = end - time.monotonic() - GRACE / 2
@@ -95,21 +101,21 @@ def run(todo: Sequence[Stage], out: Path, minutes: float) -> list[Standing]:
 def decided() -> str:
     """A digest of what decides how the stages end: files, versions, device."""
     digest = hashlib.sha256(repr((sources(), versions(), device_name())).encode())
-    for path in (*sorted((ROOT / "eval").glob("*.py")), *sorted((ROOT / "tests").glob("*.py"))):
+    for path in (*sorted((ROOT / "eval").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _before(out: Path, state: str) -> dict[str, Standing]:
+def _before(out: Path, state: str) -> dict[str, StageStatus]:
     """How earlier calls into this folder left the stages; nothing where something else decided."""
     try:
         told = json.loads((out / "gpu.json").read_text())
-        return {stage["name"]: Standing(**stage) for stage in told["stages"]} if told["decided"] == state else {}
+        return {stage["name"]: StageStatus(**stage) for stage in told["stages"]} if told["decided"] == state else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _run(stage: Stage, log: Path, seconds: float) -> Standing:
+def _run(stage: Stage, log: Path, seconds: float) -> StageStatus:
     """One stage; what it prints goes to its log, and no process of it outlives it."""
     began, stopped = time.monotonic(), False
     with log.open("w") as file:
@@ -126,7 +132,7 @@ def _run(stage: Stage, log: Path, seconds: float) -> Standing:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     state = "stopped" if stopped else "failed" if process.returncode else "done"
-    return Standing(stage.name, state, time.monotonic() - began)
+    return StageStatus(stage.name, state, time.monotonic() - began)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from dit_sparse import ClusterPlan, Grid, Method, Plan, Site, SparseAttnProcesso
 from dit_sparse.eval.analysis.mask_quality import named
 from dit_sparse.generation.generate import Progress
 from dit_sparse.kernels.pick import pick
-from dit_sparse.method import Computed
+from dit_sparse.method import AttentionOutput
 from dit_sparse.output.environment import conditions
 from dit_sparse.plotting.lines import log_log
 
@@ -127,9 +127,9 @@ class Scaling:
     def _grid(self, frames: int) -> Grid:
         return Grid(frames, self.height, self.width, after=self.text)
 
-    def _tensors(self, grid: Grid, device: str, looked_at: bool) -> list[Tensor]:
+    def _tensors(self, grid: Grid, device: str, measured_steps: bool) -> list[Tensor]:
         """Queries, keys and values; without memory where nobody looks at what they hold."""
-        if looked_at or device == "cuda":
+        if measured_steps or device == "cuda":
             return structured(grid, self.heads, self.dim, device)
         return [torch.zeros(1).expand(1, self.heads, grid.tokens, self.dim)] * 3
 
@@ -188,8 +188,8 @@ def timed(
 def _call(one: Method, plan: Plan | ClusterPlan, tensors: list[Tensor], site: Site, memory: dict) -> Callable:
     q, k, v = tensors
     attend = partial(pick("auto", q, k, plan, lse=one.needs_lse).executor.attend, q, k, v)
-    dense = lambda: attend(plan=plan.whole())
-    return lambda: one.correct(Computed(q, k, v, plan, None, *attend(plan=plan), dense), site, memory)
+    dense = lambda: attend(plan=plan.full())
+    return lambda: one.correct(AttentionOutput(q, k, v, plan, None, *attend(plan=plan), dense), site, memory)
 
 
 def dense_rate(heads: int, dim: int, device: str) -> float:

@@ -12,11 +12,11 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_sparse.output.files import aside, writable_folder
+from dit_sparse.output.files import atomic_write, writable_folder
 
 
 @dataclass(frozen=True)
-class Take:
+class ClipRecord:
     """One finished clip.
 
     Attributes:
@@ -31,26 +31,26 @@ class Take:
     latents: NDArray | None = field(default=None, repr=False)
 
 
-class Shelf:
+class ClipStore:
     """A folder of takes, each found by everything that decides it: model, call, prompt, seed, method, versions. What
     one of these changes is another take, so a folder can be used again, for the same comparison or for a larger one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = writable_folder(folder)
 
-    def get(self, name: str, decides: dict) -> Take | None:
+    def get(self, name: str, decides: dict) -> ClipRecord | None:
         """The take, or None where there is none that can be read."""
         return _read(self._path(name, decides))
 
-    def put(self, name: str, decides: dict, take: Take) -> None:
+    def put(self, name: str, decides: dict, take: ClipRecord) -> None:
         """Store a take; killed in between, it leaves none."""
         arrays = {"frames": take.frames, "note": np.array(json.dumps(take.note))}
         if take.latents is not None:
             arrays["latents"] = take.latents
-        with aside(self._path(name, decides)) as draft, draft.open("wb") as file:
+        with atomic_write(self._path(name, decides)) as draft, draft.open("wb") as file:
             np.savez(file, **arrays)
 
-    def takes(self) -> Iterator[Take]:
+    def takes(self) -> Iterator[ClipRecord]:
         """All that are there and can be read, the oldest first."""
         for path in sorted(self.folder.glob("[!.]*.npz"), key=lambda path: path.stat().st_mtime_ns):
             if (take := _read(path)) is not None:
@@ -62,9 +62,9 @@ class Shelf:
         return self.folder / f"{readable}-{digest}.npz"
 
 
-def _read(path: Path) -> Take | None:
+def _read(path: Path) -> ClipRecord | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return Take(stored["frames"], json.loads(str(stored["note"])), stored.get("latents"))
+            return ClipRecord(stored["frames"], json.loads(str(stored["note"])), stored.get("latents"))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, RuntimeError):
         return None

@@ -22,7 +22,7 @@ from dit_sparse.methods import method
 from dit_sparse.output.environment import conditions
 from dit_sparse.output.files import save_json, writable_folder
 
-from .runner import Studio, Wanted, check_steps
+from .runner import ClipRunner, ClipSpec, check_steps
 from .summary import density_of, near, over_random, summary
 
 ALWAYS = ("dense", "random_blocks")  # the ceiling and the floor of every comparison
@@ -63,8 +63,10 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("there are no prompts to compare methods on")
-        if twice := next((one for one in self.prompts if list(self.prompts).count(one) > 1), None):
-            raise ValueError(f"the prompt {twice!r} is given twice; for several clips of a prompt, ask for more seeds")
+        if duplicate := next((one for one in self.prompts if list(self.prompts).count(one) > 1), None):
+            raise ValueError(
+                f"the prompt {duplicate!r} is given twice; for several clips of a prompt, ask for more seeds"
+            )
         if self.seeds < 1:
             raise ValueError(f"seeds is how many clips there are of a prompt, at least 1, not {self.seeds}")
         if not self.densities:
@@ -78,7 +80,7 @@ class Comparison:
         self.rows()
         writable_folder(self.out)
 
-    def rows(self) -> list[Wanted]:
+    def rows(self) -> list[ClipSpec]:
         """Every row but those that depend on what these are measured to be."""
         alone, everywhere = [], []
         for given in self.methods[1:]:
@@ -89,12 +91,12 @@ class Comparison:
                 everywhere.append(given)
         rows = [self._wanted(given, given, density) for density in self.densities for given in everywhere]
         floors = self._floors([row.density for row in alone if row.density], list(self.densities))
-        once: dict[tuple, Wanted] = {}
+        once: dict[tuple, ClipSpec] = {}
         for row in (self._wanted("dense", "dense", None), *rows, *floors, *alone):
             once.setdefault((row.method, row.density), row)
         return list(once.values())
 
-    def _floors(self, densities: Sequence[float], there: Sequence[float]) -> list[Wanted]:
+    def _floors(self, densities: Sequence[float], there: Sequence[float]) -> list[ClipSpec]:
         """Random blocks at every density that is near none of those that are there, to four digits."""
         added: list[float] = []
         for density in densities:
@@ -102,8 +104,8 @@ class Comparison:
                 added.append(round(density, 4))
         return [self._wanted("random_blocks", "random_blocks", density) for density in added]
 
-    def _wanted(self, given: str, name: str, density: float | None) -> Wanted:
-        return Wanted(given, name, density, self.processor(name, density))
+    def _wanted(self, given: str, name: str, density: float | None) -> ClipSpec:
+        return ClipSpec(given, name, density, self.processor(name, density))
 
     def processor(self, name: str, density: float | None) -> SparseAttnProcessor:
         """Nothing stays dense for its length: methods are compared, not whether they pay."""
@@ -117,7 +119,7 @@ class Comparison:
         """All clips, then one row after the other; what is not finished is told so in the file that is there after each
         of them. Returns what was written at the end."""
         same = {"schedule": self.schedule, "executor": self.executor, "block": self.block}
-        studio = Studio(self.model, self.prompts, range(self.seeds), self.call, self.out / "clips", **same)
+        studio = ClipRunner(self.model, self.prompts, range(self.seeds), self.call, self.out / "clips", **same)
         path = self.out / "compare.json"
         draft = path.with_name("compare.unfinished.json") if _finished(path) else path
         result = {key: value for key, value in asdict(self).items() if key not in ("out", "methods")}
@@ -144,7 +146,7 @@ class Comparison:
             draft.unlink()
         return result
 
-    def _in_turn(self, made: list[dict]) -> Iterator[tuple[str, list[Wanted]]]:
+    def _in_turn(self, made: list[dict]) -> Iterator[tuple[str, list[ClipSpec]]]:
         """The rows, random blocks where the own settings of a method led, and dense attention with as many steps as
         rows cost; each with a name, where there are any. ``made``: what came of those before."""
         yield "clips", self.rows()
@@ -154,7 +156,9 @@ class Comparison:
         equal: dict[int, list[str]] = {}
         for row in made[1:]:
             equal.setdefault(equal_steps(row, made[0]), []).append(row["name"])
-        dense = lambda steps: Wanted("dense", "dense", None, self.processor("dense", None), steps, tuple(equal[steps]))
+        dense = lambda steps: ClipSpec(
+            "dense", "dense", None, self.processor("dense", None), steps, tuple(equal[steps])
+        )
         if fewer := sorted(equal.keys() - {made[0]["steps"]}):
             yield "dense, fewer steps", [dense(steps) for steps in fewer]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_sparse import Schedule, Site, SparseAttnProcessor, prepare
 from dit_sparse.bundled import BUNDLED
-from dit_sparse.composition import inside
+from dit_sparse.composition import nested_methods
 from dit_sparse.engine.report import Stopwatch
 from dit_sparse.eval.analysis import retained_mass
 from dit_sparse.eval.quality.fidelity import relative_error
@@ -26,14 +26,14 @@ from dit_sparse.methods.rettention import Rettention
 from dit_sparse.output.environment import device_name, sources, versions, weights
 from dit_sparse.profiling import search
 
-from .clip_store import Shelf, Take
+from .clip_store import ClipRecord, ClipStore
 
 LATENTS = 9  # steps after which the latents of a dense clip are kept, to see how others depart from them
 EVERY = 8  # of the calls of a layer, one is looked at for what its plan retains
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ClipSpec:
     """One row: a method at a density, or dense attention with fewer steps than the others have.
 
     Attributes:
@@ -59,7 +59,7 @@ class Wanted:
         return self.method if self.density is None else f"{self.method} {self.density:g}"
 
 
-class Studio:
+class ClipRunner:
     """Takes of every row, for all prompts and seeds. The pipeline is loaded when the first take is missing; one of the
     hub at once, for only then it is known which commit it is.
 
@@ -76,7 +76,7 @@ class Studio:
         executor: str = "auto",
         block: int | None = None,
     ) -> None:
-        self.model, self.call, self.shelf = model, call, Shelf(folder)
+        self.model, self.call, self.shelf = model, call, ClipStore(folder)
         self.schedule, self.executor, self.block = schedule, executor, block
         self.scenes = [(prompt, seed) for prompt in prompts for seed in seeds]
         self.seeds = len(seeds)
@@ -88,29 +88,29 @@ class Studio:
         check_steps(self.schedule, self.call.get("num_inference_steps", usual))
         return prepare(pipe)
 
-    def make(self, rows: Sequence[Wanted], progress: Progress) -> None:
+    def make(self, rows: Sequence[ClipSpec], progress: Progress) -> None:
         """Make the takes that are missing, scene after scene and in each of them row after row: what slows the machine
         for some minutes slows all rows alike. ``progress`` counts takes, and steps as parts of them."""
         todo, warm = [(scene, wanted) for scene in self.scenes for wanted in rows], set()
         for number, (scene, wanted) in enumerate(todo):
-            if self.shelf.get(*self._place(wanted, scene)) is None:
+            if self.shelf.get(*self._key(wanted, scene)) is None:
                 if wanted.name not in warm:
                     self._warm_up(wanted)
                     warm.add(wanted.name)
                 told = lambda step, steps, n=number: progress(n * steps + step, len(todo) * steps)
-                self.shelf.put(*self._place(wanted, scene), self._take(wanted, scene, told))
+                self.shelf.put(*self._key(wanted, scene), self._take(wanted, scene, told))
             progress(number + 1, len(todo))
 
-    def takes(self, wanted: Wanted) -> Iterator[tuple[Take, Take]]:
+    def takes(self, wanted: ClipSpec) -> Iterator[tuple[ClipRecord, ClipRecord]]:
         """Every take of a row that was made, and the dense one of its prompt and seed."""
         for scene in self.scenes:
-            take, dense = (self.shelf.get(*self._place(row, scene)) for row in (wanted, self._dense))
+            take, dense = (self.shelf.get(*self._key(row, scene)) for row in (wanted, self._dense))
             yield take, dense
 
-    def errors(self, rows: list[Wanted], progress: Progress) -> dict[str, float]:
+    def errors(self, rows: list[ClipSpec], progress: Progress) -> dict[str, float]:
         """Relative error of the attention output of each method, by the calls of one dense clip: what no later step
         can blur. A method that lives on what it saw of dense steps is not judged so."""
-        lives_on_steps = lambda one: any(isinstance(part, Dense | Rettention) for part in inside(one))
+        lives_on_steps = lambda one: any(isinstance(part, Dense | Rettention) for part in nested_methods(one))
         judged = {row.method: row.processor.settings.method for row in rows}
         judged = {name: one for name, one in judged.items() if not lives_on_steps(one)}
         settings = {name: one.settings() for name, one in judged.items()}
@@ -124,7 +124,7 @@ class Studio:
             tried = [search.Candidate(*pair) for pair in judged.items()]
             clip = lambda: generate(self.pipe, prompt, seed, self.call, progress)
             error = search.measure(self.pipe, clip, tried, self.schedule, self.block).error.mean((1, 2)).sqrt()
-            found = Take(np.empty(0), dict(zip(judged, error.tolist(), strict=True)))
+            found = ClipRecord(np.empty(0), dict(zip(judged, error.tolist(), strict=True)))
             self.shelf.put(*place, found)
         return found.note
 
@@ -141,13 +141,13 @@ class Studio:
         return told | {"versions": versions(), "device": device_name()}
 
     @cached_property
-    def _dense(self) -> Wanted:
-        return Wanted("dense", "dense", None, SparseAttnProcessor("dense", min_tokens=0))
+    def _dense(self) -> ClipSpec:
+        return ClipSpec("dense", "dense", None, SparseAttnProcessor("dense", min_tokens=0))
 
-    def _call(self, wanted: Wanted) -> dict:
+    def _call(self, wanted: ClipSpec) -> dict:
         return self.call if wanted.steps is None else self.call | {"num_inference_steps": wanted.steps}
 
-    def _place(self, wanted: Wanted, scene: tuple[str, int]) -> tuple[str, dict]:
+    def _key(self, wanted: ClipSpec, scene: tuple[str, int]) -> tuple[str, dict]:
         """Name of a take, and all that decides it."""
         (prompt, seed), settings, call = scene, wanted.processor.settings, self._call(wanted)
         decides = self._same | {"call": call, "prompt": prompt, "seed": seed, "method": type(settings.method).__name__}
@@ -157,7 +157,7 @@ class Studio:
             decides |= {"executor": settings.executor, "block": settings.block, "min_tokens": settings.min_tokens}
         return wanted.name, decides
 
-    def _warm_up(self, wanted: Wanted) -> None:
+    def _warm_up(self, wanted: ClipSpec) -> None:
         """One sparse step of a clip nobody keeps, so that what is compiled or loaded at the first call of a shape is
         in no row's seconds."""
         settings = wanted.processor.settings
@@ -169,10 +169,10 @@ class Studio:
         finally:
             self.pipe.set_attn_processor(None)
 
-    def _take(self, wanted: Wanted, scene: tuple[str, int], progress: Progress) -> Take:
+    def _take(self, wanted: ClipSpec, scene: tuple[str, int], progress: Progress) -> ClipRecord:
         (prompt, seed), dense = scene, None
         if wanted.steps is None and wanted.method != "dense":
-            dense = self.shelf.get(*self._place(self._dense, scene))
+            dense = self.shelf.get(*self._key(self._dense, scene))
         watch = _Watch(None if dense is None else dense.latents)
         self.pipe.set_attn_processor(wanted.processor)
         try:
@@ -187,7 +187,7 @@ class Studio:
         note |= {"row": wanted.name, "prompt": prompt, "seed": seed}
         note["mass"] = [watch.mass[layer] for layer in sorted(watch.mass)]
         keep = wanted.method == "dense" and wanted.steps is None
-        return Take(clip.frames, note, np.stack(watch.kept) if keep else None)
+        return ClipRecord(clip.frames, note, np.stack(watch.kept) if keep else None)
 
 
 def check_steps(schedule: Schedule, steps: int) -> None:
@@ -211,7 +211,7 @@ class _Watch:
     def retained(self, site: Site, q: Tensor, k: Tensor, plan: Any) -> None:
         number = self.calls[site.layer] = self.calls.get(site.layer, -1) + 1
         if number % EVERY == 0:
-            with self.looking.running(q.device):
+            with self.looking.timing(q.device):
                 self.seen.setdefault(site.layer, []).append(
                     retained_mass.retained_mass(q, k, plan, rows=64).mean(0).cpu()
                 )
@@ -222,13 +222,13 @@ class _Watch:
 
     def latents(self, step: int, steps: int, latents: Tensor) -> None:
         self.steps = steps
-        looked_at = sorted({round(x) for x in np.linspace(0, steps - 1, min(LATENTS, steps))})
-        if step not in looked_at:
+        measured_steps = sorted({round(x) for x in np.linspace(0, steps - 1, min(LATENTS, steps))})
+        if step not in measured_steps:
             return
         # a clip's seconds end with its last step, before that step's latents are looked at
-        with self.looking.running(latents.device) if step < steps - 1 else nullcontext():
+        with self.looking.timing(latents.device) if step < steps - 1 else nullcontext():
             rounded = latents.detach().half().cpu().numpy()
             if self.reference is None:
                 self.kept.append(rounded)
             else:
-                self.errors.append([step, relative_error(rounded, self.reference[looked_at.index(step)])])
+                self.errors.append([step, relative_error(rounded, self.reference[measured_steps.index(step)])])

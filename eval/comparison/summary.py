@@ -16,14 +16,14 @@ from dit_sparse.eval.quality.vbench_style import quality
 from dit_sparse.generation.generate import usual_fps
 
 from .bootstrap import interval
-from .runner import Studio, Wanted
+from .runner import ClipRunner, ClipSpec
 
 NEAR = 0.01  # a density further off than this from what was asked for is marked
 METRICS = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": lpips}
 STRIP_FRAMES, STRIP_HEIGHT = 4, 160
 
 
-def summary(wanted: Wanted, studio: Studio, with_quality: bool = False) -> dict:
+def summary(wanted: ClipSpec, studio: ClipRunner, with_quality: bool = False) -> dict:
     """One row for JSON, from the takes of it and of dense attention."""
     notes, references, judged, measured = [], [], [], {name: [] for name in METRICS}
     strip = None
@@ -57,7 +57,7 @@ def summary(wanted: Wanted, studio: Studio, with_quality: bool = False) -> dict:
     return row | {"executors": notes[0]["executors"], "grids": notes[0]["grids"], "strip": strip}
 
 
-def _densities(wanted: Wanted, notes: list[dict], references: list[dict]) -> dict:
+def _densities(wanted: ClipSpec, notes: list[dict], references: list[dict]) -> dict:
     achieved = [note["density_achieved"] for note in notes if note["density_achieved"] is not None]
     mean = fmean(achieved) if achieved else None
     mass = [note["mass"] for note in notes if note["mass"]]

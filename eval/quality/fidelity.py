@@ -186,7 +186,7 @@ def _ms_ssim_of_frame(a: NDArray, b: NDArray) -> float:
     product = torch.ones(a.shape[2], dtype=torch.float64)
     for scale, weight in enumerate(SCALE_WEIGHTS[:scales]):
         if scale:
-            x, y = _halved(x), _halved(y)
+            x, y = _splits_batch(x), _splits_batch(y)
         luminance, contrast = _ssim_parts(x, y, window)
         part = contrast * luminance if scale == scales - 1 else contrast
         product *= part.mean((1, 2)).clamp(min=0) ** (weight / sum(SCALE_WEIGHTS[:scales]))
@@ -216,7 +216,7 @@ def _smoothed(images: Tensor, window: Tensor) -> Tensor:
     return images
 
 
-def _halved(image: Tensor) -> Tensor:
+def _splits_batch(image: Tensor) -> Tensor:
     """``image [C, H, W]`` by means of 2 x 2 pixels."""
     height, width = image.shape[1:]
     return F.avg_pool2d(F.pad(image, (0, width % 2, 0, height % 2), mode="replicate"), 2)

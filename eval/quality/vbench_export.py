@@ -21,8 +21,8 @@ import imageio.v3 as imageio
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_sparse.eval.comparison.clip_store import Shelf
-from dit_sparse.output.files import aside, for_json, to_uint8, writable_folder
+from dit_sparse.eval.comparison.clip_store import ClipStore
+from dit_sparse.output.files import atomic_write, for_json, to_uint8, writable_folder
 
 Clips = Iterable[tuple[str, int, NDArray]]
 
@@ -87,12 +87,12 @@ def export(folder: Path | str, videos: Clips, fps: float = 8, dimensions: Iterab
         entry["video_list"] = sorted({*entry["video_list"], str(path)})
         prompts[path.name] = prompt
     for name, content in (("prompts.json", prompts), ("full_info.json", list(listed.values()))):
-        with aside(folder / name) as draft:
+        with atomic_write(folder / name) as draft:
             draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder / "full_info.json"
 
 
-def of_row(shelf: Shelf, result: dict, row: dict) -> Clips:
+def of_row(shelf: ClipStore, result: dict, row: dict) -> Clips:
     """The clips that a row of a comparison was measured on, one at a time. What other comparisons left on the shelf
     under the same name is told apart by its settings and, if need be, by the seconds that it took.
 
@@ -150,7 +150,7 @@ def _read(path: Path, default: list | dict) -> list | dict:
 def _save(path: Path, frames: NDArray, fps: float) -> None:
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise ValueError(f"a clip for VBench is [frames, height, width, 3], not {list(frames.shape)}")
-    with aside(path) as draft:
+    with atomic_write(path) as draft:
         imageio.imwrite(
             draft,
             np.ascontiguousarray(to_uint8(frames)),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from dit_sparse.output.files import aside
+from dit_sparse.output.files import atomic_write
 
 from .scatter import Scatter, hues, line_of
 from .tables import TIMED, clips_told, costs_like, unfinished
@@ -57,7 +57,7 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def write_page(result: dict, path: Path) -> None:
-    with aside(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(page(result), encoding="utf-8")
 
 

@@ -152,9 +152,9 @@ def _places(text: str, line: Sequence[Mark]) -> Iterator[Name]:
     for off in range(0, 200, 10):
         for mark in (line[-1], line[0])[: len(line)]:
             for right, down in WAYS:
-                reach, half = mark.radius + 3 + off, LETTER * len(text) / 2
-                x = mark.x + reach * right + half * ((right > 0.1) - (right < -0.1))
-                y = mark.y + (reach + LINE / 2) * down
+                offset, half = mark.radius + 3 + off, LETTER * len(text) / 2
+                x = mark.x + offset * right + half * ((right > 0.1) - (right < -0.1))
+                y = mark.y + (offset + LINE / 2) * down
                 box = (x - half, y - LINE / 2, x + half, y + LINE / 2)
                 if box[0] > LEFT and box[1] > TOP and box[2] < WIDTH and box[3] < HEIGHT - BOTTOM:
                     yield Name(text, box, _leader(mark, box) if off else ())

@@ -15,7 +15,7 @@ from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import Architecture
 from dit_sparse.kernels.permute import permuted
-from dit_sparse.plan import Plan, blocks_in
+from dit_sparse.plan import Plan, num_blocks
 
 LSE = True
 CLUSTERS = True
@@ -98,7 +98,7 @@ def key_runs(plan: ClusterPlan) -> tuple[Tensor, Tensor]:
     side are one run, padding is cut off, and what is left over of K are runs of nothing."""
     edges = plan.keys.edges[:, :, None]
     ends_of = [torch.take_along_dim(edges, plan.index.long() + side, -1) for side in (0, 1)]
-    begin, end = (torch.where(plan.live, x, 0) for x in ends_of)
+    begin, end = (torch.where(plan.valid, x, 0) for x in ends_of)
     if plan.lengths is not None:
         begin, end = (x.minimum(plan.lengths[:, None, None, None]) for x in (begin, end))
     live = begin < end
@@ -130,7 +130,7 @@ def query_tiles(edges: Tensor, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
     there could be, so that nobody waits to count them; spare tiles have the place ``tokens``."""
     tiles = (edges.diff(dim=-1) + rows - 1) // rows
     until = tiles.cumsum(-1)
-    slots = torch.arange(blocks_in(tokens, rows) + tiles.shape[-1], device=edges.device)
+    slots = torch.arange(num_blocks(tokens, rows) + tiles.shape[-1], device=edges.device)
     slots = slots.expand(*edges.shape[:-1], -1).contiguous()
     cluster = torch.searchsorted(until, slots, right=True)
     spare, cluster = cluster == tiles.shape[-1], cluster.clamp(max=tiles.shape[-1] - 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.gpu import launching
-from dit_sparse.plan import Plan, arranged
+from dit_sparse.plan import Plan, reorder
 
 LSE = True
 CLUSTERS = True
@@ -44,14 +44,14 @@ def attend(
     """Attention of ``q [B, H, N, D]`` over the kept blocks of ``k, v [B, Hkv, N, D]``; see ``reference.attend``."""
     query_order = plan.queries.order if isinstance(plan, ClusterPlan) else plan.order
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # every head has lists of its own
-    inputs = [arranged(x, order).flatten(0, 1) for x, order in ((q, query_order), (k, plan.order), (v, plan.order))]
+    inputs = [reorder(x, order).flatten(0, 1) for x, order in ((q, query_order), (k, plan.order), (v, plan.order))]
     alike = isinstance(plan, Plan) and plan.tokens % plan.block == 0
     out, lse = (_fixed if alike else _variable)(inputs, plan, q.shape[:2], scale)
     out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3]) * math.log(2)
     if query_order is None:
         return out, lse
     back = query_order.argsort(-1)
-    return arranged(out, back), arranged(lse, back)
+    return reorder(out, back), reorder(lse, back)
 
 
 def _fixed(inputs: list[Tensor], plan: Plan, shape: torch.Size, scale: float | None) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def _fixed(inputs: list[Tensor], plan: Plan, shape: torch.Size, scale: float | N
 
     sequences, tokens, dim = inputs[0].shape
     first = torch.arange(sequences, device=plan.index.device).view(*shape, 1, 1) * plan.blocks
-    index = (plan.index + first).expand(*shape, -1, -1)[plan.live.expand(*shape, -1, -1)]
+    index = (plan.index + first).expand(*shape, -1, -1)[plan.valid.expand(*shape, -1, -1)]
     count = plan.count.expand(*shape, -1).flatten()
     wrapper = flashinfer.BlockSparseAttentionWrapper(_workspace(inputs[0].device))
     wrapper.plan(
@@ -78,7 +78,7 @@ def _variable(
 
     sequences, _, dim = inputs[0].shape
     keep, rows, columns = (
-        x.expand(*shape, *x.shape[2:]).flatten(0, 1) for x in (plan.keep(), plan.query_sizes, plan.key_sizes)
+        x.expand(*shape, *x.shape[2:]).flatten(0, 1) for x in (plan.block_mask(), plan.query_sizes, plan.key_sizes)
     )
     wrapper = flashinfer.VariableBlockSparseAttentionWrapper(_workspace(inputs[0].device))
     wrapper.plan(

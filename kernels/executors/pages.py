@@ -78,5 +78,5 @@ def _used(plan: Plan, batch: int, heads: int) -> Tensor:
     lengths = torch.full((1,), plan.tokens, device=plan.index.device) if plan.lengths is None else plan.lengths
     starts = torch.arange(plan.blocks, device=plan.index.device) * plan.block
     sizes = (lengths[:, None] - starts).clamp(0, plan.block)[:, None, None]
-    kept = torch.take_along_dim(sizes, plan.index.long(), -1) * plan.live
+    kept = torch.take_along_dim(sizes, plan.index.long(), -1) * plan.valid
     return kept.sum(-1).expand(batch, heads, -1).int()

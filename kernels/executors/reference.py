@@ -39,7 +39,7 @@ def attend(
 
 def token_mask(plan: Plan | ClusterPlan, batch: int, heads: int) -> Tensor:
     """The kept token pairs, bool ``[B, H, N, N]``."""
-    mask = torch.take_along_dim(plan.keep(), plan.query_group[..., None], 2)
+    mask = torch.take_along_dim(plan.block_mask(), plan.query_group[..., None], 2)
     mask = torch.take_along_dim(mask, plan.key_group[..., None, :], 3).expand(batch, heads, -1, -1)
     if plan.lengths is None:
         return mask

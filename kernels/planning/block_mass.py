@@ -17,7 +17,7 @@ from dit_sparse.kernels.executors import block_sparse
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import widths
 from dit_sparse.kernels.permute import permuted
-from dit_sparse.plan import Plan, arranged, blocks_in
+from dit_sparse.plan import Plan, num_blocks, reorder
 
 FEWEST_ROWS = 16  # that matrix units take
 
@@ -83,7 +83,7 @@ def retained_mass(
     if _by_triton(q, k, plan.block, rows):
         return _launched(q, k, lse, plan.block, rows, plan.order, plan.lengths, scale, plan)
     mass, _ = _plain(q, k, lse, plan.block, rows, plan.order, plan.lengths, scale)
-    return (mass * plan.keep()).sum(-1)
+    return (mass * plan.block_mask()).sum(-1)
 
 
 def log_sum_exp(q: Tensor, k: Tensor, scale: float | None = None, every: int = 1) -> Tensor:
@@ -119,8 +119,8 @@ def _plain(q, k, lse, block, rows, order, lengths, scale) -> tuple[Tensor, Tenso
     """The definition, a few query blocks at a time; and, where no log-sum-exp is given, that of the queries looked at,
     ``[B, H, ceil(N / (block / rows))]``."""
     batch, heads, tokens, dim = q.shape
-    apart, blocks = block // rows, blocks_in(tokens, block)
-    q, k, lse = (x if x is None else arranged(x, order) for x in (q, k, lse))
+    apart, blocks = block // rows, num_blocks(tokens, block)
+    q, k, lse = (x if x is None else reorder(x, order) for x in (q, k, lse))
     q = q[:, :, ::apart].float() * (dim**-0.5 if scale is None else scale)
     keys = k.repeat_interleave(heads // k.shape[1], 1).float().mT
     if lse is not None:
@@ -143,8 +143,8 @@ def _plain(q, k, lse, block, rows, order, lengths, scale) -> tuple[Tensor, Tenso
             weights = torch.where(real_rows[..., some, None] & real[..., None, :], weights, 0.0)
         by_block = F.pad(weights, (0, 0, 0, -weights.shape[2] % rows)).unflatten(2, (-1, rows)).sum(3)
         mass.append(F.pad(by_block, (0, -tokens % block)).unflatten(-1, (blocks, block)).sum(-1))
-    looked_at = F.pad(real_rows.float(), (0, -q.shape[2] % rows)).unflatten(-1, (blocks, rows)).sum(-1)
-    return torch.cat(mass, 2) / looked_at.clamp(min=1)[..., None], torch.cat(found, 2) if found else None
+    measured_steps = F.pad(real_rows.float(), (0, -q.shape[2] % rows)).unflatten(-1, (blocks, rows)).sum(-1)
+    return torch.cat(mass, 2) / measured_steps.clamp(min=1)[..., None], torch.cat(found, 2) if found else None
 
 
 def _launched(q, k, lse, block, rows, order, lengths, scale, plan) -> Tensor:
@@ -159,7 +159,7 @@ def _launched(q, k, lse, block, rows, order, lengths, scale, plan) -> Tensor:
 def launch(q, k, lse, block, rows, order, lengths, scale, plan, machine) -> tuple[dict, Tensor]:
     """The arguments of the kernel, and the tensor that it will fill."""
     batch, heads, tokens, dim = q.shape
-    blocks, columns, tiling = blocks_in(tokens, block), widths(dim, dim), machine.tiling(block, dim)
+    blocks, columns, tiling = num_blocks(tokens, block), widths(dim, dim), machine.tiling(block, dim)
     q, k = launching.in_rows(q, *permuted(order, k))
     out = torch.empty(batch, heads, blocks, *(() if plan else (blocks,)), device=q.device)
     index = plan.index.expand(batch, heads, -1, -1) if plan else None

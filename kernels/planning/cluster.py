@@ -57,7 +57,7 @@ def _step(
 ) -> tuple[Clusters | None, Tensor]:
     """The means of the tokens nearest to each centroid; sorted into clusters are they only in the last step."""
     labels = _assign(x, centroids, half_squares)
-    return Clusters.of(labels, old.shape[2]) if last else None, _means(x, labels, old)
+    return Clusters.from_labels(labels, old.shape[2]) if last else None, _means(x, labels, old)
 
 
 def _assign(x: Tensor, centroids: Tensor, half_squares: Tensor) -> Tensor:
@@ -79,7 +79,9 @@ def _means(x: Tensor, labels: Tensor, old: Tensor) -> Tensor:
 def _step_by_triton(
     x: Tensor, centroids: Tensor, half_squares: Tensor, old: Tensor, last: bool
 ) -> tuple[Clusters, Tensor]:
-    found = Clusters.of(_assign_by_triton(x, centroids, half_squares), old.shape[2])  # a sum runs over sorted tokens
+    found = Clusters.from_labels(
+        _assign_by_triton(x, centroids, half_squares), old.shape[2]
+    )  # a sum runs over sorted tokens
     return found, _means_by_triton(x, found, old)
 
 

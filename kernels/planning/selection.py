@@ -10,7 +10,9 @@ from dit_sparse.kernels.gpu import launching
 WIDEST = 8192  # scores that a program holds in its registers
 
 
-def best(scores: Tensor, wanted: float | Tensor, weights: Tensor | None = None, *, to_nearest: bool = False) -> Tensor:
+def select_best(
+    scores: Tensor, wanted: float | Tensor, weights: Tensor | None = None, *, to_nearest: bool = False
+) -> Tensor:
     """The highest scores of each row, until their weights add up to what is wanted; of equals any.
 
     Args:

@@ -131,8 +131,8 @@ def nearest_shape(strength):
 
 def _templates(shape):
     """The shape in all sizes, (sizes, 1, side, side)."""
-    reach = round(RADIUS * SIZES[-1]) + 1
-    axis = torch.arange(-reach, reach + 1).float()
+    margin = round(RADIUS * SIZES[-1]) + 1
+    axis = torch.arange(-margin, margin + 1).float()
     insides = [outside(shape, axis[None, :], axis[:, None], RADIUS * size) < 0 for size in SIZES]
     return torch.stack(insides)[:, None].float()
 

@@ -140,8 +140,8 @@ def draw(scene, size, generator):
 
 def _background_texture(size, generator):
     """Nearly grey grain, larger than the frame by the longest drift, so that nothing repeats."""
-    reach = CELL * size.frames
-    return _texture(size.height + reach, size.width + reach, 0.20, 0.04, generator)
+    margin = CELL * size.frames
+    return _texture(size.height + margin, size.width + margin, 0.20, 0.04, generator)
 
 
 def _sprite_texture(sprite, size, generator):

@@ -1,0 +1,261 @@
+"""The commands that judge: `eval video`, `eval export`, `eval attention`, `bench scaling`."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from dit_sparse.cli.main import app
+from dit_sparse.cli.measure import read_prompts
+from dit_sparse.eval.comparison.clip_store import ClipRecord, ClipStore
+from dit_sparse.eval.comparison.stored_result import read_result
+from dit_sparse.eval.report.page import page
+from dit_sparse.eval.report.tables import RESULTS
+from dit_sparse.output.files import atomic_write, for_json, read_video, save_json, save_video
+
+SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
+
+
+def run(*command: object):
+    return CliRunner().invoke(app, [str(part) for part in command])
+
+
+def clip(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(60, 190, (3, 24, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        save_video(tmp_path / f"{name}.mp4", clip(seed), fps=8)
+    return tmp_path
+
+
+def test_a_video_is_judged_by_itself_and_against_another(videos):
+    judged = run("eval", "video", videos / "a.mp4", "--reference", videos / "b.mp4", "--json", videos / "x.json")
+    assert judged.exit_code == 0, judged.output
+    found = json.loads((videos / "x.json").read_text())
+    assert 0 < found["quality"]["temporal_flickering"] < 1 and 5 < found["fidelity"]["psnr"]["pooled"] < 30
+    assert "temporal_flickering" in judged.output and "ms_ssim" in judged.output
+    same = run("eval", "video", videos / "a.mp4", "--reference", videos / "a.mp4", "--json", videos / "y.json")
+    assert same.exit_code == 0 and json.loads((videos / "y.json").read_text())["fidelity"]["psnr"]["pooled"] == "inf"
+
+
+def test_a_video_is_read_as_it_was_written(videos):
+    frames, fps = read_video(videos / "a.mp4")
+    assert frames.shape[0] == 3 and frames.dtype == np.uint8 and fps == 8
+
+
+def compared() -> dict:
+    """What a comparison once wrote, of one prompt and two seeds."""
+    result = json.loads((RESULTS / "cpu" / "compare.json").read_text())
+    rows = [row | {"seconds": 3.0} for row in result["rows"][:3]]
+    return result | {"prompts": ["a red circle"], "seeds": 2, "rows": rows}
+
+
+def put(shelf: ClipStore, row: dict, seed: int, frames: np.ndarray, **other: object) -> None:
+    note = {"row": row["name"], "prompt": "a red circle", "seed": seed, "seconds": 1.5, "grids": []}
+    note |= {"settings": row["settings"], "steps": row["steps"]} | other
+    shelf.put(row["name"], note, ClipRecord(frames, note))
+
+
+@pytest.mark.parametrize(
+    "other", [{"steps": 99}, {"settings": {}}, {"grids": ["1x1x1"]}, {"seconds": 7.0}, {"seed": 2}]
+)
+def test_clips_of_a_row_are_written_for_vbench(tmp_path, other):
+    """And not what another comparison left in the folder, earlier or later."""
+    result, shelf = compared(), ClipStore(tmp_path / "clips")
+    (tmp_path / "compare.json").write_text(json.dumps(result))
+    own = result["rows"][1]
+    for seed in (0, 1):
+        put(shelf, own, **{"seed": seed, "frames": clip(9)} | other)
+    for row in result["rows"]:
+        for seed in (0, 1):
+            put(shelf, row, seed, clip(seed))
+    for seed in (0, 1):
+        put(shelf, own, **{"seed": seed, "frames": clip(8), "prompt": "another"})
+        put(shelf, own, **{"seed": seed, "frames": clip(8), "seconds": 6.5} | other)
+    written = run("eval", "export", tmp_path, "--row", own["name"], "--out", tmp_path / "vbench")
+    assert written.exit_code == 0 and "2 videos" in written.output, written.output
+    videos = sorted((tmp_path / "vbench" / "videos").iterdir())
+    assert [path.name for path in videos] == ["a red circle-0.mp4", "a red circle-1.mp4"]
+    for seed, path in enumerate(videos):
+        frames, fps = read_video(path)
+        assert fps == 8 and np.abs(frames.astype(int) - clip(seed)).max() <= 3
+
+
+def test_one_clip_at_a_time_is_held(tmp_path, monkeypatch):
+    result, shelf, held = compared(), ClipStore(tmp_path / "clips"), []
+    (tmp_path / "compare.json").write_text(json.dumps(result | {"model": "some/model"}))
+    for seed in (0, 1):
+        put(shelf, result["rows"][0], seed, clip(seed))
+
+    def export(folder, clips, fps):
+        held.extend([iter(clips) is clips, fps])
+        return folder
+
+    monkeypatch.setattr("dit_sparse.eval.quality.vbench_export.export", export)
+    assert run("eval", "export", tmp_path).exit_code == 0
+    assert held == [True, 16]
+
+
+def test_attention_beside_the_best_mask(tmp_path):
+    looked = run("eval", "attention", "--methods", "random_blocks,subblock", "--block", 16, "--out", tmp_path, *SMALL)
+    assert looked.exit_code == 0, looked.output
+    rows = {row["method"]: row for row in json.loads((tmp_path / "analysis.json").read_text())["rows"]}
+    assert rows["random_blocks"]["efficiency"] < rows["subblock"]["efficiency"] <= 1
+    assert {path.name for path in tmp_path.iterdir()} == {"analysis.json", "00.png", "01.png"}
+
+
+def test_scaling_writes_exponents_and_pictures(tmp_path):
+    given = ["--methods", "dense,radial", "--frames", "4,8,16", "--frame", "8x10", "--out", tmp_path / "s.json"]
+    measured = run("bench", "scaling", *given)
+    assert measured.exit_code == 0, measured.output
+    found = json.loads((tmp_path / "s.json").read_text())["exponents"]
+    assert found["dense"]["own"]["exponent"] == pytest.approx(2) and found["radial"]["own"]["exponent"] < 2
+    assert {path.name for path in tmp_path.iterdir()} == {"s.json", "s-own.png", "s-fixed.png"}
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["eval", "video", "nowhere.mp4"], "cannot read a video from nowhere.mp4"),
+        (["eval", "export", "nowhere"], "no result of dit-sparse compare"),
+        (["eval", "attention", "--methods", "nope"], "no method 'nope'"),
+        (["eval", "attention", "--density", "x"], "numbers separated by commas"),
+        (["bench", "scaling", "--frames", "8,a"], "lengths separated by commas"),
+        (["bench", "scaling", "--frames", "16,8"], "ascending"),
+        (["bench", "scaling", "--frame", "8"], "cannot read the grid"),
+    ],
+)
+def test_bad_input_is_one_sentence(command, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = run(*command)
+    assert refused.exit_code == 2 and words in refused.output.replace("\n", " "), refused.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_clips_that_are_not_there_are_named(tmp_path):
+    result = compared()
+    (tmp_path / "compare.json").write_text(json.dumps(result))
+    for given, words in (("svg 0.1", "there are dense, random_blocks"), ("dense", "has no clips")):
+        refused = run("eval", "export", tmp_path, "--row", given, "--out", tmp_path / "out")
+        assert refused.exit_code == 2 and words in refused.output.replace("\n", " ")
+        assert not (tmp_path / "out").exists()
+    put(ClipStore(tmp_path / "clips"), result["rows"][0], 0, clip(0))
+    refused = run("eval", "export", tmp_path, "--out", tmp_path / "out")
+    assert refused.exit_code == 2 and "1 clips of 'dense' are not in" in refused.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/compare*.json")), ids=lambda path: path.parent.name)
+def test_results_that_ship_are_read(path):
+    assert page(read_result(path)).endswith("</html>\n")
+
+
+def damaged(**changes: object) -> dict:
+    result = compared()
+    result["rows"][1] |= changes.pop("row", {})
+    return result | changes
+
+
+@pytest.mark.parametrize(
+    "result, words",
+    [
+        (damaged(rows=5), "rows: Input should be a valid list"),
+        (damaged(rows=[]), "rows: List should have at least 1"),
+        (damaged(prompts=1), "prompts: Input should be a valid list"),
+        (damaged(prompts=[]), "prompts: List should have at least 1"),
+        (damaged(rows=[{"over_random": None}]), "rows.0.name: Field required"),
+        (damaged(grids=None), "grids: Input should be a valid list"),
+        (damaged(steps=0), "steps: Input should be greater than 0"),
+        (damaged(versions={}), "versions name no torch"),
+        (damaged(row={"psnr": {"mean": 1.0}}), "rows.1.psnr.median: Field required"),
+        (damaged(row={"mass": [[]]}), "rows.1.mass.0: List should have"),
+        (damaged(row={"speedup": "2"}), "rows.1.speedup: Input should be a valid number"),
+        (damaged(row={"strip": "' onload='alert(1)"}), "rows.1.strip: String should match"),
+        ({key: value for key, value in compared().items() if key != "steps"}, "steps: Field required"),
+    ],
+)
+def test_a_damaged_result_is_one_sentence(result, words, tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps(result))
+    for more in ([], ["--html"]):
+        refused = run("report", tmp_path, *more)
+        assert refused.exit_code == 2 and words in refused.output.replace("\n", " "), refused.output
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps(compared()))
+    (tmp_path / "report.html").mkdir()
+    refused = run("report", tmp_path, "--html")
+    assert refused.exit_code == 2 and "report.html: Is a directory" in refused.output.replace("\n", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "report.html"}
+
+
+def test_json_is_json(tmp_path):
+    save_json(tmp_path / "x.json", {"a": [np.inf, (-np.inf, 1.5)], "b": float("nan"), "c": {"d": True, "e": None}})
+    told = (tmp_path / "x.json").read_text()
+    assert json.loads(told, parse_constant=lambda name: pytest.fail(name)) == {
+        "a": ["inf", ["-inf", 1.5]],
+        "b": None,
+        "c": {"d": True, "e": None},
+    }
+    assert for_json({"psnr": np.inf}) == {"psnr": "inf"} and float("inf") == np.inf
+
+
+def test_drafts_of_one_file_are_two(tmp_path):
+    """Two threads of one process may write it."""
+    with atomic_write(tmp_path / "x.json") as one, atomic_write(tmp_path / "x.json") as other:
+        assert one != other
+        for draft in (one, other):
+            assert draft.match(".x.*.json")
+            draft.write_text(draft.name)
+    assert (tmp_path / "x.json").read_text() == one.name and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, prompts",
+    [
+        ("a.txt", "\ufeffa cat\n\n a dog \n", ["a cat", "a dog"]),
+        ("a.csv", 'id,prompt\n1,a cat\n2,"a dog, black"\n', ["a cat", "a dog, black"]),
+        ("a.jsonl", '{"prompt": "a cat"}\n', ["a cat"]),
+    ],
+)
+def test_prompts_come_from_files(tmp_path, name, content, prompts):
+    (tmp_path / name).write_text(content)
+    assert read_prompts(str(tmp_path / name)) == prompts
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.csv", "prompt,seed\na cat,1\n", "sets seed too"),
+        ("a.txt", "\n", "there are no prompts"),
+        ("a.md", "a cat", "prompts come as"),
+    ],
+)
+def test_other_files_of_prompts_are_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    refused = run("profile", "shapes-wan", "--check", "shapes-wan", "--prompts", tmp_path / name)
+    assert refused.exit_code == 2 and words in refused.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["bench", "scaling", "--out", "."], "--out names a file, and . is a folder"),
+        (["bench", "attention", "--out", "."], "--out names a file"),
+        (["bench", "transformer", "--out", "."], "--out names a file"),
+        (["bench", "scaling", "--methods", "svg", "--most-tokens", "1"], "nothing is measured"),
+        (["eval", "video", "a.mp4", "--json", "."], "--json names a file"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(command, words, videos, monkeypatch):
+    monkeypatch.chdir(videos)
+    for work in ("scaling.Scaling.run", "bench.measured", "bench_transformer.measured", "quality.quality"):
+        monkeypatch.setattr(f"dit_sparse.eval.{work}", lambda *_: pytest.fail("work began"))
+    refused = run(*command)
+    assert refused.exit_code == 2 and words in refused.output.replace("\n", " "), refused.output

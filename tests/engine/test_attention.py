@@ -1,0 +1,148 @@
+"""dit_sparse.attention: what it takes, what it refuses, what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from attention_cases import Pooled, assert_near, exact, make, plan_of, qkv, token_mask
+from dit_sparse import Grid, Method, Plan, attention
+
+GRID = Grid(3, 5, 4, after=7)
+Q, K, V = qkv(GRID.tokens, batch=2, heads=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untouchable(Method):
+    """Fails when it is asked for a plan: a bad call has to be refused before."""
+
+    def plan(self, q, k, site, memory):
+        raise AssertionError("work was done before the inputs were checked")
+
+
+LOOSE = lambda q=Q, k=K, v=V, **more: dict(q=q, k=k, v=v, grid=GRID, method=Untouchable()) | more
+
+BAD = {
+    "three dimensions": (LOOSE(q=Q[0]), r"\[batch, heads, tokens, head_dim\]"),
+    "k of another length": (LOOSE(k=K[:, :, 1:]), "k and v must match q"),
+    "v of another length": (LOOSE(v=V[:, :, 1:]), "k and v must match q"),
+    "another batch": (LOOSE(k=K[:1], v=V[:1]), "k and v must match q"),
+    "another head_dim": (LOOSE(k=K[..., :16], v=V[..., :16]), "k and v must match q"),
+    "heads that do not divide": (LOOSE(k=K[:, :3], v=V[:, :3]), "divides q's"),
+    "no key heads": (LOOSE(k=K[:, :0], v=V[:, :0]), "divides q's"),
+    "another grid": (LOOSE(grid=Grid(3, 5, 4)), "3x5x4 has 60 tokens, but q has 67"),
+    "mixed dtypes": (LOOSE(k=K.bfloat16()), "one floating-point dtype"),
+    "integers": (LOOSE(Q.int(), K.int(), V.int()), "one floating-point dtype"),
+    "complex numbers": (LOOSE(Q.cfloat(), K.cfloat(), V.cfloat()), "one floating-point dtype"),
+    "another device": (LOOSE(k=K.to("meta"), v=V.to("meta")), "one device"),
+    "lengths of another batch": (LOOSE(lengths=torch.tensor([67])), "one number of real tokens per batch item"),
+    "no length": (LOOSE(lengths=torch.tensor([67, 0])), "1 to 67"),
+    "too long": (LOOSE(lengths=torch.tensor([67, 68])), "1 to 67"),
+    "gradients": (LOOSE(q=Q.clone().requires_grad_()), "no backward pass"),
+    "no block": (LOOSE(block=0), "block"),
+    "negative block": (LOOSE(block=-16), "block"),
+    "unknown method": (LOOSE(method="radail"), "no method 'radail'"),
+    "no method": (LOOSE(method=None), "a method is a name or a dit_sparse.Method"),
+    "density above one": (LOOSE(method="radial", density=1.5), "density is the fraction"),
+    "unknown executor": (LOOSE(method="radial", executor="cuda"), "no executor 'cuda'"),
+}
+
+
+@pytest.mark.parametrize("arguments, words", BAD.values(), ids=BAD)
+def test_bad_input_is_refused_in_one_sentence(arguments, words):
+    with pytest.raises(ValueError, match=words) as error:
+        attention(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_padding_that_reaches_into_a_reordered_video_is_refused():
+    """A curve would scatter padded video tokens over the blocks, and a tail would no longer be a tail."""
+    lengths = torch.tensor([67, 50])
+    with pytest.raises(ValueError, match="padding"):
+        attention(Q, K, V, grid=GRID, method="window", density=0.5, lengths=lengths)
+    for method, most in {"window": 60, "radial": 50}.items():
+        out, _ = attention(Q, K, V, grid=GRID, method=method, density=1.0, lengths=torch.tensor([67, most]))
+        assert_near(out[1], F.scaled_dot_product_attention(Q[1], K[1, :, :most], V[1, :, :most]), 1e-5)
+
+
+@pytest.mark.parametrize("method", ["dense", "window", "radial", "random_blocks"])
+@pytest.mark.parametrize("executor", ["auto", "reference", "gather"])
+def test_result_is_attention_over_the_plan(method, executor):
+    out, lse = attention(Q, K, V, grid=GRID, method=method, density=0.4, block=16, executor=executor)
+    plan = plan_of(make(method, density=0.4), GRID, 16, Q, K)
+    expected, log_sum_exp = exact(Q, K, V, token_mask(plan, 2, 4))
+    assert_near(out, expected, 1e-5)
+    assert_near(lse, log_sum_exp, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
+    ids=str,
+)
+def test_float_dtypes_stay(dtype, tolerance):
+    q, k, v = (x.to(dtype) for x in (Q, K, V))
+    out, lse = attention(q, k, v, grid=GRID, density=1.0, block=16)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    assert_near(out, F.scaled_dot_product_attention(q.double(), k.double(), v.double()), tolerance)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("method", ["window", "radial", "random_blocks", Pooled(density=0.5)], ids=str)
+def test_grouped_heads_equal_repeated_ones(key_heads, method):
+    k, v = K[:, :key_heads], V[:, :key_heads]
+    grouped = attention(Q, k, v, grid=GRID, method=method, density=0.5, block=16, executor="gather")
+    repeated = (x.repeat_interleave(4 // key_heads, 1) for x in (k, v))
+    whole = attention(Q, *repeated, grid=GRID, method=method, density=0.5, block=16, executor="gather")
+    for mine, plain in zip(grouped, whole, strict=True):
+        assert_near(mine, plain, 1e-6)
+
+
+@pytest.mark.parametrize("method", ["dense", "window", "radial"])
+def test_padded_items_equal_shorter_ones(method):
+    """Item 1 ends 4 text tokens early: its real part is what the shorter sequence alone gives."""
+    lengths, short = torch.tensor([67, 63]), Grid(3, 5, 4, after=3)
+    out, lse = attention(Q, K, V, grid=GRID, method=method, density=1.0, block=16, lengths=lengths)
+    cut = (x[1:, :, :63] for x in (Q, K, V))
+    alone, alone_lse = attention(*cut, grid=short, method=method, density=1.0, block=16)
+    assert_near(out[1:, :, :63], alone, 1e-5)
+    assert_near(lse[1:, :, :63], alone_lse, 1e-5)
+    assert_near(out[:1], F.scaled_dot_product_attention(Q[:1], K[:1], V[:1]), 1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.05])
+def test_scale_is_passed_on(scale):
+    out, _ = attention(Q, K, V, grid=GRID, density=1.0, scale=scale)
+    assert_near(out, F.scaled_dot_product_attention(Q, K, V, scale=scale), 1e-5)
+
+
+def test_gradients_may_be_wanted_elsewhere():
+    with torch.no_grad():
+        out, _ = attention(Q.clone().requires_grad_(), K, V, grid=GRID)
+    assert not out.requires_grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembering(Method):
+    """Notes something while it plans and uses it in the correction."""
+
+    def plan(self, q, k, site, memory):
+        memory["heads"] = q.shape[1]
+        return Plan.dense(site.grid.tokens, site.block)
+
+    def correct(self, done, site, memory):
+        return done.out * memory["heads"], done.lse
+
+
+def test_correction_remembers_the_plan_and_has_the_last_word():
+    out, _ = attention(Q, K, V, grid=GRID, method=Remembering())
+    assert_near(out, 4 * F.scaled_dot_product_attention(Q, K, V), 1e-5)
+
+
+def test_method_decides_its_own_density():
+    what = Pooled(density=1.0)
+    out, _ = attention(Q, K, V, grid=GRID, method=what, density=0.1)
+    assert_near(out, F.scaled_dot_product_attention(Q, K, V), 1e-5)

@@ -1,0 +1,172 @@
+"""How cost grows with length: exponents, synthetic data, what is left out, and the chart."""
+
+import json
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from attention_cases import exact, relative_rms, token_mask
+from dit_sparse import Grid, Pattern, Site
+from dit_sparse.eval.bench import scaling
+from dit_sparse.eval.bench.scaling import Scaling, fitted
+from dit_sparse.eval.bench.structured_inputs import structured
+from dit_sparse.methods import method
+from dit_sparse.plotting import lines as charts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Near(Pattern):
+    """A window of a fixed number of blocks."""
+
+    knob: ClassVar[str] = "blocks"
+    knob_range: ClassVar[tuple[float, float]] = (1e-3, 1e6)
+    blocks: float = 2
+
+    def keep(self, grid, block):
+        place = torch.arange(-(-grid.tokens // block))
+        return (place[:, None] - place).abs() <= self.blocks
+
+
+SMALL = dict(height=8, width=12, block=32, heads=2, dim=16)
+
+
+@pytest.fixture(scope="module")
+def result():
+    told = []
+    methods = ("dense", Near(), "radial", "sink", "window", "svg", "sparge", "svg2")
+    made = Scaling(methods, 0.25, (8, 16, 32, 64, 128), most_tokens=3200, **SMALL).run(lambda *at: told.append(at))
+    assert told == [(i + 1, 75) for i in range(75)]
+    return made
+
+
+def test_exponents_are_what_theory_says(result):
+    at = lambda name, setting="own": result["exponents"][name][setting]["exponent"]
+    assert at("dense") == pytest.approx(2, abs=1e-6)
+    assert at("Near") == pytest.approx(1, abs=0.03) and at("sink") == pytest.approx(1, abs=0.05)
+    assert 1 < at("radial") < 1.8
+    for name in ("Near", "radial", "sink", "window", "svg"):
+        assert at(name, "fixed") == pytest.approx(2, abs=0.02), name
+    for name in ("sparge", "svg2"):  # whole blocks a row, of few blocks
+        assert at(name, "fixed") == pytest.approx(2, abs=0.1), name
+    assert "fixed" not in result["exponents"]["dense"]
+
+
+def test_rows_say_what_was_planned(result):
+    for row in result["rows"]:
+        assert row["tokens"] == row["frames"] * 96
+        assert row["pairs"] == pytest.approx(row["density"] * row["tokens"] ** 2)
+        assert row["flops"] == pytest.approx(4 * 16 * 2 * row["pairs"])
+        modelled = row["planning_seconds"] + row["flops"] / result["flops_per_second"]
+        assert row["modelled_seconds"] == pytest.approx(modelled) and row["planning_seconds"] >= 0
+        assert (row["seconds"] is None) == (row["why_not"] is not None)
+        if not torch.cuda.is_available():
+            assert row["why_not"] == "there is no CUDA GPU here"
+    grid = Grid(16, 8, 12)
+    row = next(r for r in result["rows"] if (r["method"], r["setting"], r["frames"]) == ("radial", "own", 16))
+    mask = token_mask(method("radial").plan(torch.zeros(1, 1, 1, 1), None, Site(grid, 32), {}), 1, 1)
+    assert row["pairs"] == pytest.approx(int(mask.sum()))
+
+
+def test_what_is_too_long_is_left_out_and_named(result):
+    out = {(one["method"], one["setting"], one["frames"]) for one in result["left_out"]}
+    assert out == {(m, s, f) for m in ("svg", "sparge", "svg2") for s in ("own", "fixed") for f in (64, 128)}
+    assert all("over the limit of 3200" in one["why"] for one in result["left_out"])
+    assert result["exponents"]["svg"]["own"]["tokens"] == [768, 3072]
+    assert result["exponents"]["radial"]["own"]["tokens"] == [768, 12288]
+    assert set(["device", "versions", "commit"]) <= set(result) and json.loads(json.dumps(result)) == result
+
+
+def test_the_fit_is_least_squares():
+    """Against the normal equations, and the textbook's standard error."""
+    tokens, noise = [100, 300, 500, 2000, 9000], [0.1, -0.2, 0.05, 0.15, -0.1]
+    pairs = [7 * n**1.5 * math.exp(e) for n, e in zip(tokens, noise, strict=True)]
+    x = torch.tensor([[1, math.log(n)] for n in tokens], dtype=torch.float64)
+    y = torch.tensor(pairs, dtype=torch.float64).log()
+    solved = torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    covariance = (y - x @ solved).square().sum() / 3 * torch.linalg.inv(x.T @ x)
+    fit = fitted(tokens, pairs)
+    assert fit["exponent"] == pytest.approx(float(solved[1])) and fit["points"] == 5
+    assert fit["standard_error"] == pytest.approx(float(covariance[1, 1].sqrt()))
+    assert fitted([5], [7])["exponent"] is None
+    two = fitted([10, 100], [10, 1000])
+    assert two["exponent"] == pytest.approx(2) and two["standard_error"] is None
+
+
+def test_synthetic_heads_look_where_they_are_wide():
+    grid = Grid(12, 10, 10, after=5)
+    q, k, v = structured(grid, heads=2, dim=64)
+    assert q.shape == k.shape == v.shape == (1, 2, grid.tokens, 64)
+    assert all(one.equal(again) for one, again in zip((q, k, v), structured(grid, 2, 64), strict=True))
+    weights = (q @ k.mT / 8).softmax(-1)[0, :, : grid.video, : grid.video]
+    frame = grid.coordinates()[0][: grid.video]
+    within = (weights * (frame[:, None] == frame)).sum(-1).mean(-1)
+    assert within[0] > 0.4 > 0.2 > within[1], "one head stays in its frame, the other does not"
+
+
+def test_seconds_are_those_of_a_right_call():
+    """What is timed on a GPU, here on whatever there is."""
+    grid, one = Grid(4, 8, 12, after=7), method("window", density=0.4)
+    tensors = structured(grid, 2, 16)
+    site = Site(grid, 32)
+    plan = one.plan(tensors[0], tensors[1], site, {})
+    for made in (plan, None):
+        seconds, why_not = scaling.timed(one, made, tensors, site, {}, 2)
+        assert seconds > 0 and why_not is None
+    out, _ = scaling._call(one, plan, tensors, site, {})()
+    assert relative_rms(out, exact(*tensors, token_mask(plan, 1, 2))[0]) < 1e-4
+
+
+def test_what_cannot_be_timed_has_no_time_but_a_reason(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("out of memory\nmore words")
+
+    monkeypatch.setattr(scaling, "pick", fails)
+    grid = Grid(2, 4, 4)
+    one, tensors = method("radial"), structured(grid, 1, 16)
+    plan = one.plan(tensors[0], tensors[1], Site(grid, 16), {})
+    assert scaling.timed(one, plan, tensors, Site(grid, 16), {}, 1) == (None, "out of memory")
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(methods=["nope"]), "no method 'nope'"),
+        (dict(methods=[]), "no methods"),
+        (dict(methods=["radial", "radial"]), "twice"),
+        (dict(methods=["rettention"]), "single calls"),
+        (dict(frames=[8]), "ascending order"),
+        (dict(frames=[16, 8]), "ascending order"),
+        (dict(frames=[0, 8]), "ascending order"),
+        (dict(density=2.0), "density is the fraction"),
+        (dict(height=0), "at least 1x1x1"),
+        (dict(text=-1), "no negative text"),
+        (dict(block=17), "multiple of 16"),
+        (dict(heads=0), "at least 1"),
+        (dict(most_tokens=0), "at least 1"),
+        (dict(methods=["svg", "sparge"], most_tokens=1), "the shortest video has 12480 tokens"),
+    ],
+)
+def test_bad_input_is_one_sentence(given, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Scaling(**given)
+    assert "\n" not in str(error.value)
+
+
+def test_the_chart_shows_every_method(result):
+    for picture in (scaling.picture(result, "density", "own"), scaling.picture(result, "modelled_seconds", "fixed")):
+        assert picture.size == (900, 560)
+        colours = {colour for _, colour in picture.getcolors(1 << 20)}
+        assert set(charts.COLOURS[:8]) <= colours
+    with pytest.raises(ValueError, match="points"):
+        scaling.picture(result | {"rows": [row | {"pairs": 0} for row in result["rows"]]}, "pairs", "own")
+
+
+def test_axes_have_ticks_at_round_numbers():
+    assert charts._Axis(900, 21_000, 0, 1).ticks() == [1e3, 2e3, 5e3, 1e4, 2e4]
+    assert charts._Axis(5, 2e5, 0, 1).ticks() == [10, 100, 1e3, 1e4, 1e5]
+    axis = charts._Axis(1, 100, 50, 250)
+    assert axis.place(10) == pytest.approx(150)
+    assert [charts.short(x) for x in (0.02, 5, 2e4, 5e6, 1e9, 2e12)] == ["0.02", "5", "20k", "5M", "1G", "2T"]

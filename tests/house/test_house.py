@@ -1,0 +1,286 @@
+"""The house rules of docs/design.md: who imports whom, what a wheel holds, what importing does."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+MAPPED = ("kernels", "pipelines", "profiles", "eval")  # beside dit_sparse in a checkout, inside it in a wheel
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the files of a room may import, besides torch, the standard library and each other: rooms and packages at
+    import time, and more of both inside functions."""
+
+    files: str
+    imports: str = ""
+    lazily: str = ""
+
+
+ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it fits
+    "nouns": Room("grid order plan clusters schedule", lazily="plotting"),
+    "planners": Room("kernels.planning kernels.planning.*", "nouns executors programs"),
+    "programs": Room("kernels.gpu kernels.gpu.*", "triton"),
+    "executors": Room("kernels.*", "nouns programs platformdirs", lazily="triton xformers flash_attn flashinfer"),
+    "adapters": Room("pipelines.*", "nouns", lazily="diffusers"),
+    "methods": Room("budget method scoring composition methods methods.*", "nouns planners"),
+    "profile": Room("profiling profiling.head_profile", "nouns methods pydantic"),
+    "engine": Room("engine engine.* attention package", "nouns executors adapters methods profile diffusers"),
+    "plotting": Room("plotting plotting.*", "nouns matplotlib numpy"),
+    "bundled": Room("bundled bundled.*", "engine diffusers transformers safetensors"),
+    "output": Room("output output.*", "engine bundled imageio numpy PIL", lazily="diffusers"),
+    "generation": Room(
+        "generation generation.* profiling.*",
+        "nouns engine methods executors adapters output bundled plotting numpy pydantic",
+        lazily="diffusers transformers",
+    ),
+    "eval": Room(
+        "eval.*",
+        "nouns engine methods executors adapters planners programs output generation plotting bundled "
+        "diffusers numpy pydantic PIL imageio scipy jinja2 matplotlib tomli",
+        lazily="triton skimage lpips pyiqa transformers",
+    ),
+    "demo": Room("demo demo.*", "engine methods output generation eval plotting bundled numpy"),
+    "cli": Room(
+        "cli cli.* app", "engine bundled demo typer rich gradio", lazily="methods output generation eval plotting"
+    ),
+}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    inside = parts[1:] if parts[0] == "dit_sparse" else parts
+    return ".".join(part for part in inside if part != "__init__") or "package"
+
+
+FILES = {
+    module_of(path): path
+    for folder in ("dit_sparse", *MAPPED)
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "__pycache__" not in path.parts
+} | {path.stem: path for path in ROOT.glob("app.py")}
+
+
+def room_of(module: str) -> str | None:
+    return next((name for name, room in ROOMS.items() if fits(module, room.files)), None)
+
+
+def fits(name: str, patterns: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns.split())
+
+
+def imports(module: str) -> set[tuple[str, bool]]:
+    """What a module imports, as a module of ours or a top-level package, and whether inside a function."""
+    tree = ast.parse(FILES[module].read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    return {
+        (name, id(node) in inside) for node in ast.walk(tree) for name in imported_by(node, module) if name != "stdlib"
+    }
+
+
+def imported_by(node: ast.AST, module: str) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [known(alias.name) for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    source = node.module or ""
+    if node.level:
+        package = ["dit_sparse", *module.split(".")] if module != "package" else ["dit_sparse"]
+        up = node.level - (FILES[module].name == "__init__.py")
+        source = ".".join([*package[: len(package) - up], *filter(None, [node.module])])
+    names = [known(f"{source}.{alias.name}") for alias in node.names]
+    return [known(source) if name is None else name for name in names]
+
+
+def known(name: str) -> str | None:
+    """A module of ours, ``public``, ``stdlib`` or a package; None for what is no module but a name inside one."""
+    top, _, rest = name.partition(".")
+    if top != "dit_sparse":
+        return "stdlib" if top in sys.stdlib_module_names else top
+    return rest if rest in FILES else None if rest else "public"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_only_from_lower_rooms(module):
+    own = room_of(module)
+    assert own, f"{module} belongs to no room: add it to ROOMS and to docs/design.md"
+    room = ROOMS[own]
+    for name, lazy in imports(module):
+        source = own if name == "torch" else room_of("package" if name == "public" else name) or name
+        allowed = f"{own} {room.imports} {room.lazily if lazy else ''}".split()
+        assert source in allowed, f"{module} may not import {name} {'inside a function' if lazy else 'at import time'}"
+
+
+def test_rooms_stand_on_lower_rooms():
+    """The table itself has no cycle: at import time every room imports only rooms whose own imports are below it."""
+    below = {name: [other for other in room.imports.split() if other in ROOMS] for name, room in ROOMS.items()}
+    tuple(TopologicalSorter(below).static_order())
+    assert len(ROOMS) <= 15
+
+
+def test_import_reader_reads():
+    """The guard above is only as good as this."""
+    assert ("pipelines.family", False) in imports("pipelines.wan")
+    assert {("order", False), ("method", False), ("grid", False), ("torch", False)} <= imports("methods.window")
+    assert ("diffusers", True) in imports("pipelines.family")
+    assert ("diffusers", False) in imports("engine.tracking")
+    assert ("budget", False) in imports("package")
+
+
+def test_mapped_folders_are_no_packages():
+    for folder in MAPPED:
+        assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py would shadow or break imports"
+
+
+def test_rooms_are_small():
+    """A folder has one purpose and at most 14 files; methods/ has a file for each paper."""
+    for folder in {path.parent for path in FILES.values()} - {ROOT / "dit_sparse" / "methods"}:
+        files = [path for path in folder.iterdir() if path.is_file()]
+        assert len(files) <= 14, f"{folder.relative_to(ROOT)} has {len(files)} files: split it by purpose"
+
+
+def test_no_module_bears_the_name_of_a_library():
+    taken = sys.stdlib_module_names | {
+        "triton",
+        "xformers",
+        "flashinfer",
+        "lpips",
+        "vbench",
+        "flash_attn",
+        "diffusers",
+        "torch",
+    }
+    stems = {path.stem for path in FILES.values()}
+    assert not stems & taken
+
+
+def test_kernels_of_hugging_face_is_not_shadowed(tmp_path):
+    fake = tmp_path / "kernels" / "__init__.py"
+    fake.parent.mkdir()
+    fake.write_text("")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.__file__)"
+    assert python(code, cwd=ROOT) == str(fake)
+
+
+def test_importing_is_free():
+    """No optional or heavy package is imported, and nothing of torch is patched."""
+    heavy = ["diffusers", "transformers", "gradio", "xformers", "triton", "skimage", "PIL", "torch._inductor"]
+    code = f"""
+import sys, torch, torch.nn.functional as F
+state = lambda: [dict(vars(x)) for x in (F, torch, torch.Tensor, torch.nn.Module)]
+before, sdpa = state(), F.scaled_dot_product_attention
+import dit_sparse
+assert F.scaled_dot_product_attention is sdpa
+changed = [name for a, b in zip(before, state()) for name in b if a.get(name) is not b[name]]
+print(changed, [name for name in {heavy} if name in sys.modules])
+"""
+    assert python(code, cwd=ROOT) == "[] []"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel, built from a copy so that no build folder is left here."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    for folder in ("dit_sparse", *MAPPED):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", target, source], source)
+    with zipfile.ZipFile(next(target.glob("*.whl"))) as archive:
+        archive.extractall(target / "unpacked")
+    shutil.rmtree(source / "build", ignore_errors=True)
+    return target / "unpacked"
+
+
+def test_wheel_holds_the_files_on_disk(wheel):
+    shipped = re.compile(
+        r".*\.(py|cpp|h)|profiles/.*\.json|eval/comparison/recipes/.*\.toml|dit_sparse/(py\.typed|assets/.*)"
+    )
+    relative = (
+        path.relative_to(ROOT)
+        for name in ("dit_sparse", *MAPPED)
+        for path in (ROOT / name).rglob("*")
+        if path.is_file()
+    )
+    names = (path.as_posix() for path in relative if "__pycache__" not in path.parts)
+    expected = {
+        name if name.startswith("dit_sparse/") else f"dit_sparse/{name}" for name in names if shipped.fullmatch(name)
+    }
+    found = {p.relative_to(wheel).as_posix() for p in (wheel / "dit_sparse").rglob("*") if p.is_file()}
+    assert found == expected
+    top_level = next(wheel.glob("*.dist-info/top_level.txt")).read_text().split()
+    assert top_level == ["dit_sparse"] and {p.name for p in wheel.iterdir() if p.suffix != ".dist-info"} == {
+        "dit_sparse"
+    }
+
+
+def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    site = Path(torch.__file__).parent.parent
+    code = f"""
+import sys; sys.path[:0] = [{str(wheel)!r}]; sys.path.append({str(site)!r})
+import dit_sparse.kernels.executors.gather, dit_sparse.pipelines.wan
+print(dit_sparse.kernels.executors.gather.__file__, dit_sparse.pipelines.wan.__file__, len(dit_sparse.__path__))
+"""
+    at = wheel / "dit_sparse"
+    assert (
+        python(code, tmp_path, "-S") == f"{at / 'kernels' / 'executors' / 'gather.py'} {at / 'pipelines' / 'wan.py'} 1"
+    )
+
+
+METHOD_FILES = sorted(path for path in (ROOT / "dit_sparse" / "methods").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.stem)
+def test_method_names_its_paper_and_how_it_differs(path):
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}|https://", doc), "name the paper: arXiv:YYMM.NNNNN, or where it is"
+    assert "Differs from the authors" in doc
+
+
+def test_files_stay_short():
+    budgets = {"dit_sparse/methods/*": 150, "kernels/*": 400, "*": 300}
+    sources = [*FILES.values(), *(ROOT / "kernels" / "executors").glob("*.cpp")]
+    for path in sources:
+        name = path.relative_to(ROOT).as_posix()
+        most = next(lines for pattern, lines in budgets.items() if fnmatchcase(name, pattern))
+        lines = len(path.read_text().splitlines())
+        assert lines <= most, f"{name} has {lines} lines, {most} are enough: split it or simplify"
+
+
+def test_no_program_is_tuned_at_its_first_call():
+    """Launch settings are data that were reviewed, kernels/gpu/architectures.py."""
+    programs = [
+        (path.name, node.name, [ast.unparse(one) for one in node.decorator_list])
+        for path in (ROOT / "kernels" / "gpu").glob("*.py")
+        if "@triton.jit" in path.read_text()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    plain = (["triton.jit"], ["triton.constexpr_function"])
+    assert programs and all(decorators in plain for *_, decorators in programs), programs
+
+
+def python(code: str, cwd: Path, *flags: str) -> str:
+    """What a fresh interpreter prints."""
+    return run([sys.executable, *flags, "-c", code], cwd)
+
+
+def run(command: list, cwd: Path) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
