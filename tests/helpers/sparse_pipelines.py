@@ -10,6 +10,7 @@ from importlib import import_module
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 from torch import Tensor
 
 import dit_sparse as ds
