@@ -23,7 +23,7 @@ shapes: .venv/ready  ## train the bundled model on
 	$(BIN)/python -m dit_sparse.bundled.shapes_wan.train --out runs/shapes --resume --start dit_sparse/assets/shapes-wan
 
 gpu: .venv/ready  ## on a machine with an NVIDIA GPU: tests, benches, training, comparison
-	$(BIN)/python -m dit_sparse.eval.bench.gpu --out out/gpu
+	$(BIN)/python -m dit_sparse.eval.bench.gpu_suite --out out/gpu
 
 # Without an NVIDIA GPU the exact pin comes first: a range would fetch the newest CUDA build.
 .venv/ready: pyproject.toml constraints.txt

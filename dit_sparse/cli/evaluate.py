@@ -35,7 +35,7 @@ def report(
 ) -> None:
     """Make the table of a comparison, or its page, from its JSON alone."""
     with one_sentence():
-        from dit_sparse.eval.comparison.stored_result import read_result
+        from dit_sparse.eval.comparison.result_schema import read_result
         from dit_sparse.eval.report.page import write_page
         from dit_sparse.eval.report.tables import compare_table
 
@@ -125,7 +125,7 @@ def export(
     """Write the clips of a row as the official VBench tool wants them."""
     with one_sentence():
         from dit_sparse.eval.comparison.clip_store import ClipStore
-        from dit_sparse.eval.comparison.stored_result import read_result
+        from dit_sparse.eval.comparison.result_schema import read_result
         from dit_sparse.eval.quality.vbench_export import export as write
         from dit_sparse.eval.quality.vbench_export import of_row
         from dit_sparse.generation.generate import usual_fps
@@ -159,7 +159,7 @@ def attention(
     """How much attention masks keep, beside the most that as many pairs could keep, and the error of the output."""
     with one_sentence():
         from dit_sparse import Schedule
-        from dit_sparse.eval.analysis import mask_quality as analysis
+        from dit_sparse.eval.analysis import mask_analysis as analysis
         from dit_sparse.output.files import save_json, save_picture, writable_folder
 
         task = analysis.Analysis(

@@ -186,7 +186,7 @@ def doctor(
 ) -> None:
     """Say what this machine can run, and why not the rest."""
     with one_sentence():
-        from dit_sparse.eval.bench.doctor import examine
+        from dit_sparse.eval.bench.executor_support import examine
 
         found = examine(compile_executors=not quick)
     if json_out:

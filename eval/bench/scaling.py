@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from dit_sparse import ClusterPlan, Grid, Method, Plan, Site, SparseAttnProcessor, Top
-from dit_sparse.eval.analysis.mask_quality import named
+from dit_sparse.eval.analysis.mask_analysis import named
 from dit_sparse.generation.generate import Progress
 from dit_sparse.kernels.pick import pick
 from dit_sparse.method import AttentionOutput
@@ -28,7 +28,7 @@ from dit_sparse.output.environment import conditions
 from dit_sparse.plotting.lines import log_log
 
 from .attention import dense_attention, seconds_of
-from .structured_inputs import structured
+from .synthetic_qkv import structured
 
 METHODS = ("dense", "window", "radial", "svg", "sparge", "xattention", "svg2")
 FRAMES = (8, 16, 32, 64, 128)

@@ -1,6 +1,6 @@
 """Launch settings of the Triton kernels for each GPU architecture: reviewed, fixed, no autotuning at the first call.
 
-`python -m dit_sparse.eval.bench.compiled` compiles every row without a GPU and lists registers, spills and shared
+`python -m dit_sparse.eval.bench.compile_report` compiles every row without a GPU and lists registers, spills and shared
 memory.
 """
 

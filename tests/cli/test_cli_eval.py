@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dit_sparse.cli.main import app
 from dit_sparse.cli.measure import read_prompts
 from dit_sparse.eval.comparison.clip_store import ClipRecord, ClipStore
-from dit_sparse.eval.comparison.stored_result import read_result
+from dit_sparse.eval.comparison.result_schema import read_result
 from dit_sparse.eval.report.page import page
 from dit_sparse.eval.report.tables import RESULTS
 from dit_sparse.output.files import atomic_write, for_json, read_video, save_json, save_video

@@ -14,7 +14,7 @@ from attention_cases import qkv
 from dit_sparse import Grid, Plan
 from dit_sparse.cli.main import app
 from dit_sparse.eval.bench import attention as bench
-from dit_sparse.eval.bench import tilings
+from dit_sparse.eval.bench import tiling_sweep as tilings
 from dit_sparse.eval.bench import transformer as bench_transformer
 from dit_sparse.kernels.executors import gather
 from dit_sparse.kernels.gpu import launching

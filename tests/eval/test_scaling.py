@@ -12,7 +12,7 @@ from attention_cases import exact, relative_rms, token_mask
 from dit_sparse import Grid, Pattern, Site
 from dit_sparse.eval.bench import scaling
 from dit_sparse.eval.bench.scaling import Scaling, fitted
-from dit_sparse.eval.bench.structured_inputs import structured
+from dit_sparse.eval.bench.synthetic_qkv import structured
 from dit_sparse.methods import method
 from dit_sparse.plotting import lines as charts
 

@@ -14,8 +14,8 @@ import torch
 
 from attention_cases import HALF, TOLERANCE, assert_near, exact, lacking, poisoned, qkv, random_plan, token_mask
 from dit_sparse import Plan
-from dit_sparse.eval.bench.compiled import ATTENTION, MI300, rows_apart
-from dit_sparse.eval.bench.machine_code import main_loop_of
+from dit_sparse.eval.bench.compile_report import ATTENTION, MI300, rows_apart
+from dit_sparse.eval.bench.disassembly import main_loop_of
 from dit_sparse.kernels.executors import block_sparse
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import AMD, ARCHITECTURES, architecture

@@ -1,4 +1,4 @@
-"""Launch settings of `block_sparse` next to their neighbors on this GPU: ``python -m dit_sparse.eval.bench.tilings``.
+"""Time neighbouring launch settings of `block_sparse` on this GPU: ``python -m dit_sparse.eval.bench.tiling_sweep``.
 
 Every neighbour differs from the row of `kernels/architectures.py` in one setting, and by it perhaps in the columns of
 its tiles. They take turns with it; a neighbour that does not fit into the GPU, or is wrong there, says so.

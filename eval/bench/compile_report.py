@@ -1,4 +1,6 @@
-"""Compile the Triton kernels for GPUs that need not be there: `python -m dit_sparse.eval.bench.compiled [--json]`.
+"""Compile the Triton kernels for a GPU architecture, without such a GPU, and report the resources they use.
+
+    python -m dit_sparse.eval.bench.compile_report [--json]
 
 Prints what the compiler made of every row of `kernels/architectures.py`: registers and spilled bytes of a thread,
 shared memory of a program, the instructions that do the work, and what a step of the main loop consists of.
@@ -28,7 +30,7 @@ from dit_sparse.kernels.executors import block_ragged, block_sparse
 from dit_sparse.kernels.gpu.architectures import AMD, ARCHITECTURES, Architecture
 from dit_sparse.kernels.planning import block_mass, cluster, selection
 
-from .machine_code import main_loop
+from .disassembly import main_loop
 
 DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (64, 128)
@@ -181,7 +183,8 @@ def rows_apart(capability: int | str, triton: Path | None = None) -> list[dict]:
     if triton is not None:
         environment["PYTHONPATH"] = str(triton)
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-m", "dit_sparse.eval.bench.compiled", "--json", "--architecture", str(capability)]
+        command = [sys.executable, "-m", "dit_sparse.eval.bench.compile_report", "--json"]
+        command += ["--architecture", str(capability)]
         environment["TRITON_CACHE_DIR"] = cache
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     if done.returncode:

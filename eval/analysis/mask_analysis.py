@@ -1,7 +1,7 @@
 """How far a mask is from the best one: retained attention and error beside what as many pairs could have kept.
 
 A clip is made densely, and methods are tried on some of its calls, one call at a time; only its plan outlives a call.
-Beside the attention that a method retains stand the bounds of `bounds`: ``best``, over the method's own blocks or
+Beside the attention that a method retains stand the bounds of `upper_bounds`: ``best``, over the method's own blocks or
 clusters, which no choice among them can exceed, so that ``efficiency = retained / best`` is at most 1; ``best_by_row``,
 with the method's own number of pairs in every row; ``best_row_major``, over row-major blocks for every method, which
 another order or clusters can exceed. A correction adds to the output, not to what is retained: it shows in the error.
@@ -33,7 +33,7 @@ from dit_sparse.output.environment import conditions
 from dit_sparse.plotting.masks import heat_map
 from dit_sparse.profiling.search import measured_steps, squared_error, trial_plans
 
-from .bounds import group_mass, kept_and_best
+from .upper_bounds import group_mass, kept_and_best
 
 FIGURES = ("density", "retained", "best", "best_by_row", "best_row_major", "error")
 Stage = Callable[[str], Progress]

@@ -1,4 +1,4 @@
-"""Everything that wants a GPU, in one command: ``python -m dit_sparse.eval.bench.gpu --out DIR [--minutes 25]``.
+"""Everything that wants a GPU, in one command: ``python -m dit_sparse.eval.bench.gpu_suite --out DIR [--minutes 25]``.
 
 The kernel tests on the device, both benches, launch settings beside their neighbours, the training of shapes-wan, and a
 comparison of all methods on what it became: each in a process of its own, under a time limit of its own. A later call
@@ -71,7 +71,7 @@ def stages(out: Path, training_minutes: float) -> list[Stage]:
         Stage("tests", python("pytest", "-q", *(ROOT / "tests" / name for name in TESTS)), 6),
         Stage("attention", bench("attention"), 9),
         Stage("transformer", bench("transformer"), 9),
-        Stage("tilings", python("dit_sparse.eval.bench.tilings", "--out", out / "tilings.json"), 6),
+        Stage("tilings", python("dit_sparse.eval.bench.tiling_sweep", "--out", out / "tilings.json"), 6),
         Stage(
             "training",
             python("dit_sparse.bundled.shapes_wan.train", "--device", "cuda", *budget, "--out", out / "shapes"),

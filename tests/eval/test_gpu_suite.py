@@ -13,8 +13,8 @@ import torch
 import typer.main
 
 from dit_sparse.cli import main as cli
-from dit_sparse.eval.bench import gpu
-from dit_sparse.eval.bench.gpu import Stage
+from dit_sparse.eval.bench import gpu_suite as gpu
+from dit_sparse.eval.bench.gpu_suite import Stage
 
 
 def python(name: str, code: str, minutes: float = 1.0) -> Stage:

@@ -12,8 +12,8 @@ from torch import Tensor
 from attention_cases import cluster_token_mask, exact, qkv, random_cluster_plan, random_plan, token_mask
 from dit_sparse import ClusterPlan, Grid, Plan, Schedule, Site
 from dit_sparse.engine.plans import Plans
-from dit_sparse.eval.analysis.bounds import best_mass, group_mass, kept_and_best
-from dit_sparse.eval.analysis.mask_quality import FIGURES, Analysis, judged, picture
+from dit_sparse.eval.analysis.mask_analysis import FIGURES, Analysis, judged, picture
+from dit_sparse.eval.analysis.upper_bounds import best_mass, group_mass, kept_and_best
 from dit_sparse.kernels.executors import reference
 from dit_sparse.method import AttentionOutput
 from dit_sparse.methods import METHODS, method
