@@ -1,8 +1,11 @@
-"""dit-sparse: sparse attention for diffusion transformers."""
+"""dit-sparse: sparse attention for diffusion transformers, a plug-in for Hugging Face diffusers."""
+
+from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-# A wheel carries kernels, pipelines, profiles and eval inside this package; a checkout keeps them beside it.
+# A wheel carries kernels, pipelines, profiles and eval inside this package; a checkout has them next to it.
 _here = Path(__file__).parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
@@ -17,11 +20,25 @@ from .grid import Grid, Site  # noqa: E402
 from .method import Method, Pattern, Scorer  # noqa: E402
 from .methods import METHODS  # noqa: E402
 from .plan import Plan  # noqa: E402
-from .profiling.head_profile import Profile  # noqa: E402
 from .schedule import Schedule  # noqa: E402
+
+if TYPE_CHECKING:
+    from .profiling.head_profile import Profile
 
 __version__ = "0.1.0"
 __all__ = [
     "METHODS", "Above", "Cached", "ClusterPlan", "Clusters", "Grid", "Mass", "Method", "Pattern", "PerHead", "Plan",
     "Profile", "Run", "Schedule", "Scorer", "Site", "SparseAttnProcessor", "Top", "attention", "enable", "prepare",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name == "Profile":  # pydantic takes longer to import than the rest of the package
+        from .profiling.head_profile import Profile
+
+        return Profile
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

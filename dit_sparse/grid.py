@@ -1,4 +1,4 @@
-"""Where each token lies, and where we are when a decision is asked for."""
+"""Token layout of a self-attention sequence (Grid), of its blocks (Blocks), and the position of one call (Site)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """One self-attention sequence: ``before`` text tokens, ``frames x height x width`` video tokens in row-major
-    order, then ``after`` text tokens."""
+    """Layout of one self-attention sequence: text tokens, video tokens in row-major order, text tokens.
+
+    Attributes:
+        frames, height, width: size of the video in latent tokens.
+        before: text tokens before the video.
+        after: text tokens after the video.
+    """
 
     frames: int
     height: int
@@ -22,16 +27,18 @@ class Grid:
 
     def __post_init__(self) -> None:
         if min(self.frames, self.height, self.width) < 1 or min(self.before, self.after) < 0:
-            raise ValueError(f"a grid needs at least 1x1x1 video tokens and no negative text length, not {self}")
+            raise ValueError(f"a grid needs at least 1x1x1 video tokens and no negative text length, got {self}")
 
     @classmethod
     def parse(cls, text: str) -> Grid:
-        """``"21x45x80"`` or ``"21x45x80+226"`` (text after the video) or ``"226+21x45x80"`` (text before it)."""
+        """Read ``"21x45x80"``, ``"21x45x80+226"`` (text after the video) or ``"226+21x45x80"`` (text before it).
+
+        Raises:
+            ValueError: the text has another form.
+        """
         match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)x(\d+)(?:\+(\d+))?", re.sub(r"text|\s", "", text))
         if not match:
-            raise ValueError(
-                f"cannot read the grid {text!r}: write frames x height x width, as in 21x45x80 or 21x45x80+226"
-            )
+            raise ValueError(f"cannot read the grid {text!r}: write 21x45x80 (frames x height x width) or 21x45x80+226")
         before, frames, height, width, after = (int(part or 0) for part in match.groups())
         return cls(frames, height, width, before, after)
 
@@ -42,22 +49,34 @@ class Grid:
 
     @property
     def video(self) -> int:
+        """Video tokens."""
         return self.frames * self.frame
 
     @property
     def tokens(self) -> int:
+        """All tokens, video and text: N."""
         return self.before + self.video + self.after
 
     def with_text(self, tokens: int, side: str | None) -> Grid | None:
-        """This grid with the text that makes ``tokens`` in all on the given side, or None where that cannot be."""
+        """Return this grid with as much text as makes it ``tokens`` long.
+
+        Args:
+            tokens: length of the sequence.
+            side: "before" or "after" the video; None: the model has no text in its self-attention.
+
+        Returns:
+            None if no text length gives ``tokens``.
+        """
         text = tokens - self.video
         if text < 0 or (text and side is None):
             return None
         return replace(self, before=text, after=0) if side == "before" else replace(self, before=0, after=text)
 
     def coordinates(self, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Frame, row, column (int64) and is-text (bool) of every token in the given order, each ``[N]``.
-        Text tokens carry the coordinates of the nearest video token."""
+        """Return frame, row, column (int64) and is-text (bool) of every token in the given order, each ``[N]``.
+
+        Text tokens have the coordinates of the nearest video token.
+        """
         index = torch.arange(self.tokens) if order is None else order.cpu()
         video = index - self.before
         text = (video < 0) | (video >= self.video)
@@ -69,12 +88,25 @@ class Grid:
         after = f" + {self.after} text" if self.after else ""
         return f"{before}{self.frames}x{self.height}x{self.width}{after}"
 
+    def __repr__(self) -> str:
+        text = [f", {name}={getattr(self, name)}" for name in ("before", "after") if getattr(self, name)]
+        return f"Grid({self.frames}, {self.height}, {self.width}{''.join(text)})"
+
 
 @dataclass(frozen=True)
 class Site:
-    """Where and when a plan is asked for. Steps count from 0; ``steps`` is None while the total is unknown; ``pair``:
-    what a branch of guidance has in common with its other one; ``both``: whether this batch holds them both, that of
-    the prompt as its second half; ``due``: whether the schedule wants a new plan now."""
+    """Position of one attention call in a generation.
+
+    Attributes:
+        grid: token layout of the call.
+        block: tokens in a block.
+        layer, layers: number of the self-attention layer, from 0, and how many there are.
+        step, steps: number of the denoising step, from 0, and how many there are; None: unknown.
+        branch: branch of classifier-free guidance; empty without guidance.
+        plan_group: name shared by the branches that may share a plan.
+        both_branches: whether the batch holds both branches, the conditional one as its second half.
+        needs_plan: whether the schedule asks for a new plan at this step.
+    """
 
     grid: Grid
     block: int = 128
@@ -87,22 +119,37 @@ class Site:
     both_branches: bool = False
     needs_plan: bool = True
 
+    def __repr__(self) -> str:
+        steps = "" if self.steps is None else f" of {self.steps}"
+        branch = f", branch {self.branch}" if self.branch else ""
+        layer = f"layer {self.layer} of {self.layers}"
+        return f"Site({self.grid}, blocks of {self.block}, {layer}, step {self.step}{steps}{branch})"
+
 
 @dataclass(frozen=True)
 class Span:
-    """The interval each block covers along one axis: ``low`` and ``high``, both inclusive, ``[Qb]``."""
+    """Interval that each block covers along one axis.
+
+    Attributes:
+        low, high: first and last coordinate, both inclusive, ``[Qb]``.
+    """
 
     low: Tensor
     high: Tensor
 
     def gap(self) -> Tensor:
-        """Smallest distance between the tokens of block i and those of block j, ``[Qb, Qb]``; 0 where they overlap."""
+        """Return the smallest distance between tokens of block i and block j, ``[Qb, Qb]``; 0 if they overlap."""
         return torch.maximum(self.low[:, None] - self.high, self.low - self.high[:, None]).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where the blocks of a sequence lie: their frames, rows and columns, and which hold text."""
+    """Bounding boxes of the blocks of a sequence.
+
+    Attributes:
+        frame, row, column: interval of each block along each axis.
+        text: whether a block holds text tokens, bool ``[Qb]``.
+    """
 
     frame: Span
     row: Span
@@ -111,8 +158,9 @@ class Blocks:
 
     @classmethod
     def from_grid(cls, grid: Grid, block: int, order: Tensor | None = None) -> Blocks:
+        """Return the boxes of blocks of ``block`` tokens, cut from the tokens in ``order [N]``."""
         *axes, text = grid.coordinates(order)
-        short = -grid.tokens % block
-        cut = lambda x: torch.cat([x, x[-1:].expand(short)]).view(-1, block)
+        missing = -grid.tokens % block
+        cut = lambda x: torch.cat([x, x[-1:].expand(missing)]).view(-1, block)
         spans = [Span(cut(axis).amin(1), cut(axis).amax(1)) for axis in axes]
         return cls(*spans, text=cut(text).any(1))

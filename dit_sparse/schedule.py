@@ -1,4 +1,4 @@
-"""When to stay dense and when to plan anew; never what."""
+"""Which attention calls stay dense, and which sparse calls make a new plan."""
 
 from __future__ import annotations
 
@@ -9,46 +9,51 @@ from .grid import Site
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which calls are sparse at all, and which of them make a new plan.
+    """Dense steps, dense layers and the interval between two plans.
 
     Attributes:
-        dense_steps: the first denoising steps stay dense: a count (int) or a fraction of all steps (float, floored).
-            They settle the layout of the video; nearly every paper keeps 10-30 % of them, Radial Attention 24 %. Every
-            pair is computed in them, by torch's own attention or by an executor that "auto" has measured to be faster.
-        dense_layers: the first layers stay dense in every step: a count or a fraction.
-        every: a plan is made anew after this many sparse steps. Attention changes slowly: on the bundled model every
-            second step costs at most 0.9 dB, mostly nothing, and half the planning. Static patterns are planned once
-            per grid anyway.
-        per_branch: whether each of the two branches of guidance has its own plans. By default the one that is computed
-            first, or in a batch of both that of the prompt, plans for both. This halves the planning, and guidance,
-            which enlarges what differs between the branches, has no difference of plans to enlarge: 0.1 to 7 dB on the
-            bundled model.
+        dense_steps: first denoising steps that stay dense: a count (int) or a fraction of all steps (float, rounded
+            down). These steps settle the layout of the video; most papers keep 10-30 % of them, Radial Attention 24 %.
+            They are computed by SDPA, or by an executor that "auto" has measured to be faster.
+        dense_layers: first layers that stay dense in every step: a count or a fraction.
+        replan_interval: sparse steps between two plans. Attention changes slowly: on the bundled model an interval of 2
+            costs at most 0.9 dB, mostly nothing, and halves the planning. Static patterns are planned once per grid.
+        per_branch: whether each branch of classifier-free guidance has plans of its own. By default the branches share
+            them: the first one computed makes the plan, or the conditional one if a batch holds both. Sharing halves
+            the planning and gains 0.1 to 7 dB on the bundled model, because guidance amplifies differences between
+            the branches, and two plans are such a difference.
     """
 
     dense_steps: int | float = 0.25
     dense_layers: int | float = 0
-    every: int = 2
+    replan_interval: int = 2
     per_branch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dense_steps", "dense_layers"):
             value = getattr(self, name)
             if not value >= 0 or (isinstance(value, float) and value > 1):
-                raise ValueError(f"{name} is a count (int) or a fraction between 0.0 and 1.0, not {value!r}")
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every is a number of steps, at least 1, not {self.every}")
+                raise ValueError(f"{name} must be a count (int) or a fraction in [0.0, 1.0], got {value!r}")
+        if not isinstance(self.replan_interval, int) or self.replan_interval < 1:
+            raise ValueError(f"replan_interval must be a number of steps, at least 1, got {self.replan_interval}")
 
-    def dense(self, site: Site) -> bool:
-        """Raises ValueError when a fraction of the steps is asked for and their number is unknown."""
+    def is_dense(self, site: Site) -> bool:
+        """Return whether a call stays dense.
+
+        Raises:
+            ValueError: ``dense_steps`` is a fraction and the number of steps is unknown.
+        """
         return site.layer < _count(self.dense_layers, site.layers) or site.step < self.first_sparse_step(site.steps)
 
-    def replan(self, site: Site) -> bool:
-        return (site.step - self.first_sparse_step(site.steps)) % self.every == 0
+    def needs_plan(self, site: Site) -> bool:
+        """Return whether a sparse call makes a new plan."""
+        return (site.step - self.first_sparse_step(site.steps)) % self.replan_interval == 0
 
     def first_sparse_step(self, steps: int | None) -> int:
+        """Return the number of dense steps among ``steps``. Raises as :meth:`is_dense` does."""
         if isinstance(self.dense_steps, float) and self.dense_steps and steps is None:
             raise ValueError(
-                f"dense_steps={self.dense_steps} is a fraction, but the number of steps is unknown here: "
+                f"dense_steps={self.dense_steps} is a fraction, but the number of steps is unknown: "
                 "give a count, or pass steps= to enable"
             )
         return _count(self.dense_steps, steps)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,9 +14,11 @@ from ..kernels.executors import executor as executor_named
 from ..method import Method
 from ..methods import method as method_named
 from ..pipelines.family import Family, SetAttnProcessor, family_of
-from ..profiling.head_profile import Profile
 from ..schedule import Schedule
 from .run import Run, Settings
+
+if TYPE_CHECKING:
+    from ..profiling.head_profile import Profile
 
 DEFAULT_DENSITY = 0.25
 
@@ -71,6 +73,8 @@ class SparseAttnProcessor:
         Raises:
             ValueError: no such profile, a damaged or newer one.
         """
+        from ..profiling.head_profile import Profile  # pydantic takes longer to import than the rest
+
         profile = profile if isinstance(profile, Profile) else Profile.load(profile)
         made = cls(profile.mixture(), **{"schedule": profile.when()} | settings)
         made._made_for = profile

@@ -154,7 +154,8 @@ class Run:
     def _decide(self, module_site: AttentionSite) -> Attend | None:
         """Who computes the coming call: this run, or, in dense steps, the attention backend that the user chose."""
         backend = getattr(module_site.module.processor, "_attention_backend", None)
-        if backend in (None, "native") or not self._settings.schedule.dense(self._site(module_site, Grid(*self._grid))):
+        dense = self._settings.schedule.is_dense
+        if backend in (None, "native") or not dense(self._site(module_site, Grid(*self._grid))):
             return partial(self._attend, module_site)
         self._counters.count_dense(f"the schedule, by the backend {getattr(backend, 'value', backend)}", None)
         return None
@@ -177,7 +178,7 @@ class Run:
             pair,
             tracker.both_branches,
         )
-        return replace(site, needs_plan=self._settings.schedule.replan(site))
+        return replace(site, needs_plan=self._settings.schedule.needs_plan(site))
 
     def _attend(
         self, module_site: AttentionSite, sdpa: Attend, query: Tensor, key: Tensor, value: Tensor,
@@ -204,7 +205,7 @@ class Run:
             self._reserved_bytes[site.branch] = self._settings.method.begin_generation(
                 query, site, sum(self._reserved_bytes.values())
             )
-        if self._settings.schedule.dense(site):
+        if self._settings.schedule.is_dense(site):
             if (quicker := self._fastest_for_dense(query, key, attn_mask, site)) is None:
                 return dense("the schedule")
             choice, whole = quicker

@@ -1,7 +1,7 @@
 """Profiles: which method computes which head of one model, as JSON that people can read.
 
     {"schema": 1, "model": "...", "transformer": "WanTransformer3DModel", "source": "...",
-     "schedule": {"dense_steps": 0.25, "dense_layers": 0, "every": 1},
+     "schedule": {"dense_steps": 0.25, "dense_layers": 0, "replan_interval": 1},
      "methods": {"a": {"method": "radial", "settings": {"density": 0.2}}, ...},
      "layers": ["aab", "bba", ...],
      "measured": {...} or null}

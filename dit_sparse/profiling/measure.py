@@ -84,7 +84,7 @@ class Profiling:
             model=Path(self.model).name,
             transformer=_transformer(pipe),
             source="measured",
-            schedule={name: getattr(self.schedule, name) for name in ("dense_steps", "dense_layers", "every")},
+            schedule={name: getattr(self.schedule, name) for name in ("dense_steps", "dense_layers", "replan_interval")},
             methods={letter: {"method": one.name, "settings": _given(one)} for letter, one in used.items()},
             layers=layers,
             measured={

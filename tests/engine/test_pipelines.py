@@ -427,8 +427,8 @@ def test_a_fraction_of_unknown_steps_is_refused_at_the_first_call():
     stock = built("ltx")
     before = trace(stock)
     with sparse(stock.pipe.transformer, dense_steps=0.25):
-        assert_one_sentence(lambda: latents(stock), "the number of steps is unknown here")
-        assert_one_sentence(lambda: latents(stock), "the number of steps is unknown here")
+        assert_one_sentence(lambda: latents(stock), "the number of steps is unknown")
+        assert_one_sentence(lambda: latents(stock), "the number of steps is unknown")
     assert_same_objects(trace(stock), before)
     assert latents(stock).equal(dense_latents("ltx"))
 

@@ -45,7 +45,7 @@ from sparse_pipelines import (
     variant,
 )
 
-EVERY_2 = ds.Schedule(dense_steps=1, every=2, per_branch=True)
+EVERY_2 = ds.Schedule(dense_steps=1, replan_interval=2, per_branch=True)
 
 
 def stocks(*names: str):
@@ -197,7 +197,7 @@ def test_a_generation_that_fails_leaves_nothing_to_the_next(stock, step):
             raise KeyboardInterrupt
         return kwargs
 
-    schedule = ds.Schedule(dense_steps=0, every=2)
+    schedule = ds.Schedule(dense_steps=0, replan_interval=2)
     expected = sparse_latents(stock, Drifting(), schedule=schedule, dense_steps=0)
     method = Drifting()
     with sparse(stock, method, density=0.3, schedule=schedule, dense_steps=0):

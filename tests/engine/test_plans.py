@@ -37,7 +37,7 @@ from sparse_pipelines import (
     variant,
 )
 
-EVERY = ds.Schedule(dense_steps=1, every=1)
+EVERY = ds.Schedule(dense_steps=1, replan_interval=1)
 
 
 def plans_of(stock, schedule=EVERY, other=None) -> tuple[list, dict]:
@@ -129,7 +129,7 @@ def test_per_branch_keeps_them_apart(name):
 
 def test_a_kept_plan_serves_both_branches():
     stock = built("wan")
-    asked, plans = plans_of(stock, ds.Schedule(dense_steps=1, every=2))
+    asked, plans = plans_of(stock, ds.Schedule(dense_steps=1, replan_interval=2))
     assert [site.step for site in asked] == [1] * layers(stock) + [3] * layers(stock)
     assert len(plans) == 3 * calls_per_step(stock)
     for (step, layer, _), plan in plans.items():

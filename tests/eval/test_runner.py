@@ -76,7 +76,7 @@ def test_whatever_decides_a_take_makes_another(tmp_path, monkeypatch):
     places = [place(here, row), place(here, row, ("b", 0)), place(here, row, ("a", 1))]
     places += [place(here, replace(row, steps=3)), place(studio(tmp_path, height=64), row)]
     changes = [{"method": "svg2"}, {"density": 0.4}, {"executor": "auto"}, {"block": 64}]
-    changes += [{"dense_steps": 2}, {"dense_layers": 1}, {"every": 1}]
+    changes += [{"dense_steps": 2}, {"dense_layers": 1}, {"replan_interval": 1}]
     places += [place(here, wanted(**change)) for change in changes]
     for name in ("sources", "versions", "device_name"):
         monkeypatch.setattr(takes, name, lambda *_: "another")

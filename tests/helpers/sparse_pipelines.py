@@ -18,8 +18,8 @@ import tiny_pipelines as tiny
 from dit_sparse.scoring import pool
 
 STEPS = 4
-SETTINGS = dict(schedule=ds.Schedule(every=1), block=16, min_tokens=0, executor="gather", dense_steps=1)
-APART = ds.Schedule(dense_steps=1, every=1, per_branch=True)
+SETTINGS = dict(schedule=ds.Schedule(replan_interval=1), block=16, min_tokens=0, executor="gather", dense_steps=1)
+APART = ds.Schedule(dense_steps=1, replan_interval=1, per_branch=True)
 
 
 @functools.cache

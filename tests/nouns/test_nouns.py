@@ -327,25 +327,25 @@ def test_fractions_of_the_steps_are_floored(steps, data):
 
 
 def test_schedule_is_dense_first_and_in_the_first_layers():
-    schedule = Schedule(dense_steps=0.3, dense_layers=0.25, every=2)
+    schedule = Schedule(dense_steps=0.3, dense_layers=0.25, replan_interval=2)
     site = lambda step, layer: Site(Grid(1, 1, 1), layer=layer, layers=8, step=step, steps=10)
-    dense = [[schedule.dense(site(step, layer)) for layer in range(8)] for step in range(10)]
+    dense = [[schedule.is_dense(site(step, layer)) for layer in range(8)] for step in range(10)]
     assert dense == [[step < 3 or layer < 2 for layer in range(8)] for step in range(10)]
-    assert [schedule.replan(site(step, 3)) for step in range(3, 10)] == [True, False] * 3 + [True]
+    assert [schedule.needs_plan(site(step, 3)) for step in range(3, 10)] == [True, False] * 3 + [True]
 
 
 @pytest.mark.parametrize("dense_steps", [0, 3, 0.0])
 def test_counts_need_no_number_of_steps(dense_steps):
     schedule = Schedule(dense_steps=dense_steps)
-    assert [schedule.dense(Site(Grid(1, 1, 1), step=step)) for step in (2, 3)] == [dense_steps == 3, False]
+    assert [schedule.is_dense(Site(Grid(1, 1, 1), step=step)) for step in (2, 3)] == [dense_steps == 3, False]
 
 
 def test_fraction_of_unknown_steps_is_an_error():
     with pytest.raises(ValueError, match=r"steps is unknown.*pass steps="):
-        Schedule(dense_steps=0.2).dense(Site(Grid(1, 1, 1), step=0, steps=None))
+        Schedule(dense_steps=0.2).is_dense(Site(Grid(1, 1, 1), step=0, steps=None))
 
 
-@pytest.mark.parametrize("bad", [{"dense_steps": -1}, {"dense_steps": 1.5}, {"dense_layers": -0.1}, {"every": 0}])
+@pytest.mark.parametrize("bad", [{"dense_steps": -1}, {"dense_steps": 1.5}, {"dense_layers": -0.1}, {"replan_interval": 0}])
 def test_schedule_refuses(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Schedule(**bad)

@@ -94,7 +94,7 @@ def test_a_profile_travels_through_its_file(tmp_path):
         (profile().dumps().replace('"density"', '"densty"'), "no setting 'densty'"),
         (profile().dumps().replace("0.4", "4"), "density is the fraction"),
         (profile().dumps().replace("0.4", '{"Foo": 1}'), "neither a method nor a budget"),
-        (profile().dumps().replace('"dense_layers": 0', '"every": 1.5'), "every is a number of steps"),
+        (profile().dumps().replace('"dense_layers": 0', '"replan_interval": 1.5'), "replan_interval must be a number of steps"),
         (profile().dumps().replace('"rt"', '"rx"'), "the layers name"),
         (profile().dumps().replace("dense_layers", "dense_lairs"), "dense_lairs"),
         (profile().dumps().replace('"source"', '"sauce"'), "is damaged"),
