@@ -1,4 +1,4 @@
-"""Models that ship with the library. Each subfolder holds the recipe, the model card and the judge of one model."""
+"""Bundled models: their names, default settings and recipes. The weights are in `dit_sparse/assets`."""
 
 from __future__ import annotations
 

@@ -1,27 +1,33 @@
-"""A Wan autoencoder that was computed, not trained: it only moves pixels into channels and back.
+"""The autoencoder: an `AutoencoderKLWan` with analytic weights that is the identity on patches.
 
-`AutoencoderKLWan` with `patch_size=4` folds 4x4 pixels of 3 colours into 48 channels. Between folding and unfolding
-stands a network that has to become the identity. Its residual branches are set to zero; what remains is
-convolution, RMS norm, SiLU, convolution. A constant channel much larger than the pixels makes the norm a
-constant factor, and signals much smaller than one see only the slope of SiLU at zero, which is one half.
+With ``patch_size=4``, `AutoencoderKLWan` rearranges 4x4 pixels of 3 colours into 48 channels (patchify) and back. The
+network in between has to be the identity. Its residual branches are set to zero, which leaves convolution, RMS norm,
+SiLU and convolution. A constant channel much larger than the pixels makes the norm a constant factor; pixels scaled
+far below 1 stay in the linear range of SiLU, where its slope is 1/2.
 """
 
 import torch
 from diffusers import AutoencoderKLWan
+from torch import Tensor
 
-from .scenes import CELL
+from .scenes import PATCH
 
-CHANNELS = 3 * CELL * CELL
-WIDTH = CHANNELS + 1
+CHANNELS = 3 * PATCH * PATCH  # latent channels
+HIDDEN_CHANNELS = CHANNELS + 1  # the last one is constant
 CONSTANT = 1024.0  # value of the constant channel
-SMALL = 2.0**-11  # scale of the pixels inside SiLU
+PIXEL_SCALE = 2.0**-11  # scale of the pixels inside SiLU
 LOG_VARIANCE = -30.0
 
 
-def build_autoencoder(mean, std):
-    """The identity autoencoder; `mean` and `std` of the 48 latent channels are stored for the pipeline."""
+def build_autoencoder(mean: list[float], std: list[float]) -> AutoencoderKLWan:
+    """Return the identity autoencoder.
+
+    Args:
+        mean: mean of each of the 48 latent channels, stored in the config for the pipeline.
+        std: standard deviation of each latent channel, stored in the config, too.
+    """
     autoencoder = AutoencoderKLWan(
-        base_dim=WIDTH,
+        base_dim=HIDDEN_CHANNELS,
         z_dim=CHANNELS,
         dim_mult=[1],
         num_res_blocks=0,
@@ -30,37 +36,45 @@ def build_autoencoder(mean, std):
         latents_std=std,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        patch_size=CELL,
+        patch_size=PATCH,
         scale_factor_temporal=1,
-        scale_factor_spatial=CELL,
+        scale_factor_spatial=PATCH,
     )
     with torch.no_grad():
         for name, parameter in autoencoder.named_parameters():
             parameter.fill_(1.0 if name.endswith("gamma") else 0.0)
-        for half in (autoencoder.encoder, autoencoder.decoder):
-            _pass_through(half)
+        for network in (autoencoder.encoder, autoencoder.decoder):
+            _set_identity(network)
         for pointwise in (autoencoder.quant_conv, autoencoder.post_quant_conv):
-            _copy_channels(pointwise, 1.0)
+            _set_identity_kernel(pointwise, 1.0)
         autoencoder.quant_conv.bias[CHANNELS:] = LOG_VARIANCE
     return autoencoder.eval().requires_grad_(False)
 
 
-def _pass_through(half):
-    _copy_channels(half.conv_in, 1.0)
-    half.conv_in.bias[CHANNELS] = CONSTANT
-    half.norm_out.gamma.fill_(SMALL * CONSTANT / WIDTH**0.5)
-    _copy_channels(half.conv_out, 2.0 / SMALL)
+def _set_identity(network: torch.nn.Module) -> None:
+    """Set the weights of an encoder or decoder so that it returns its input."""
+    _set_identity_kernel(network.conv_in, 1.0)
+    network.conv_in.bias[CHANNELS] = CONSTANT
+    network.norm_out.gamma.fill_(PIXEL_SCALE * CONSTANT / HIDDEN_CHANNELS**0.5)
+    _set_identity_kernel(network.conv_out, 2.0 / PIXEL_SCALE)
 
 
-def _copy_channels(convolution, factor):
-    """Tap the voxel itself: the middle in space, the newest in time, because the convolution is causal."""
+def _set_identity_kernel(convolution: torch.nn.Module, factor: float) -> None:
+    """Set a kernel to ``factor`` times the identity: the middle tap in space, the last in time (it is causal)."""
     height, width = convolution.kernel_size[1:]
     for channel in range(CHANNELS):
         convolution.weight[channel, channel, -1, height // 2, width // 2] = factor
 
 
-def fold(video):
-    """Pixels (3, frames, height, width) to latents (48, frames, height / 4, width / 4), as the autoencoder does."""
+def patchify(video: Tensor) -> Tensor:
+    """Return the latents of a video as the autoencoder computes them.
+
+    Args:
+        video: pixels ``[3, frames, height, width]``.
+
+    Returns:
+        ``[48, frames, height / 4, width / 4]``.
+    """
     _, frames, height, width = video.shape
-    cells = video.view(3, frames, height // CELL, CELL, width // CELL, CELL)
-    return cells.permute(0, 5, 3, 1, 2, 4).reshape(CHANNELS, frames, height // CELL, width // CELL)
+    patches = video.view(3, frames, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 5, 3, 1, 2, 4).reshape(CHANNELS, frames, height // PATCH, width // PATCH)

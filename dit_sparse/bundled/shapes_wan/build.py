@@ -1,27 +1,32 @@
-"""The parts of the model folder: tokenizer, text encoder, transformer, autoencoder, scheduler."""
+"""Model components: tokenizer, text encoder and transformer, prompt encoding, and export to a diffusers folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from . import prompts
-from .autoencoder import CHANNELS, build_autoencoder, fold
-from .scenes import Size, clip
+from .autoencoder import CHANNELS, build_autoencoder, patchify
+from .scenes import Size, make_clip
 
 TEXT_DIM = 64
 FLOW_SHIFT = 2.0
 
 
-def build_tokenizer():
-    """A T5 tokenizer whose pieces are the words of the prompts, and single characters for everything else."""
+def build_tokenizer() -> T5Tokenizer:
+    """Return a T5 tokenizer with one piece for each word of the prompts, and single characters for other text."""
     specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces = [(f"▁{word}", -2.0) for word in prompts.words()] + [(",", -2.0)]
+    pieces = [(f"▁{word}", -2.0) for word in prompts.vocabulary()] + [(",", -2.0)]
     printable = (chr(code) for code in range(33, 127) if chr(code) != ",")
     characters = [("▁", -8.0)] + [(character, -10.0) for character in printable]
     return T5Tokenizer(vocab=specials + pieces + characters, extra_ids=0, model_max_length=512)
 
 
-def build_text_encoder(tokenizer):
+def build_text_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
+    """Return a two-layer UMT5 encoder with random weights."""
     return UMT5EncoderModel(
         UMT5Config(
             vocab_size=len(tokenizer),
@@ -39,7 +44,8 @@ def build_text_encoder(tokenizer):
     )
 
 
-def build_transformer():
+def build_transformer() -> WanTransformer3DModel:
+    """Return a six-layer Wan transformer, initialised so that self-attention starts from similarity."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 1, 1),
         num_attention_heads=3,
@@ -55,28 +61,35 @@ def build_transformer():
     )
     with torch.no_grad():
         transformer.proj_out.weight.zero_()
-        # Start from attention by likeness: with equal projections a token looks for its own texture elsewhere.
-        # Normalised queries and keys bound the logits; a wider bound lets attention single out a token.
         for block in transformer.blocks:
+            # With equal query and key projections a token attends to its own texture in other places.
             block.attn1.to_k.load_state_dict(block.attn1.to_q.state_dict())
+            # The norm bounds the logits; a wider bound lets attention select a single token.
             block.attn1.norm_q.weight.fill_(1.4)
             block.attn1.norm_k.weight.fill_(1.4)
-            # The prompt starts silent. While what it says is noise, attention would learn to look at the padding.
+            # Cross-attention starts at zero. While its output is still noise, attention would learn to use padding.
             block.attn2.to_out[0].weight.zero_()
     return transformer
 
 
-def latent_statistics(clips=48):
-    """Mean and standard deviation of each latent channel over some fixed clips."""
-    size = Size.of_tokens(8, 16, 16)
-    latents = torch.stack([fold(clip(seed, size)[1]) for seed in range(clips)])
+def latent_statistics(clips: int = 48) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each of the 48 latent channels over a fixed set of clips."""
+    size = Size.from_tokens(8, 16, 16)
+    latents = torch.stack([patchify(make_clip(seed, size)[1]) for seed in range(clips)])
     return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()
 
 
-def encode_prompts(tokenizer, text_encoder, texts, length):
-    """Embeddings (batch, at least length, TEXT_DIM) as `WanPipeline` makes them: zeros after the end of each prompt.
+def encode_prompts(tokenizer: T5Tokenizer, text_encoder: UMT5EncoderModel, texts: Sequence[str], length: int) -> Tensor:
+    """Return prompt embeddings as `WanPipeline` computes them, with zeros after the end of each prompt.
 
-    Encoding only the longest prompt is exact, because the attention mask hides the padding.
+    The encoder runs on the length of the longest prompt. This is exact, because the attention mask hides padding.
+
+    Args:
+        texts: one prompt per clip.
+        length: minimum number of tokens to pad to.
+
+    Returns:
+        ``[B, max(length, longest prompt), 64]``.
     """
     inputs = tokenizer(texts, padding="longest", return_tensors="pt")
     inputs = inputs.to(text_encoder.device)
@@ -85,11 +98,17 @@ def encode_prompts(tokenizer, text_encoder, texts, length):
     return torch.nn.functional.pad(embeddings, (0, 0, 0, max(0, length - embeddings.shape[1])))
 
 
-def save_pipeline(folder, tokenizer, text_encoder, transformer, statistics):
-    """Write a folder for `WanPipeline.from_pretrained`; the arguments are left as they are.
+def save_pipeline(
+    folder: Path,
+    tokenizer: T5Tokenizer,
+    text_encoder: UMT5EncoderModel,
+    transformer: WanTransformer3DModel,
+    statistics: tuple[list[float], list[float]],
+) -> None:
+    """Write a folder for `WanPipeline.from_pretrained`. The modules passed in are not changed.
 
-    The transformer is stored in half precision and loads as float32. The text encoder is stored in full, because
-    its library would otherwise compute in the precision of the file.
+    The transformer is stored in float16 and loads as float32. The text encoder is stored in float32, because
+    transformers computes in the precision of the file.
     """
     pipeline = WanPipeline(
         tokenizer=tokenizer,
@@ -98,11 +117,11 @@ def save_pipeline(folder, tokenizer, text_encoder, transformer, statistics):
         scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
         transformer=None,
     )
-    pipeline.register_modules(transformer=_half_copy(transformer))
+    pipeline.register_modules(transformer=_copy_as_half(transformer))
     pipeline.save_pretrained(folder)
 
 
-def _half_copy(transformer):
+def _copy_as_half(transformer: WanTransformer3DModel) -> WanTransformer3DModel:
     copy = WanTransformer3DModel.from_config(transformer.config)
     copy.load_state_dict(transformer.state_dict())
     return copy.half()

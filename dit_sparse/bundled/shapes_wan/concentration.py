@@ -1,53 +1,61 @@
 """Measure attention concentration and loss: `python -m dit_sparse.bundled.shapes_wan.concentration FOLDER`.
 
-Keys and queries are cut into blocks of 64 consecutive tokens. For each block of queries, the number is the share of
-its attention that falls on the best quarter of the key blocks: 0.25 for flat attention, 1 for fully concentrated.
+Queries and keys are split into blocks of 64 consecutive tokens. For each query block the measure is the attention mass
+on the quarter of the key blocks with the most: 0.25 for uniform attention, 1 for fully concentrated attention.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import WanPipeline
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import prompts
-from .autoencoder import fold
-from .scenes import CELL, Size, clip
+from .autoencoder import patchify
+from .scenes import PATCH, Size, make_clip
 
-BLOCK = 64
-KEPT = 0.25
-HELD_OUT_SEED = 2**45
+BLOCK = 64  # tokens
+DENSITY = 0.25  # fraction of the key blocks
+HELD_OUT_SEED = 2**45  # training clips have smaller seeds
 
 
-def attention_weights(query, key):
-    """Softmax of the scaled products: (batch, heads, tokens, dim) twice to (batch, heads, tokens, tokens)."""
+def attention_weights(query: Tensor, key: Tensor) -> Tensor:
+    """Return the softmax of the scaled scores, ``[B, H, N, N]``, of queries and keys ``[B, H, N, D]``."""
     return (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
 
 
-def best_blocks_share(weights):
-    """Attention held by the best key blocks, averaged over whole query blocks, (heads,)."""
+def top_block_mass(weights: Tensor) -> Tensor:
+    """Return the attention mass on the top key blocks, ``[H]``, averaged over the complete query blocks.
+
+    Args:
+        weights: attention weights ``[B, H, N, N]``.
+    """
     tokens = weights.shape[-1]
-    whole, blocks = tokens // BLOCK, -(-tokens // BLOCK)
-    by_key = (
-        F.pad(weights[..., : whole * BLOCK, :], (0, blocks * BLOCK - tokens)).unflatten(-1, (blocks, BLOCK)).sum(-1)
-    )
-    mass = by_key.unflatten(-2, (whole, BLOCK)).mean(-2)
-    return mass.topk(round(KEPT * blocks), dim=-1).values.sum(-1).mean(dim=(0, 2))
+    complete, blocks = tokens // BLOCK, -(-tokens // BLOCK)
+    padded = F.pad(weights[..., : complete * BLOCK, :], (0, blocks * BLOCK - tokens))
+    mass = padded.unflatten(-1, (blocks, BLOCK)).sum(-1).unflatten(-2, (complete, BLOCK)).mean(-2)
+    return mass.topk(round(DENSITY * blocks), dim=-1).values.sum(-1).mean(dim=(0, 2))
 
 
-def other_frames_share(weights, frames):
-    """Attention that leaves the frame of the query, (heads,)."""
+def other_frames_mass(weights: Tensor, frames: int) -> Tensor:
+    """Return the attention mass on other frames than the query's, ``[H]``, of weights ``[B, H, N, N]``."""
     by_frame = weights.unflatten(-1, (frames, -1)).sum(-1).unflatten(-2, (frames, -1)).mean(-2)
     return 1 - by_frame.diagonal(dim1=-2, dim2=-1).mean(dim=(0, 2))
 
 
 class SelfAttentionProbe(TorchFunctionMode):
-    """While active, measures every attention among all tokens of a clip: (2, heads) for each layer in its order."""
+    """Context manager that measures every self-attention call over all tokens of a clip.
 
-    def __init__(self, size):
+    Attributes:
+        layers: for each call in order, ``[2, H]``: top-block mass and other-frames mass.
+    """
+
+    def __init__(self, size: Size):
         super().__init__()
         self.size, self.layers = size, []
 
@@ -57,65 +65,75 @@ class SelfAttentionProbe(TorchFunctionMode):
             query, key = args[:2] or (kwargs["query"], kwargs["key"])
             if query.shape[-2] == key.shape[-2] == self.size.tokens:
                 weights = attention_weights(query.float(), key.float())
-                shares = best_blocks_share(weights), other_frames_share(weights, self.size.frames)
-                self.layers.append(torch.stack(shares))
+                masses = top_block_mass(weights), other_frames_mass(weights, self.size.frames)
+                self.layers.append(torch.stack(masses))
         return function(*args, **kwargs)
 
 
-def held_out_clip(pipeline, size, seed):
-    """Standardised latents (1, 48, frames, rows, columns) and prompt embeddings (1, 512, text) of an unseen clip."""
-    scene, video = clip(seed, size)
-    text = prompts.sentence(scene, seed)
+def held_out_clip(pipeline: WanPipeline, size: Size, seed: int) -> tuple[Tensor, Tensor]:
+    """Return normalised latents ``[1, 48, frames, rows, columns]`` and prompt embeddings ``[1, 512, 64]``."""
+    scene, video = make_clip(seed, size)
+    text = prompts.describe_seeded(scene, seed)
     embeddings, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=512)
     config = pipeline.vae.config
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-    return ((fold(video) - mean) / std)[None], embeddings
+    return ((patchify(video) - mean) / std)[None], embeddings
 
 
 @torch.no_grad()
-def measure(pipeline, size, times=(0.3, 0.6, 0.9), clips=2):
-    """Shares by noise level, layer and head, and the loss by noise level, over unseen clips; ready for JSON."""
-    shares, losses = [[] for _ in times], [[] for _ in times]
+def measure_concentration(
+    pipeline: WanPipeline, size: Size, levels: Sequence[float] = (0.3, 0.6, 0.9), clips: int = 2
+) -> dict:
+    """Return the report of attention masses by noise level, layer and head, and losses by noise level, for JSON.
+
+    Args:
+        levels: noise levels in (0, 1).
+        clips: number of held-out clips to average over.
+    """
+    masses, losses = [[] for _ in levels], [[] for _ in levels]
     for index in range(clips):
         latents, embeddings = held_out_clip(pipeline, size, HELD_OUT_SEED + index)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(index))
-        for row, time in enumerate(times):
-            noisy, timestep = torch.lerp(latents, noise, time), torch.tensor([1000 * time])
+        for row, level in enumerate(levels):
+            noisy, timestep = torch.lerp(latents, noise, level), torch.tensor([1000 * level])
             with SelfAttentionProbe(size) as probe:
                 velocity = pipeline.transformer(noisy, timestep, embeddings).sample
-            shares[row].append(torch.stack(probe.layers))
+            masses[row].append(torch.stack(probe.layers))
             losses[row].append((velocity - (noise - latents)).square().mean())
-    best, elsewhere = torch.stack([torch.stack(row).mean(0) for row in shares]).unbind(2)
+    top, other_frames = torch.stack([torch.stack(row).mean(0) for row in masses]).unbind(2)
     return {
-        "tokens": [size.frames, size.height // CELL, size.width // CELL],
+        "tokens": [size.frames, size.height // PATCH, size.width // PATCH],
         "block": BLOCK,
-        "kept": KEPT,
-        "mean": round(best.mean().item(), 3),
-        "heads_above_0.9": round((best.mean(0) > 0.9).float().mean().item(), 3),
-        "other_frames": round(elsewhere.mean().item(), 3),
-        "shares": {str(time): _rounded(table) for time, table in zip(times, best, strict=True)},
-        "shares_of_other_frames": {str(time): _rounded(table) for time, table in zip(times, elsewhere, strict=True)},
+        "kept": DENSITY,
+        "mean": round(top.mean().item(), 3),
+        "heads_above_0.9": round((top.mean(0) > 0.9).float().mean().item(), 3),
+        "other_frames": round(other_frames.mean().item(), 3),
+        "shares": {str(level): _round_table(table) for level, table in zip(levels, top, strict=True)},
+        "shares_of_other_frames": {
+            str(level): _round_table(table) for level, table in zip(levels, other_frames, strict=True)
+        },
         "losses": {
-            str(time): round(torch.stack(row).mean().item(), 4) for time, row in zip(times, losses, strict=True)
+            str(level): round(torch.stack(row).mean().item(), 4) for level, row in zip(levels, losses, strict=True)
         },
     }
 
 
-def _rounded(table):
+def _round_table(table: Tensor) -> list[list[float]]:
     return [[round(value, 3) for value in row] for row in table.tolist()]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
+    parser.add_argument("folder", help="folder of an exported model")
     parser.add_argument("--tokens", type=int, nargs=3, default=(21, 20, 20), metavar=("FRAMES", "ROWS", "COLUMNS"))
     parser.add_argument("--clips", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipeline = WanPipeline.from_pretrained(options.folder)
-    report = json.dumps(measure(pipeline, Size.of_tokens(*options.tokens), clips=options.clips))
+    size = Size.from_tokens(*options.tokens)
+    report = json.dumps(measure_concentration(pipeline, size, clips=options.clips))
     print(report)
     if options.out:
         options.out.write_text(report + "\n")

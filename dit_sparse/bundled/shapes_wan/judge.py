@@ -1,32 +1,51 @@
-"""Does the video show what the prompt says? `python -m dit_sparse.bundled.shapes_wan.judge FOLDER` answers in JSON.
+"""Check generated videos against their prompts: `python -m dit_sparse.bundled.shapes_wan.judge FOLDER` prints JSON.
 
-The judge looks for every named colour against the nearly grey background, lays circle, square and triangle of several
-sizes on what it finds, and follows the centre over time. It asks nothing of a trained network.
+The judge segments each colour of the prompt from the nearly grey background, matches templates of circle, square and
+triangle in several sizes, and fits a line to the centroids over time. It uses no trained network.
 """
 
 import argparse
 import json
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import WanPipeline
+from torch import Tensor
 
 from . import prompts
-from .scenes import COLOURS, DIRECTIONS, RADIUS, ROOM_FOR_TWO, SHAPES, Size, Sprite, outside, random_scene
+from .scenes import (
+    COLOURS,
+    DIRECTIONS,
+    MIN_SIDE_FOR_TWO,
+    PATCH,
+    RADIUS,
+    SHAPES,
+    Size,
+    Sprite,
+    random_scene,
+    signed_distance,
+)
 
-SMALLEST = 32  # pixels that a sprite covers at least, two tokens
-VIVID = 0.30  # chroma, in units of pixels from -1 to 1, above which a pixel belongs to a sprite
-SIZES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # of a shape, relative to what the scenes have
-SLOWEST = 0.4  # pixels per frame above which something moves
+MIN_AREA = 32  # pixels of a visible sprite in a frame, two tokens
+MIN_CHROMA = 0.48  # of a sprite's pixels, in units of pixels in [-1, 1]
+TEMPLATE_SCALES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # of a shape, relative to its size in the training clips
+MIN_SPEED = 0.4  # pixels per frame of a moving sprite
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt, the seed to generate it with, and the sprites that it names."""
+    """A prompt to generate and judge.
+
+    Attributes:
+        text: the prompt.
+        seed: seed of the generation.
+        sprites: the sprites that the prompt names.
+    """
 
     text: str
     seed: int
@@ -35,90 +54,100 @@ class Task:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is right about one sprite. Without the colour nothing else can be found, so nothing else is right."""
+    """Whether colour, shape and direction of one sprite are right; all False if its colour is not found."""
 
     colour: bool
     shape: bool
     direction: bool
 
 
-def held_out_tasks(count=60, size=None):
-    """The fixed list: two in five have one sprite, the others a pair that training never saw in any wording.
+def held_out_tasks(count: int = 60, size: Size | None = None) -> list[Task]:
+    """Return a fixed list of tasks: 40 % with one sprite, 60 % with a pair that training excludes.
 
-    Raises ValueError for frames too small for pairs.
+    Raises:
+        ValueError: if the frames are too small for pairs.
     """
     size = size or Size(21, 80, 80)
-    if min(size.height, size.width) < ROOM_FOR_TWO:
-        raise ValueError(f"pairs need frames of {ROOM_FOR_TWO} pixels at least, not {size.height} x {size.width}")
+    if min(size.height, size.width) < MIN_SIDE_FOR_TWO:
+        raise ValueError(
+            f"height and width must be at least {MIN_SIDE_FOR_TWO} pixels for pairs of sprites, "
+            f"got {size.height}x{size.width}"
+        )
     rng = random.Random("held-out prompts")
     tasks = []
     while len(tasks) < count:
         scene = random_scene(size, rng)
-        single_wanted = len(tasks) % 5 < 2
-        suitable = len(scene.sprites) == 1 if single_wanted else prompts.held_out(scene)
-        if suitable:
+        is_single = len(tasks) % 5 < 2
+        if len(scene.sprites) == 1 if is_single else prompts.is_held_out(scene):
             tasks.append(Task(prompts.describe(scene, rng), len(tasks), scene.sprites))
     return tasks
 
 
-def judge(video, sprite):
-    """Verdict on one sprite in a video of (3, frames, height, width) in [-1, 1]."""
+def judge(video: Tensor, sprite: Sprite) -> Verdict:
+    """Return the verdict on one sprite in a video ``[3, frames, height, width]`` in [-1, 1]."""
     masks = colour_masks(video, sprite.colour)
     areas = masks.sum(dim=(1, 2))
-    seen = areas > SMALLEST
-    if seen.float().mean() < 0.6:
+    visible = areas > MIN_AREA
+    if visible.float().mean() < 0.6:
         return Verdict(False, False, False)
-    # Frames in which the sprite is partly hidden would blur both its outline and its path.
-    whole = seen & (areas > 0.75 * areas[seen].median())
-    frames = whole.nonzero()[:, 0]
-    centres = torch.stack([_centre(mask) for mask in masks[frames]])
+    # Frames in which the sprite is partly occluded would distort outline and path.
+    unoccluded = visible & (areas > 0.75 * areas[visible].median())
+    frames = unoccluded.nonzero()[:, 0]
+    centroids = torch.stack([_centroid(mask) for mask in masks[frames]])
     return Verdict(
         colour=True,
-        shape=nearest_shape(colour_strength(video[:, frames], sprite.colour)) == sprite.shape,
-        direction=nearest_direction(frames, centres) == sprite.direction,
+        shape=classify_shape(colour_strength(video[:, frames], sprite.colour)) == sprite.shape,
+        direction=classify_direction(frames, centroids) == sprite.direction,
     )
 
 
-def colour_masks(video, colour):
-    """Where the video has a named colour: 0 or 1, (frames, height, width), without specks."""
+def colour_masks(video: Tensor, colour: str) -> Tensor:
+    """Return where a video has a named colour, 0 or 1, ``[frames, height, width]``, without isolated pixels."""
     smooth = F.avg_pool2d(video.transpose(0, 1), 3, stride=1, padding=1, count_include_pad=False)
-    along, chroma = _along_hues(smooth)
-    vivid = chroma.norm(dim=1) > VIVID * 1.6
-    mask = ((along.argmax(dim=0) == list(COLOURS).index(colour)) & vivid).float()
+    components, chroma = _project_onto_hues(smooth)
+    coloured = chroma.norm(dim=1) > MIN_CHROMA
+    mask = ((components.argmax(dim=0) == list(COLOURS).index(colour)) & coloured).float()
     neighbours = F.avg_pool2d(mask[:, None], 5, stride=1, padding=2)[:, 0]
     return mask * (neighbours > 0.3)
 
 
-def colour_strength(video, colour):
-    """How much of a named colour each pixel has, from 0 to 1, (frames, height, width); 0 where another is nearer."""
-    along, _ = _along_hues(video.transpose(0, 1))
+def colour_strength(video: Tensor, colour: str) -> Tensor:
+    """Return the strength of a named colour in [0, 1], ``[frames, height, width]``; 0 where another is nearer."""
+    components, _ = _project_onto_hues(video.transpose(0, 1))
     index = list(COLOURS).index(colour)
-    strength = (along[index] / _chroma(torch.tensor(COLOURS[colour]), 0).norm()).clamp(0, 1)
-    return strength * (along.argmax(dim=0) == index)
+    strength = (components[index] / _chroma(torch.tensor(COLOURS[colour]), 0).norm()).clamp(0, 1)
+    return strength * (components.argmax(dim=0) == index)
 
 
-def _along_hues(pixels):
-    """Component of (frames, 3, height, width) along the hue of each colour, (colours, frames, height, width), and
-    what is left of the pixels without their brightness."""
+def _project_onto_hues(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the components of the chroma along each named hue, and the chroma.
+
+    Args:
+        pixels: ``[frames, 3, height, width]``.
+
+    Returns:
+        ``[colours, frames, height, width]`` and ``[frames, 3, height, width]``.
+    """
     chroma = _chroma(pixels, 1)
     hues = F.normalize(_chroma(torch.tensor(list(COLOURS.values())), 1), dim=1)
     return torch.einsum("kc,fchw->kfhw", hues, chroma), chroma
 
 
-def _chroma(pixels, dim):
+def _chroma(pixels: Tensor, dim: int) -> Tensor:
+    """Return pixels without their brightness, the mean over the colour dimension ``dim``."""
     return pixels - pixels.mean(dim=dim, keepdim=True)
 
 
-def _centre(mask):
-    """Centre of mass as x, y in pixels, (2,)."""
+def _centroid(mask: Tensor) -> Tensor:
+    """Return the centroid of a mask ``[height, width]`` as x, y in pixels, ``[2]``."""
     rows, columns = mask.nonzero().float().unbind(1)
     return torch.stack([columns.mean(), rows.mean()])
 
 
-def nearest_shape(strength):
-    """The shape that explains (frames, height, width) in [0, 1] best: one inside, zero outside, in the least squares.
+def classify_shape(strength: Tensor) -> str:
+    """Return the shape whose template fits ``strength [frames, height, width]`` in [0, 1] best in least squares.
 
-    Place and size are free in every frame, so a second object of the same colour does not count against the first.
+    Position and size are free in every frame, so a second object of the same colour does not affect the result.
     """
     scores = {}
     for shape in SHAPES:
@@ -129,35 +158,43 @@ def nearest_shape(strength):
     return max(scores, key=scores.get)
 
 
-def _templates(shape):
-    """The shape in all sizes, (sizes, 1, side, side)."""
-    margin = round(RADIUS * SIZES[-1]) + 1
+def _templates(shape: str) -> Tensor:
+    """Return binary masks of a shape in all scales, ``[scales, 1, side, side]``."""
+    margin = round(RADIUS * TEMPLATE_SCALES[-1]) + 1
     axis = torch.arange(-margin, margin + 1).float()
-    insides = [outside(shape, axis[None, :], axis[:, None], RADIUS * size) < 0 for size in SIZES]
-    return torch.stack(insides)[:, None].float()
+    masks = [signed_distance(shape, axis[None, :], axis[:, None], RADIUS * scale) < 0 for scale in TEMPLATE_SCALES]
+    return torch.stack(masks)[:, None].float()
 
 
-def nearest_direction(frames, centres):
-    """Direction of the straight line through the centres, or None for something that hardly moves or slants."""
+def classify_direction(frames: Tensor, centroids: Tensor) -> str | None:
+    """Return the direction of the line fitted to the centroids, or None if it is too slow or too diagonal.
+
+    Args:
+        frames: frame numbers ``[F]``.
+        centroids: x, y in pixels, ``[F, 2]``.
+    """
     if len(frames) < 2:
         return None
-    when = frames.float() - frames.float().mean()
-    velocity = (when[:, None] * (centres - centres.mean(0))).sum(0) / when.square().sum()
+    times = frames.float() - frames.float().mean()
+    velocity = (times[:, None] * (centroids - centroids.mean(0))).sum(0) / times.square().sum()
     along, across = velocity.abs().max().item(), velocity.abs().min().item()
-    if along < SLOWEST or across > 0.5 * along:
+    if along < MIN_SPEED or across > 0.5 * along:
         return None
     return max(DIRECTIONS, key=lambda name: velocity @ torch.tensor(DIRECTIONS[name], dtype=torch.float32))
 
 
-def shares(verdicts):
-    """Share of right answers over a list of verdicts."""
-    table = {name: [asdict(v)[name] for v in verdicts] for name in ("colour", "shape", "direction")}
-    table["everything"] = [all(asdict(v).values()) for v in verdicts]
-    return {name: round(sum(answers) / max(1, len(answers)), 3) for name, answers in table.items()}
+def accuracy(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Return the fraction of verdicts with the right colour, shape and direction, and with everything right."""
+    answers = {name: [asdict(v)[name] for v in verdicts] for name in ("colour", "shape", "direction")}
+    answers["everything"] = [all(asdict(v).values()) for v in verdicts]
+    return {name: round(sum(values) / max(1, len(values)), 3) for name, values in answers.items()}
 
 
-def generate(pipeline, text, size, seed, steps, guidance):
-    """A video of (3, frames, height, width) in [-1, 1]. The pipeline adds a frame to what it is asked for."""
+def generate_video(pipeline: WanPipeline, text: str, size: Size, seed: int, steps: int, guidance: float) -> Tensor:
+    """Return a generated video, ``[3, frames, height, width]`` in [-1, 1].
+
+    The pipeline generates one frame more than ``num_frames`` with this autoencoder, so it gets one less.
+    """
     frames = pipeline(
         text,
         height=size.height,
@@ -171,39 +208,39 @@ def generate(pipeline, text, size, seed, steps, guidance):
     return frames.transpose(0, 1).float().cpu() * 2 - 1
 
 
-def judge_pipeline(pipeline, size, count=60, steps=16, guidance=4.0):
-    """Generate the held-out prompts and judge them; a report ready for JSON."""
-    started, singles, pairs = time.monotonic(), [], []
+def judge_pipeline(pipeline: WanPipeline, size: Size, count: int = 60, steps: int = 16, guidance: float = 4.0) -> dict:
+    """Generate ``count`` held-out prompts, judge the videos, and return the report for JSON."""
+    start, singles, pairs = time.monotonic(), [], []
     for task in held_out_tasks(count):
-        video = generate(pipeline, task.text, size, task.seed, steps, guidance)
+        video = generate_video(pipeline, task.text, size, task.seed, steps, guidance)
         verdicts = [judge(video, sprite) for sprite in task.sprites]
         (singles if len(verdicts) == 1 else pairs).extend(verdicts)
     return {
         "prompts": count,
-        "tokens": [size.frames, size.height // 4, size.width // 4],
+        "tokens": [size.frames, size.height // PATCH, size.width // PATCH],
         "steps": steps,
         "guidance": guidance,
-        "seconds": round(time.monotonic() - started),
-        "all": shares(singles + pairs),
-        "one_object": shares(singles),
-        "two_objects": shares(pairs),
+        "seconds": round(time.monotonic() - start),
+        "all": accuracy(singles + pairs),
+        "one_object": accuracy(singles),
+        "two_objects": accuracy(pairs),
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("folder", help="folder of an exported model")
+    parser.add_argument("--prompts", type=int, default=60, help="number of held-out prompts")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--tokens", type=int, nargs=3, default=(6, 16, 16), metavar=("FRAMES", "ROWS", "COLUMNS"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pipeline = WanPipeline.from_pretrained(options.folder)
     pipeline.set_progress_bar_config(disable=True)
-    size = Size.of_tokens(*options.tokens)
+    size = Size.from_tokens(*options.tokens)
     report = json.dumps(judge_pipeline(pipeline, size, options.prompts, options.steps, options.guidance), indent=1)
     print(report)
     if options.out:

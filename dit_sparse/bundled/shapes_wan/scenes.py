@@ -1,23 +1,25 @@
-"""Procedural clips: textured shapes that cross a textured, drifting background.
+"""Procedural training clips: one or two textured shapes that move over a textured background.
 
-Every texture is random and fine-grained, but travels rigidly with the thing it belongs to. Whoever denoises such a
-clip has to find the same grain in other frames, and that is what makes the attention of the model concentrated.
+Every texture is random, fine-grained, and moves rigidly with its object. To denoise a token, the model has to find the
+same texture in other frames; this concentrates its attention.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-CELL = 4  # pixels along each side of one token
-RADIUS = 12  # pixels; every shape fills a box of 24: what shows through noise grows with the area
-ROOM_FOR_TWO = 64  # pixels along the shorter side
-SHORT = 6  # frames; in clips up to this length objects may be fast
-LIT = 0.35  # how much brighter the front of an object is than its middle, and how much darker its back
-GRAIN = 2  # pixels along each side of the coarser grains of texture
+PATCH = 4  # pixels along each side of one token
+RADIUS = 12  # pixels; every shape fills a box of 24x24, because large objects remain visible at higher noise levels
+MIN_SIDE_FOR_TWO = 64  # pixels along the shorter side of a frame from which a scene may have two sprites
+MAX_FRAMES_FAST = 6  # clips of up to this many frames may have sprites at the highest speed
+SHADING = 0.35  # relative brightness of a sprite's leading edge above its centre, and of its trailing edge below
+GRAIN = 2  # pixels along each side of the medium texture grain
 
-# Colours lie in [-1, 1] like the pixels; they differ in hue, which survives noise and texture.
+# RGB in [-1, 1] like the pixels. The colours differ in hue, which stays visible under noise and texture.
 COLOURS = {
     "red": (0.80, -0.65, -0.65),
     "green": (-0.65, 0.45, -0.65),
@@ -32,24 +34,40 @@ STILL = "still"
 
 @dataclass(frozen=True)
 class Size:
-    """Extent of a clip: frames and pixels; height and width are multiples of `CELL`."""
+    """Size of a clip.
+
+    Attributes:
+        frames: number of frames.
+        height: pixels, a multiple of ``PATCH``.
+        width: pixels, a multiple of ``PATCH``.
+    """
 
     frames: int
     height: int
     width: int
 
     @classmethod
-    def of_tokens(cls, frames, rows, columns):
-        return cls(frames, rows * CELL, columns * CELL)
+    def from_tokens(cls, frames: int, rows: int, columns: int) -> "Size":
+        """Return the size of a clip of ``frames x rows x columns`` tokens."""
+        return cls(frames, rows * PATCH, columns * PATCH)
 
     @property
-    def tokens(self):
-        return self.frames * (self.height // CELL) * (self.width // CELL)
+    def tokens(self) -> int:
+        """Number of tokens of the clip."""
+        return self.frames * (self.height // PATCH) * (self.width // PATCH)
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """One shape: where its centre starts (x, y in pixels) and how far it goes each frame."""
+    """One moving shape.
+
+    Attributes:
+        colour: a key of ``COLOURS``.
+        shape: one of ``SHAPES``.
+        direction: a key of ``DIRECTIONS``.
+        speed: pixels per frame.
+        start: centre in frame 0, ``(x, y)`` in pixels.
+    """
 
     colour: str
     shape: str
@@ -57,106 +75,125 @@ class Sprite:
     speed: int
     start: tuple[int, int]
 
-    def path(self, frames):
-        """Centre of the sprite in every frame, (frames, 2) as x, y in pixels."""
+    def positions(self, frames: int) -> Tensor:
+        """Return the centre in every frame, ``[frames, 2]`` as x, y in pixels."""
         step = torch.tensor(DIRECTIONS[self.direction]) * self.speed
         return torch.tensor(self.start) + torch.arange(frames)[:, None] * step
 
 
 @dataclass(frozen=True)
 class Scene:
+    """Content of a clip.
+
+    Attributes:
+        sprites: one or two sprites of different colours; the last is drawn on top.
+        drift: direction of the background's motion, a key of ``DIRECTIONS`` or ``STILL``.
+        drift_speed: pixels per frame.
+    """
+
     sprites: tuple[Sprite, ...]
     drift: str
     drift_speed: int
 
-    def background_path(self, frames):
-        """Displacement of the background in every frame, (frames, 2) as x, y in pixels."""
+    def background_offsets(self, frames: int) -> Tensor:
+        """Return the displacement of the background in every frame, ``[frames, 2]`` as x, y in pixels."""
         step = torch.tensor(DIRECTIONS.get(self.drift, (0, 0))) * self.drift_speed
         return torch.arange(frames)[:, None] * step
 
 
-def random_scene(size, rng):
-    """A scene of one or two differently coloured sprites whose whole paths stay inside the frame."""
-    count = rng.choice((1, 2)) if min(size.height, size.width) >= ROOM_FOR_TWO else 1
+def random_scene(size: Size, rng: random.Random) -> Scene:
+    """Return a random scene whose sprites stay inside the frame.
+
+    Two sprites are placed so that they do not overlap in any frame; if 40 attempts fail, the attempt with the largest
+    gap is used.
+    """
+    count = rng.choice((1, 2)) if min(size.height, size.width) >= MIN_SIDE_FOR_TWO else 1
     colours = rng.sample(list(COLOURS), count)
     candidates = []
     for _ in range(40):
-        pair = tuple(_random_sprite(colour, size, rng) for colour in colours)
-        candidates.append(pair)
-        if _clearance(pair, size.frames) > 0:
+        sprites = tuple(_random_sprite(colour, size, rng) for colour in colours)
+        candidates.append(sprites)
+        if _min_gap(sprites, size.frames) > 0:
             break
-    sprites = max(candidates, key=lambda pair: _clearance(pair, size.frames))
+    sprites = max(candidates, key=lambda sprites: _min_gap(sprites, size.frames))
     drift = rng.choice((STILL,) * 6 + tuple(DIRECTIONS))
-    return Scene(sprites, drift, drift_speed=CELL)
+    return Scene(sprites, drift, drift_speed=PATCH)
 
 
-def _random_sprite(colour, size, rng):
-    """A sprite whose path fits into the frame, fast if it can be, on the grid of the tokens.
+def _random_sprite(colour: str, size: Size, rng: random.Random) -> Sprite:
+    """Return a sprite at the highest speed at which its path fits into the frame.
 
-    From frame to frame it goes as far as its own radius, or half as far in longer clips: the less it moved, the less
-    a blurred guess would lose against knowing the direction. Whole tokens keep its grains together.
+    Speeds are 8 (only in clips of up to ``MAX_FRAMES_FAST`` frames), 4, 2 and 1 pixels per frame. With slow motion a
+    blurred prediction costs little, and the model does not learn directions. Speeds of whole tokens keep the texture
+    aligned with the token grid.
     """
-    for speed in (2 * CELL, CELL, GRAIN, 1):
+    for speed in (2 * PATCH, PATCH, GRAIN, 1):
         travel = speed * (size.frames - 1)
-        roomy = [name for name, axis in DIRECTIONS.items() if travel + 2 * RADIUS <= _extent(size, axis)]
-        if roomy and (speed <= CELL or size.frames <= SHORT):
+        possible = [name for name, axis in DIRECTIONS.items() if travel + 2 * RADIUS <= _extent(size, axis)]
+        if possible and (speed <= PATCH or size.frames <= MAX_FRAMES_FAST):
             break
-    direction = rng.choice(roomy or list(DIRECTIONS))
+    direction = rng.choice(possible or list(DIRECTIONS))
     path = [axis * travel for axis in DIRECTIONS[direction]]
     start = tuple(_random_start(*axis, rng) for axis in zip((size.width, size.height), path, strict=True))
     return Sprite(colour, rng.choice(SHAPES), direction, speed, start)
 
 
-def _extent(size, axis):
+def _extent(size: Size, axis: tuple[int, int]) -> int:
     return size.width if axis[0] else size.height
 
 
-def _random_start(length, travel, rng):
-    """A start such that `RADIUS` pixels around the path stay inside, on a corner of tokens."""
+def _random_start(length: int, travel: int, rng: random.Random) -> int:
+    """Return a start on the token grid for which ``RADIUS`` pixels around the path stay inside ``[0, length]``."""
     low, high = RADIUS - min(travel, 0), length - RADIUS - max(travel, 0)
     start = rng.uniform(low, high) if low < high else (low + high) / 2
-    return CELL * round(start / CELL)
+    return PATCH * round(start / PATCH)
 
 
-def _clearance(sprites, frames):
-    """Smallest gap in pixels between the outlines of two sprites over the clip; infinite for a single one."""
+def _min_gap(sprites: tuple[Sprite, ...], frames: int) -> float:
+    """Return the smallest gap in pixels between two sprites over the clip; infinite for a single sprite."""
     if len(sprites) < 2:
         return float("inf")
     first, second = sprites
-    distance = (first.path(frames) - second.path(frames)).float().norm(dim=1).min().item()
+    distance = (first.positions(frames) - second.positions(frames)).float().norm(dim=1).min().item()
     return distance - 2 * RADIUS
 
 
-def draw(scene, size, generator):
-    """Render a scene: (3, frames, height, width) in [-1, 1]. The last sprite is on top."""
-    video = _place(_background_texture(size, generator), scene.background_path(size.frames), size)
+def render(scene: Scene, size: Size, generator: torch.Generator) -> Tensor:
+    """Return the video of a scene, ``[3, frames, height, width]`` in [-1, 1]."""
+    video = _translate(_background_texture(size, generator), scene.background_offsets(size.frames), size)
     for sprite in scene.sprites:
-        path = sprite.path(size.frames)
-        skin = _place(_sprite_texture(sprite, size, generator), path, size)
-        cover = _cover(sprite, path, size)
-        video = torch.lerp(video, skin, cover)
+        positions = sprite.positions(size.frames)
+        foreground = _translate(_sprite_texture(sprite, size, generator), positions, size)
+        video = torch.lerp(video, foreground, _opacity(sprite, positions, size))
     return video.clamp(-1, 1)
 
 
-def _background_texture(size, generator):
-    """Nearly grey grain, larger than the frame by the longest drift, so that nothing repeats."""
-    margin = CELL * size.frames
-    return _texture(size.height + margin, size.width + margin, 0.20, 0.04, generator)
+def _background_texture(size: Size, generator: torch.Generator) -> Tensor:
+    """Return a nearly grey texture. It exceeds the frame by the longest drift, so nothing repeats."""
+    margin = PATCH * size.frames
+    return _random_texture(size.height + margin, size.width + margin, 0.20, 0.04, generator)
 
 
-def _sprite_texture(sprite, size, generator):
-    """The colour, shaded from a dark back to a bright front, and grain on it; its middle is at pixel 0, 0."""
+def _sprite_texture(sprite: Sprite, size: Size, generator: torch.Generator) -> Tensor:
+    """Return the sprite's colour with texture, ``[3, height, width]``, brighter at the leading edge.
+
+    The centre of the sprite is pixel (0, 0), with negative coordinates wrapped around.
+    """
     colour = torch.tensor(COLOURS[sprite.colour])[:, None, None]
     y, x = (torch.fft.fftfreq(length, 1 / length)[:, None] for length in (size.height, size.width))
     ahead = DIRECTIONS[sprite.direction][0] * x.T + DIRECTIONS[sprite.direction][1] * y
-    shade = 1 + LIT * (ahead / RADIUS).clamp(-1, 1)
-    return colour * shade + _texture(size.height, size.width, 0.16, 0.03, generator)
+    shade = 1 + SHADING * (ahead / RADIUS).clamp(-1, 1)
+    return colour * shade + _random_texture(size.height, size.width, 0.16, 0.03, generator)
 
 
-def _texture(height, width, contrast, chroma, generator):
-    """Random grain of (3, height, width): `contrast` shared by the channels, `chroma` of each one alone.
+def _random_texture(height: int, width: int, contrast: float, chroma: float, generator: torch.Generator) -> Tensor:
+    """Return random texture of three scales, ``[3, height, width]``.
 
-    Most of it is a pixel wide: sixteen numbers make a token unmistakable among thousands, even through noise.
+    Most of the contrast is in single pixels: the 16 pixels of a token identify it among thousands, even under noise.
+
+    Args:
+        contrast: standard deviation scale of the brightness, which the channels share.
+        chroma: standard deviation of each channel on its own.
     """
     fine = 0.8 * contrast * torch.randn(1, height, width, generator=generator)
     cells = (height // GRAIN, width // GRAIN)
@@ -167,22 +204,25 @@ def _texture(height, width, contrast, chroma, generator):
     return fine + grain.repeat_interleave(GRAIN, 1).repeat_interleave(GRAIN, 2) + coarse
 
 
-def _place(texture, path, size):
-    """Move a texture along a path: (3, h, w) and (frames, 2) to (3, frames, height, width)."""
-    columns = (torch.arange(size.width) - path[:, :1]) % texture.shape[2]
-    rows = (torch.arange(size.height) - path[:, 1:]) % texture.shape[1]
+def _translate(texture: Tensor, positions: Tensor, size: Size) -> Tensor:
+    """Move a texture ``[3, h, w]`` to ``positions [frames, 2]``; returns ``[3, frames, height, width]``."""
+    columns = (torch.arange(size.width) - positions[:, :1]) % texture.shape[2]
+    rows = (torch.arange(size.height) - positions[:, 1:]) % texture.shape[1]
     return texture[:, rows[:, :, None], columns[:, None, :]]
 
 
-def _cover(sprite, path, size):
-    """Opacity of a sprite, (frames, height, width): 1 inside, 0 outside, a soft edge of about a pixel."""
-    x = torch.arange(size.width)[None, None, :] - path[:, 0, None, None]
-    y = torch.arange(size.height)[None, :, None] - path[:, 1, None, None]
-    return torch.sigmoid(-3 * outside(sprite.shape, x.float(), y.float(), RADIUS))
+def _opacity(sprite: Sprite, positions: Tensor, size: Size) -> Tensor:
+    """Return the alpha mask of a sprite, ``[frames, height, width]`` in [0, 1], with an edge about one pixel soft."""
+    x = torch.arange(size.width)[None, None, :] - positions[:, 0, None, None]
+    y = torch.arange(size.height)[None, :, None] - positions[:, 1, None, None]
+    return torch.sigmoid(-3 * signed_distance(sprite.shape, x.float(), y.float(), RADIUS))
 
 
-def outside(shape, x, y, radius):
-    """Signed distance in pixels from the outline of the shape that fills a box of two radii, negative inside."""
+def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
+    """Return the signed distance in pixels from the outline of a shape centred at (0, 0), negative inside.
+
+    The shape fills a box of ``2 * radius`` pixels along each side. ``x`` and ``y`` are broadcast.
+    """
     if shape == "circle":
         return (x.square() + y.square()).sqrt() - radius
     if shape == "square":
@@ -191,10 +231,14 @@ def outside(shape, x, y, radius):
     return torch.maximum(y - radius, sides)
 
 
-def clip(seed, size, accept=lambda scene: True):
-    """A random scene and its video, the same for the same seed; scenes are drawn until `accept` likes one."""
+def make_clip(seed: int, size: Size, accept: Callable[[Scene], bool] = lambda scene: True) -> tuple[Scene, Tensor]:
+    """Return a random scene and its video ``[3, frames, height, width]``, deterministic in the seed.
+
+    Args:
+        accept: scenes are drawn until this returns True.
+    """
     rng = random.Random(seed)
     scene = random_scene(size, rng)
     while not accept(scene):
         scene = random_scene(size, rng)
-    return scene, draw(scene, size, torch.Generator().manual_seed(seed))
+    return scene, render(scene, size, torch.Generator().manual_seed(seed))
