@@ -36,7 +36,7 @@ def bench_attention(
         from dit_sparse.output.files import save_json, writable_file
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        executors, patterns = tuple(executor or measure.every_executor()), tuple(pattern or measure.PATTERNS)
+        executors, patterns = tuple(executor or measure.TIMED_EXECUTORS), tuple(pattern or measure.PATTERNS)
         for asked, known in ((executors, measure.EXECUTORS), (patterns, measure.PATTERNS)):
             if unknown := next((name for name in asked if name not in known), None):
                 raise ValueError(f"there is no {unknown!r}; there are {', '.join(known)}")
@@ -48,7 +48,7 @@ def bench_attention(
             progress = stage("cases")
             for done, case in enumerate(cases):
                 progress(done, len(cases))
-                rows += measure.measured(case, executors, share)
+                rows += measure.measure_case(case, executors, share)
             progress(len(cases), len(cases))
         note = f"{cases[0].heads} heads, medians of runs that took turns"
         save_json(out, {"rows": rows, "note": note} | conditions(device))
@@ -86,7 +86,7 @@ def bench_transformer(
             for name in models:
                 progress = stage(name)
                 progress(0, len(densities))
-                for row in measure.measured(name, device, densities, method, rounds):
+                for row in measure.measure_model(name, device, densities, method, rounds):
                     rows.append(row)
                     progress(sum(r["model"] == name for r in rows), len(densities))
         scaled = "" if device == "cuda" else "one layer, 256 channels and tokens in proportion, "
@@ -119,14 +119,14 @@ def bench_scaling(
         except ValueError:
             raise ValueError(f"--frames is lengths separated by commas, such as 8,16,32, not {frames[:60]!r}") from None
         compared = scaling.METHODS if methods is None else names(methods)
-        size = {"height": grid.height, "width": grid.width, "most_tokens": most_tokens}
+        size = {"height": grid.height, "width": grid.width, "max_tokens": most_tokens}
         task = scaling.Scaling(compared, density, lengths, **size)
         writable_file(out)
         with progress_bars() as stage:
             result = task.run(stage("plans"))
         save_json(out, result)
         for setting, what in (("own", "density"), ("fixed", "modelled_seconds")):
-            save_picture(out.with_name(f"{out.stem}-{setting}.png"), scaling.picture(result, what, setting))
+            save_picture(out.with_name(f"{out.stem}-{setting}.png"), scaling.cost_chart(result, what, setting))
     _print_exponents(result["exponents"])
     console.print(f"{len(result['rows'])} rows in {escape(str(out))}, pictures beside it")
 

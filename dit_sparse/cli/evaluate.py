@@ -162,7 +162,7 @@ def attention(
         from dit_sparse.eval.analysis import mask_analysis as analysis
         from dit_sparse.output.files import save_json, save_picture, writable_folder
 
-        task = analysis.Analysis(
+        task = analysis.MaskAnalysis(
             methods=names(methods),
             densities=fractions(density),
             prompts=read_prompts(prompts),
@@ -176,7 +176,7 @@ def attention(
             result = task.run(stage)
         save_json(out / "analysis.json", result)
         for number, row in enumerate(result["rows"]):
-            save_picture(out / f"{number:02d}.png", analysis.picture(row))
+            save_picture(out / f"{number:02d}.png", analysis.efficiency_map(row))
     figures = ("density", "retained", "best", "efficiency", "error")
     table = Table("method", *figures, box=None, header_style="bold")
     for row in result["rows"]:

@@ -186,9 +186,9 @@ def doctor(
 ) -> None:
     """Say what this machine can run, and why not the rest."""
     with one_sentence():
-        from dit_sparse.eval.bench.executor_support import examine
+        from dit_sparse.eval.bench.executor_support import check_executors
 
-        found = examine(compile_executors=not quick)
+        found = check_executors(compile_executors=not quick)
     if json_out:
         print(json.dumps(found, indent=2))
         return

@@ -1,1 +1,1 @@
-"""Masks compared with the best mask of the same density."""
+"""Sparse masks compared with the best mask of the same density."""

@@ -1,214 +1,162 @@
-"""How far a mask is from the best one: retained attention and error beside what as many pairs could have kept.
+"""Retained attention and output error of sparse masks, next to the best mask of the same cost.
 
-A clip is made densely, and methods are tried on some of its calls, one call at a time; only its plan outlives a call.
-Beside the attention that a method retains stand the bounds of `upper_bounds`: ``best``, over the method's own blocks or
-clusters, which no choice among them can exceed, so that ``efficiency = retained / best`` is at most 1; ``best_by_row``,
-with the method's own number of pairs in every row; ``best_row_major``, over row-major blocks for every method, which
-another order or clusters can exceed. A correction adds to the output, not to what is retained: it shows in the error.
-
-Every look makes a new plan, shared by the branches of guidance as in a run, except by methods that keep theirs
-themselves: staleness between plans is not in here.
+A clip is generated densely, and methods are measured on some of its calls. The bounds are those of `upper_bounds`:
+``best``, over the method's own blocks or clusters, which no choice among them can exceed, so that
+``efficiency = retained / best`` is at most 1; ``best_by_row``, with the method's own number of pairs in every row;
+``best_row_major``, over row-major blocks for every method, which another order or clusters can exceed. A correction
+adds to the output and not to the retained attention: it shows in the error alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dit_sparse import Method, PerHead, Plan, Schedule, Site, SparseAttnProcessor, enable, prepare
+from dit_sparse import Method, PerHead, Schedule, SparseAttnProcessor, enable, prepare
 from dit_sparse.bundled import BUNDLED, BUNDLED_PROMPT
 from dit_sparse.composition import nested_methods
-from dit_sparse.engine.plans import Plans
 from dit_sparse.generation.generate import Progress, generate, load, usual_call
-from dit_sparse.kernels.pick import pick
-from dit_sparse.method import AttentionOutput
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.output.environment import conditions
 from dit_sparse.plotting.masks import heat_map
-from dit_sparse.profiling.search import measured_steps, squared_error, trial_plans
+from dit_sparse.profiling.probe import measured_steps
 
-from .upper_bounds import group_mass, kept_and_best
+from .mask_probe import METRICS, MaskProbe, MetricSums
 
-FIGURES = ("density", "retained", "best", "best_by_row", "best_row_major", "error")
 Stage = Callable[[str], Progress]
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """What is analysed; everything but the model is checked before any long work.
+class MaskAnalysis:
+    """Settings of an analysis. Everything but the model is checked at construction.
 
     Attributes:
-        methods: names, compositions such as ``radial|sink``, or methods as values.
-        densities: each method at each of them; None: the method's own settings.
-        prompts: one clip each, seeds 0, 1, ...
-        schedule: steps that it keeps dense are not looked at.
-        looks: how many of the other steps are: the first, the last, and evenly spread between.
+        methods: names, compositions such as ``radial|sink``, or method objects.
+        densities: each method is measured at each of them; None: at the method's own settings.
+        prompts: one clip each, with seeds 0, 1, ...
+        schedule: steps that it keeps dense are not measured.
+        sampled_steps: number of the other steps to measure: the first, the last, and evenly spaced between.
         block: tokens in a block; None: 64 below 32,768 tokens, else 128.
-        model, call: the pipeline, and the arguments of its call.
+        model: the bundled model, a local diffusers folder, or a name on the hub.
+        call: arguments of the pipeline's call.
 
     Raises:
-        ValueError: anything unknown or out of range, a method that lives on what it saw of earlier calls, or a schedule
-            that leaves no step to look at.
+        ValueError: a value is unknown or out of range, a method depends on earlier calls, or the schedule keeps every
+            step dense.
     """
 
     methods: Sequence[str | Method]
     densities: Sequence[float | None] = (0.25,)
     prompts: Sequence[str] = (BUNDLED_PROMPT,)
     schedule: Schedule = Schedule()  # noqa: RUF009
-    looks: int = 3
+    sampled_steps: int = 3
     block: int | None = None
     model: str = BUNDLED
     call: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise ValueError("there are no prompts to analyse methods on")
+            raise ValueError("no prompts given: name at least one")
         if not self.densities:
-            raise ValueError("there are no densities to analyse methods at")
-        if self.looks < 1:
-            raise ValueError(f"looks is how many steps are looked at, at least 1, not {self.looks}")
+            raise ValueError("no densities given: name at least one")
+        if self.sampled_steps < 1:
+            raise ValueError(f"sampled_steps must be at least 1, got {self.sampled_steps}")
         SparseAttnProcessor("dense", block=self.block)
-        self.tried()
+        self.cases()
         object.__setattr__(self, "call", usual_call(self.model, small=True) | self.call)
         if steps := self.call.get("num_inference_steps"):
-            measured_steps(self.schedule, steps, self.looks)
+            measured_steps(self.schedule, steps, self.sampled_steps)
 
-    def tried(self) -> list[tuple[str, float | None, Method]]:
-        """Name, density asked for, and method, in the order of the rows."""
-        return [(name, d, one) for d in self.densities for name, one in named(self.methods, d).items()]
+    def cases(self) -> list[tuple[str, float | None, Method]]:
+        """Return name, requested density and method of every row."""
+        return [(name, d, one) for d in self.densities for name, one in methods_by_name(self.methods, d).items()]
 
     def run(self, stage: Stage) -> dict:
-        """One row a method and density, as plain values for JSON. Means are over heads, batch items and calls, and
-        ``tables`` hold the same ``[layers][heads]``; an error is the root of the mean of its squares."""
-        pipe, tried, seen = prepare(load(self.model)), self.tried(), _Seen()
-        look = _Look(tried=tuple(one for *_, one in tried), note=seen, schedule=self.schedule, looks=self.looks)
-        with enable(pipe, look, dense_steps=0, min_tokens=0, block=self.block):
-            self._generate(pipe, stage("analysing"))
-        if not seen.count:
-            raise ValueError("no call of this pipeline could be made sparse, so there is nothing to analyse")
-        tables = seen.tables()
-        result = {"model": self.model, "prompts": list(self.prompts), "call": self.call, "looks": self.looks}
-        result |= {"schedule": asdict(self.schedule), "grids": sorted(seen.grids), "steps": sorted(seen.steps)}
-        result |= {"blocks": sorted(seen.blocks), "calls": sum(seen.count.values())}
-        return result | {"rows": [_row(*one, tables[i]) for i, one in enumerate(tried)]} | conditions()
+        """Generate the clips and return one row per method and density, as plain values for JSON.
+
+        Args:
+            stage: returns the progress callback of a named stage.
+
+        Returns:
+            The conditions and ``rows``. A row holds the mean of every metric over heads, batch items and calls, and
+            ``tables``, the same by ``[layers][heads]``. Errors are root mean squares.
+
+        Raises:
+            ValueError: no call of the pipeline can be sparse.
+        """
+        pipe, cases, results = prepare(load(self.model)), self.cases(), MetricSums()
+        methods = tuple(one for *_, one in cases)
+        probe = MaskProbe(methods=methods, results=results, schedule=self.schedule, sampled_steps=self.sampled_steps)
+        with enable(pipe, probe, dense_steps=0, min_tokens=0, block=self.block):
+            self._generate(pipe, stage("measuring masks"))
+        if not results.calls:
+            raise ValueError(f"no attention call of {self.model} can be sparse, so no mask was measured")
+        return {
+            "model": self.model,
+            "prompts": list(self.prompts),
+            "call": self.call,
+            "schedule": asdict(self.schedule),
+            "sampled_steps": self.sampled_steps,
+            "grids": sorted(results.grids),
+            "steps": sorted(results.steps),
+            "blocks": sorted(results.blocks),
+            "calls": sum(results.calls.values()),
+            "rows": [_row(*case, tables) for case, tables in zip(cases, results.means(), strict=True)],
+        } | conditions()
 
     def _generate(self, pipe: Any, progress: Progress) -> None:
         for number, prompt in enumerate(self.prompts):
-            told = lambda done, steps, n=number: progress(n * steps + done, len(self.prompts) * steps)
-            generate(pipe, prompt, number, self.call, told)
+            report = lambda done, steps, n=number: progress(n * steps + done, len(self.prompts) * steps)
+            generate(pipe, prompt, number, self.call, report)
 
 
-def named(methods: Sequence[str | Method], density: float | None) -> dict[str, Method]:
-    """Methods by their names, at one density; None: at their own settings.
+def methods_by_name(methods: Sequence[str | Method], density: float | None) -> dict[str, Method]:
+    """Return methods by name, at one density; None: at their own settings.
 
     Raises:
-        ValueError: none at all, an unknown name, the same one twice, or a method that single calls say nothing about.
+        ValueError: no method, an unknown name, a name given twice, or a method that depends on earlier calls or on its
+            layer.
     """
-    found: dict[str, Method] = {}
-    for given in methods:
-        if isinstance(given, str):
-            name, one = given, method(given, **({} if density is None else {"density": density}))
+    by_name: dict[str, Method] = {}
+    for name_or_method in methods:
+        if isinstance(name_or_method, str):
+            name, one = name_or_method, method(name_or_method, **({} if density is None else {"density": density}))
         else:
-            name, one = name_of(given), given if density is None else replace(given, density=density)
+            name = name_of(name_or_method)
+            one = name_or_method if density is None else replace(name_or_method, density=density)
         if any(isinstance(part, Rettention | PerHead) for part in nested_methods(one)):
-            raise ValueError(
-                f"{name} cannot be judged by single calls: it lives on earlier ones, or on a layer's place"
-            )
-        if name in found:
-            raise ValueError(f"{name} is there twice; rows are told apart by the method's name")
-        found[name] = one
-    if not found:
-        raise ValueError("there are no methods to look at")
-    return found
+            raise ValueError(f"{name} cannot be measured on single calls: it depends on earlier calls or on its layer")
+        if name in by_name:
+            raise ValueError(f"{name} is given twice: rows are identified by the method's name")
+        by_name[name] = one
+    if not by_name:
+        raise ValueError("no methods given: name at least one")
+    return by_name
 
 
-@torch.no_grad()
-def judged(tried: Plans, done: AttentionOutput, site: Site, row_major: Tensor) -> dict[str, Tensor]:
-    """A method on one call, float64 ``[H]`` for each of `FIGURES`: means over the batch; ``error`` is squared.
-
-    Args:
-        done: the call as computed densely, by a full plan of row-major blocks, with its log-sum-exp.
-        row_major: `group_mass` of that plan, which all methods share.
-    """
-    one, plan = tried.method, tried.plan(done.q, done.k, site)
-    heads = done.q.shape[1]
-    if plan is None:
-        return {name: torch.full((heads,), float(name != "error"), dtype=torch.float64) for name in FIGURES}
-    plan = plan.with_lengths(done.plan.lengths)
-    by_head = {"density": plan.density_by_head} | kept_and_best(done, plan, site, row_major)
-    figures = {name: value.mean(0).expand(heads) for name, value in by_head.items()}
-    chosen = pick("auto", done.q, done.k, plan, lse=one.needs_lse)
-    figures["error"] = squared_error(one, done, plan, chosen.executor.attend, site, tried.memory(done.q, site))
-    return {name: x.cpu() for name, x in figures.items()}
+def _row(name: str, density: float | None, method: Method, tables: Tensor) -> dict:
+    """Return one row from the means ``[metrics, L, H]``. The efficiency of a row is the ratio of its means."""
+    by_metric = dict(zip(METRICS, tables, strict=True))
+    means = {metric: float(table.mean()) for metric, table in by_metric.items()}
+    means["error"], by_metric["error"] = means["error"] ** 0.5, by_metric["error"].sqrt()
+    means["efficiency"] = means["retained"] / means["best"]
+    by_metric["efficiency"] = by_metric["retained"] / by_metric["best"]
+    rounded = {metric: [[round(x, 5) for x in line] for line in table.tolist()] for metric, table in by_metric.items()}
+    return {"method": name, "settings": method.settings(), "density_asked": density} | means | {"tables": rounded}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Look(Method):
-    """Dense attention that tries other methods on the side."""
-
-    needs_lse: ClassVar[bool] = True
-    tried: tuple[Method, ...]
-    note: Callable[[Site, Tensor], None]
-    schedule: Schedule
-    looks: int
-
-    def check_model(self, layers: int, heads: int) -> None:
-        for one in self.tried:
-            one.check_model(layers, heads)
-
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        return Plan.dense(site.grid.tokens, site.block, q.device)
-
-    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        if site.step in measured_steps(self.schedule, site.steps, self.looks):
-            row_major = group_mass(done.q, done.k, done.lse, done.plan, done.scale)
-            fresh, plans = replace(site, needs_plan=True), trial_plans(self.tried, memory, self.schedule)
-            found = [judged(one, done, fresh, row_major) for one in plans]
-            self.note(site, torch.stack([torch.stack([figures[name] for name in FIGURES]) for figures in found]))
-        return done.out, done.lse
-
-
-class _Seen:
-    """Sums of what was found, ``[methods, figures, H]`` a layer, and where."""
-
-    def __init__(self) -> None:
-        self.sums, self.count = {}, {}
-        self.grids, self.steps, self.blocks = set(), set(), set()
-
-    def __call__(self, site: Site, found: Tensor) -> None:
-        self.sums[site.layer] = self.sums.get(site.layer, 0) + found
-        self.count[site.layer] = self.count.get(site.layer, 0) + 1
-        self.grids.add(str(site.grid))
-        self.steps.add(site.step)
-        self.blocks.add(site.block)
-
-    def tables(self) -> Tensor:
-        """Means, ``[methods, figures, L, H]``."""
-        return torch.stack([self.sums[layer] / self.count[layer] for layer in sorted(self.sums)], 2)
-
-
-def _row(name: str, density: float | None, one: Method, tables: Tensor) -> dict:
-    """``tables [figures, L, H]`` as one row; the efficiency is the ratio of the means."""
-    found = dict(zip(FIGURES, tables, strict=True))
-    mean = {figure: float(table.mean()) for figure, table in found.items()}
-    mean["error"], found["error"] = mean["error"] ** 0.5, found["error"].sqrt()
-    mean["efficiency"], found["efficiency"] = mean["retained"] / mean["best"], found["retained"] / found["best"]
-    told = {figure: [[round(x, 5) for x in line] for line in table.tolist()] for figure, table in found.items()}
-    return {"method": name, "settings": one.settings(), "density_asked": density} | mean | {"tables": told}
-
-
-def picture(row: dict) -> Image.Image:
-    """The efficiency of every head, layers down, of one row of a result."""
+def efficiency_map(row: dict) -> Image.Image:
+    """Return a heat map of one row's efficiency by layer and head."""
     title = f"{row['method']}: retained mass relative to the best mask at density {row['density']:.3f}"
     legend = [
-        f"mean: retained {row['retained']:.3f} of {row['best']:.3f} at best, efficiency {row['efficiency']:.3f}",
-        f"best with the method's pairs in every row {row['best_by_row']:.3f}, "
-        f"with row-major blocks {row['best_row_major']:.3f}; error {row['error']:.3f}",
+        f"mean: retained {row['retained']:.3f}, upper bound {row['best']:.3f}, efficiency {row['efficiency']:.3f}",
+        f"upper bound with the method's pairs per row {row['best_by_row']:.3f}, "
+        f"with row-major blocks {row['best_row_major']:.3f}; output error {row['error']:.3f}",
     ]
     return heat_map(torch.tensor(row["tables"]["efficiency"]), title, legend=legend)

@@ -1,1 +1,1 @@
-"""Benchmarks: attention, whole transformers, scaling, and what the compiler makes of the kernels."""
+"""Benchmarks of attention, whole transformers and scaling, and reports on the compiled kernels."""

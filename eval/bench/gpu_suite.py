@@ -1,10 +1,12 @@
-"""Everything that wants a GPU, in one command: ``python -m dit_sparse.eval.bench.gpu_suite --out DIR [--minutes 25]``.
+"""All work that needs an NVIDIA GPU, in one command that can be interrupted and repeated.
 
-The kernel tests on the device, both benches, launch settings beside their neighbours, the training of shapes-wan, and a
-comparison of all methods on what it became: each in a process of its own, under a time limit of its own. A later call
-into the same folder runs what is not done yet, what was never tried first; training and comparison go on where they
-were. Other files, versions or another device begin anew. Results are JSON files in the folder; the last lines printed
-say how every stage stands.
+    python -m dit_sparse.eval.bench.gpu_suite --out DIR [--minutes 25]
+
+The stages are the kernel tests on the device, the attention and transformer benchmarks, the tiling sweep, the training
+of shapes-wan, and a comparison of all methods on the trained model. Each stage runs in a process with a time limit.
+A later call with the same folder runs the stages that are not done, those that never started first; training and
+comparison resume. After a change of source files, package versions or device all stages run again. Results are JSON
+files in the folder, and the last lines printed are the status of every stage.
 """
 
 from __future__ import annotations
@@ -33,17 +35,24 @@ TESTS = (
     "kernels/test_cluster_plans.py",
     "kernels/test_kmeans.py",
     "kernels/test_selection.py",
-    "eval/test_bench.py",
+    "eval/test_attention_bench.py",
+    "eval/test_tiling_sweep.py",
 )
-TRIED = ("not begun", "stopped", "failed")  # in this order a later call takes up what is left
-GRACE = 30  # seconds between asking a stage to end and ending it: training saves and exports meanwhile
-LEAST = 20  # seconds; with less left, nothing is begun
+RESUME_ORDER = ("not started", "stopped", "failed")
+GRACE_SECONDS = 30  # between SIGTERM and SIGKILL; training saves and exports in this time
+MIN_SECONDS = 20  # no stage starts with less time left
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process: what it runs, the minutes after which it is asked to end, and the stage that has to be done before
-    it begins."""
+    """One process of the suite.
+
+    Attributes:
+        name: also names its log.
+        command: program and arguments.
+        minutes: time limit.
+        after: name of a stage that must be done before this one starts.
+    """
 
     name: str
     command: Sequence[str]
@@ -53,71 +62,75 @@ class Stage:
 
 @dataclass(frozen=True)
 class StageStatus:
-    """How a stage stands: ``done``, ``failed``, ``stopped`` at its limit, or ``not begun``."""
+    """Outcome of a stage: ``done``, ``failed``, ``stopped`` at its time limit, or ``not started``."""
 
     name: str
-    state: str = "not begun"
+    state: str = "not started"
     seconds: float = 0.0
 
 
 def stages(out: Path, training_minutes: float) -> list[Stage]:
-    """All of it, in order. The comparison takes the trained model, at the size of the demo."""
+    """Return all stages in order. The comparison uses the trained model, with clips of the demo's size."""
     python = lambda module, *rest: (sys.executable, "-m", module, *map(str, rest))
     bench = lambda name: python("dit_sparse.cli", "bench", name, "--out", out / f"{name}.json")
-    budget = ("--minutes", training_minutes, "--resume", "--light")
-    trained = ("--model", out / "shapes/shapes-wan", "--steps", 16, "--frames", 20, "--height", 80, "--width", 80)
-    wanted = ("--methods", "all", "--density", "0.15,0.25,0.4", "--prompts", 8, "--out", out / "compare")
+    training = ("--device", "cuda", "--minutes", training_minutes, "--resume", "--light", "--out", out / "shapes")
+    model = ("--model", out / "shapes/shapes-wan", "--steps", 16, "--frames", 20, "--height", 80, "--width", 80)
+    rows = ("--methods", "all", "--density", "0.15,0.25,0.4", "--prompts", 8, "--out", out / "compare")
     return [
         Stage("tests", python("pytest", "-q", *(ROOT / "tests" / name for name in TESTS)), 6),
         Stage("attention", bench("attention"), 9),
         Stage("transformer", bench("transformer"), 9),
         Stage("tilings", python("dit_sparse.eval.bench.tiling_sweep", "--out", out / "tilings.json"), 6),
-        Stage(
-            "training",
-            python("dit_sparse.bundled.shapes_wan.train", "--device", "cuda", *budget, "--out", out / "shapes"),
-            8,
-        ),
-        Stage("compare", python("dit_sparse.cli", "compare", *wanted, *trained), 9, after="training"),
+        Stage("training", python("dit_sparse.bundled.shapes_wan.train", *training), 8),
+        Stage("compare", python("dit_sparse.cli", "compare", *rows, *model), 9, after="training"),
     ]
 
 
 def run(todo: Sequence[Stage], out: Path, minutes: float) -> list[StageStatus]:
-    """Run what is not done yet, for so many minutes in all. ``gpu.json`` in ``out`` says after each stage how all
-    stand."""
-    end, state = time.monotonic() + 60 * minutes, decided()
-    standing = {stage.name: StageStatus(stage.name) for stage in todo} | _before(out, state)
-    left = [stage for stage in todo if standing[stage.name].state != "done"]
-    for stage in sorted(left, key=lambda stage: (bool(stage.after), TRIED.index(standing[stage.name].state))):
-        seconds = end - time.monotonic() - GRACE / 2
-        if seconds < LEAST or (stage.after and standing[stage.after].state != "done"):
+    """Run the stages that are not done and write the status of all to ``gpu.json`` after each.
+
+    Args:
+        todo: the stages.
+        out: folder for logs and ``gpu.json``.
+        minutes: time limit of all stages together.
+    """
+    end, fingerprint = time.monotonic() + 60 * minutes, suite_fingerprint()
+    status = {stage.name: StageStatus(stage.name) for stage in todo} | _stored_status(out, fingerprint)
+    open_stages = [stage for stage in todo if status[stage.name].state != "done"]
+    open_stages.sort(key=lambda stage: (bool(stage.after), RESUME_ORDER.index(status[stage.name].state)))
+    for stage in open_stages:
+        seconds = end - time.monotonic() - GRACE_SECONDS / 2
+        if seconds < MIN_SECONDS or (stage.after and status[stage.after].state != "done"):
             continue
         print(f"{stage.name}: at most {min(stage.minutes, seconds / 60):.1f} minutes", flush=True)
-        standing[stage.name] = _run(stage, out / f"{stage.name}.log", seconds)
-        told = {"decided": state, "stages": [asdict(one) for one in standing.values()]}
-        save_json(out / "gpu.json", told | conditions())
-    return list(standing.values())
+        status[stage.name] = _run_stage(stage, out / f"{stage.name}.log", seconds)
+        record = {"fingerprint": fingerprint, "stages": [asdict(one) for one in status.values()]}
+        save_json(out / "gpu.json", record | conditions())
+    return list(status.values())
 
 
-def decided() -> str:
-    """A digest of what decides how the stages end: files, versions, device."""
+def suite_fingerprint() -> str:
+    """Return a digest of everything that affects the outcome of the stages: source files, versions, device."""
     digest = hashlib.sha256(repr((sources(), versions(), device_name())).encode())
     for path in (*sorted((ROOT / "eval").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _before(out: Path, state: str) -> dict[str, StageStatus]:
-    """How earlier calls into this folder left the stages; nothing where something else decided."""
+def _stored_status(out: Path, fingerprint: str) -> dict[str, StageStatus]:
+    """Return the status that an earlier call stored; empty if its fingerprint differs or nothing is readable."""
     try:
-        told = json.loads((out / "gpu.json").read_text())
-        return {stage["name"]: StageStatus(**stage) for stage in told["stages"]} if told["decided"] == state else {}
+        record = json.loads((out / "gpu.json").read_text())
+        if record["fingerprint"] != fingerprint:
+            return {}
+        return {stage["name"]: StageStatus(**stage) for stage in record["stages"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _run(stage: Stage, log: Path, seconds: float) -> StageStatus:
-    """One stage; what it prints goes to its log, and no process of it outlives it."""
-    began, stopped = time.monotonic(), False
+def _run_stage(stage: Stage, log: Path, seconds: float) -> StageStatus:
+    """Run one stage with its output in a log, and end its whole process group."""
+    begin, stopped = time.monotonic(), False
     with log.open("w") as file:
         process = subprocess.Popen(stage.command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
     try:
@@ -126,31 +139,31 @@ def _run(stage: Stage, log: Path, seconds: float) -> StageStatus:
         stopped = True
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+            process.wait(GRACE_SECONDS)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     state = "stopped" if stopped else "failed" if process.returncode else "done"
-    return StageStatus(stage.name, state, time.monotonic() - began)
+    return StageStatus(stage.name, state, time.monotonic() - begin)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
-    parser.add_argument("--minutes", type=float, default=60.0, help="for this call, all stages together")
-    parser.add_argument("--training-minutes", type=float, default=22.0, help="of all calls together")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"), help="folder for results and logs")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time limit of this call")
+    parser.add_argument("--training-minutes", type=float, default=22.0, help="training time of all calls together")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.exit(2, "there is no NVIDIA GPU here that torch can use: nothing was run\n")
+        parser.exit(2, "gpu_suite requires an NVIDIA GPU, and torch finds none: nothing was run\n")
     try:
         out = writable_folder(options.out.resolve())
     except ValueError as error:
         parser.exit(2, f"{error}\n")
-    found = run(stages(out, options.training_minutes), out, options.minutes)
-    for one in found:
-        print(f"{one.name:12} {one.state:10} {one.seconds / 60:5.1f} min")
-    sys.exit(any(one.state != "done" for one in found))
+    status = run(stages(out, options.training_minutes), out, options.minutes)
+    for one in status:
+        print(f"{one.name:12} {one.state:12} {one.seconds / 60:5.1f} min")
+    sys.exit(any(one.state != "done" for one in status))
 
 
 if __name__ == "__main__":

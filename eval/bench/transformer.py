@@ -1,13 +1,12 @@
-"""Whole transformers measured: one forward pass of published models with random weights, dense beside sparse.
+"""Benchmark of one forward pass of published transformers with random weights, dense and sparse.
 
-Weights say nothing about time, so none are downloaded. On a GPU a model has its full size: what has to fit is the model
-in bfloat16 and its activations. On a CPU it has one layer and few heads, and as many fewer tokens: attention grows with
-the tokens, the rest of a layer with the channels, so that its share of the work stays near that of the full size.
+Weights do not affect time, so none are downloaded. On a GPU a model has its full size: the model in bfloat16 and its
+activations must fit into memory. On a CPU it has one layer and few heads, and proportionally fewer tokens: attention
+grows with the tokens and the rest of a layer with the channels, so attention keeps its share of the work.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +17,21 @@ from torch import Tensor, nn
 
 from dit_sparse import Grid, enable
 
-from .attention import seconds_of
+from .timing import median_seconds
 
 DENSITIES = (0.3, 0.25, 0.15)
 
 
 @dataclass(frozen=True)
 class Size:
-    """Attention heads, layers (of each kind that a model has; None: all of them), tokens that attend to each other, and
-    those of the prompt."""
+    """Size of a transformer and of its input.
+
+    Attributes:
+        heads: attention heads.
+        layers: layers of each kind that the model has; None: the published number.
+        grid: the self-attention sequence.
+        text: prompt tokens.
+    """
 
     heads: int
     layers: int | None
@@ -36,24 +41,24 @@ class Size:
 
 @dataclass(frozen=True)
 class Model:
-    """A transformer as it is published, and the clip it is asked for.
+    """A published transformer architecture and the inputs of its forward pass.
 
     Attributes:
-        kind: its class in diffusers.
-        config: from a size, the arguments of the class.
-        inputs: from a size and ``randn(*shape)``, the arguments of its forward pass.
-        full: the published size, and a usual clip at 720p.
-        small: 256 channels, and as many fewer tokens, of video and prompt, as there are fewer channels.
+        class_name: its class in diffusers.
+        config: returns the arguments of the class for a size.
+        inputs: returns the arguments of the forward pass for a size and ``randn(*shape)``.
+        full: the published size, with a clip at 720p.
+        small: 256 channels; video and prompt tokens are reduced in proportion to the channels.
     """
 
-    kind: str
+    class_name: str
     config: Callable[[Size], dict]
     inputs: Callable[[Size, Callable[..., Tensor]], dict]
     full: Size
     small: Size
 
     def make(self, size: Size) -> nn.Module:
-        return getattr(diffusers, self.kind)(**self.config(size))
+        return getattr(diffusers, self.class_name)(**self.config(size))
 
 
 def _wan_inputs(size: Size, randn: Callable[..., Tensor]) -> dict:
@@ -66,11 +71,7 @@ def _wan_inputs(size: Size, randn: Callable[..., Tensor]) -> dict:
 
 
 def _hunyuan_inputs(size: Size, randn: Callable[..., Tensor]) -> dict:
-    grid = size.grid
-    return {
-        "hidden_states": randn(1, 16, grid.frames, 2 * grid.height, 2 * grid.width),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": randn(1, size.text, 4096),
+    return _wan_inputs(size, randn) | {
         "encoder_attention_mask": torch.ones(1, size.text, dtype=torch.bool),
         "pooled_projections": randn(1, 768),
         "guidance": torch.tensor([6000.0]),
@@ -88,7 +89,7 @@ def _cogvideox_inputs(size: Size, randn: Callable[..., Tensor]) -> dict:
 
 
 def _wan(heads: int, ffn: int, layers: int, small: Size) -> Model:
-    """Wan 2.1; ``ffn``, the width between the two linear layers, goes with the heads."""
+    """Return a Wan 2.1; ``ffn``, the width of the feed-forward layer, is scaled with the heads."""
     config = lambda size: {
         "num_attention_heads": size.heads,
         "ffn_dim": ffn * size.heads // heads,
@@ -129,25 +130,33 @@ MODELS = {
 
 
 @torch.no_grad()
-def measured(
+def measure_model(
     name: str, device: str, densities: Sequence[float] = DENSITIES, method: str = "radial", rounds: int = 2
 ) -> Iterator[dict]:
-    """One row for every density, each with a dense time of its own, taken beside it."""
-    model, gpu = MODELS[name], device == "cuda"
-    size, dtype = (model.full, torch.bfloat16) if gpu else (model.small, torch.float32)
-    getattr(diffusers, model.kind)  # imported before the defaults change, for modules make tensors of their own
+    """Yield one row per density, with the dense time measured right before the sparse one.
+
+    Args:
+        name: a key of ``MODELS``.
+        device: ``"cuda"`` for the full size, ``"cpu"`` for the small one.
+        densities: requested densities.
+        method: name of a sparse method.
+        rounds: forward passes that a median is taken of.
+    """
+    model = MODELS[name]
+    size, dtype = (model.full, torch.bfloat16) if device == "cuda" else (model.small, torch.float32)
+    # Importing the class creates tensors, so it is imported before the tensor defaults change.
+    getattr(diffusers, model.class_name)
     torch.manual_seed(0)
-    with _default(dtype, device):
+    with _default_tensors(dtype, device):
         transformer = model.make(size).eval()
         inputs = model.inputs(size, torch.randn)
     forward = lambda: transformer(**inputs, return_dict=False)
-    seconds = lambda: statistics.median(seconds_of(forward, device) for _ in range(rounds))
     forward()
     for density in densities:
-        dense = seconds()
+        dense = median_seconds(forward, device, rounds)
         with enable(transformer, method, density=density, dense_steps=0, dense_layers=0, min_tokens=1) as run:
-            forward()  # makes the plans and compiles what has to be compiled
-            sparse = seconds()
+            forward()  # makes the plans and compiles kernels
+            sparse = median_seconds(forward, device, rounds)
             report = run.report()
         yield {
             "model": name,
@@ -167,12 +176,12 @@ def measured(
 
 
 @contextmanager
-def _default(dtype: torch.dtype, device: str) -> Iterator[None]:
-    """New tensors are of that type and on that device: no second copy of fourteen billion weights."""
-    before = torch.get_default_dtype()
+def _default_tensors(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """Create tensors with this dtype and device by default, so that large weights are not copied."""
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)

@@ -255,7 +255,8 @@ def test_other_files_of_prompts_are_refused(tmp_path, name, content, words):
 )
 def test_what_cannot_be_written_is_refused_before_the_work(command, words, videos, monkeypatch):
     monkeypatch.chdir(videos)
-    for work in ("scaling.Scaling.run", "bench.measured", "bench_transformer.measured", "quality.quality"):
-        monkeypatch.setattr(f"dit_sparse.eval.{work}", lambda *_: pytest.fail("work began"))
+    work = ("bench.scaling.Scaling.run", "bench.attention.measure_case", "bench.transformer.measure_model")
+    for name in (*work, "quality.vbench_style.quality"):
+        monkeypatch.setattr(f"dit_sparse.eval.{name}", lambda *_: pytest.fail("work began"))
     refused = run(*command)
     assert refused.exit_code == 2 and words in refused.output.replace("\n", " "), refused.output

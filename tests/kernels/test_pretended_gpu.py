@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from dit_sparse import METHODS, ClusterPlan, Grid, Site
 from dit_sparse import plan as plan_file
 from dit_sparse.composition import PerHead
-from dit_sparse.engine import run
-from dit_sparse.engine import tracking as locate
+from dit_sparse.engine import padding, tracking
 from dit_sparse.engine.plans import Plans
 from dit_sparse.engine.report import RunCounters
 from dit_sparse.eval.bench import attention as bench
@@ -125,9 +124,9 @@ def known(monkeypatch):
     monkeypatch.setattr(plan_file.BasePlan, "density", 0.25)
     monkeypatch.setattr(RunCounters, "density_achieved", 0.25)
     monkeypatch.setattr(RunCounters, "density_run", 0.25)
-    monkeypatch.setattr(locate, "_scalar", lambda timestep: 500.0)
+    monkeypatch.setattr(tracking, "_scalar", lambda timestep: 500.0)
     lengths = lambda mask, batch, grid: mask.reshape(-1, grid.tokens).sum(-1).expand(batch)
-    monkeypatch.setattr(run, "read_padding", lengths)
+    monkeypatch.setattr(padding, "read_padding", lengths)
 
 
 @pytest.mark.parametrize("method", ["radial", "svg2"])
@@ -137,7 +136,7 @@ def test_whole_transformers_of_full_size(model, method, known, monkeypatch):
     published = bench_transformer.MODELS[model]
     monkeypatch.setitem(bench_transformer.MODELS, model, replace(published, full=replace(published.full, layers=2)))
     with pretended_gpu(monkeypatch) as launched:
-        (row,) = bench_transformer.measured(model, "cuda", (0.25,), method, rounds=1)
+        (row,) = bench_transformer.measure_model(model, "cuda", (0.25,), method, rounds=1)
     assert row["layers"] == 2 and row["dtype"] == "bfloat16" and row["tokens"] > 40_000
     assert row["executor"] == ("block_ragged" if method == "svg2" else "block_sparse")
     assert launched["forward"] == 2 * (4 if model == "hunyuan-video" else 2), "once to make plans, once for the clock"
@@ -150,11 +149,11 @@ def test_the_bench_of_attention(pattern, known, monkeypatch):
     for name, value in vars(memory).items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(bench, "check", lambda *_: None)
+    monkeypatch.setattr(bench, "check_output", lambda *_: None)
     executors, cases = ["block_sparse", "block_ragged"], bench.cases("cuda", densities=[0.25], patterns=[pattern])
     with pretended_gpu(monkeypatch):
         for case in cases:
-            rows = list(bench.measured(case, executors, 0.0))
+            rows = list(bench.measure_case(case, executors, 0.0))
             assert [row["executor"] for row in rows if "why_not" not in row] == [executors[pattern == "clusters"]]
             assert all(row["peak_bytes"] == 7 for row in rows if "why_not" not in row)
     assert {case.grid.tokens for case in cases} == {16_384, 32_760, 75_600, 118_800}

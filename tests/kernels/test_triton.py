@@ -14,8 +14,8 @@ import torch
 
 from attention_cases import HALF, TOLERANCE, assert_near, exact, lacking, poisoned, qkv, random_plan, token_mask
 from dit_sparse import Plan
-from dit_sparse.eval.bench.compile_report import ATTENTION, MI300, rows_apart
-from dit_sparse.eval.bench.disassembly import main_loop_of
+from dit_sparse.eval.bench.compile_report import ATTENTION_KERNELS, MI300, rows_in_subprocess
+from dit_sparse.eval.bench.disassembly import count_main_loop
 from dit_sparse.kernels.executors import block_sparse
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import AMD, ARCHITECTURES, architecture
@@ -171,7 +171,7 @@ def test_compiles_for_every_architecture_and_fits(version, capabilities):
     if folder and not folder.is_dir():
         lacking(f"Triton {version} is not beside the environment: make .venv/beside/triton-{version}")
     with ThreadPoolExecutor(2) as pool:
-        compiled = pool.map(partial(rows_apart, triton=folder), capabilities)
+        compiled = pool.map(partial(rows_in_subprocess, triton=folder), capabilities)
         for capability, found in zip(capabilities, compiled, strict=True):
             assert {row["triton"] for row in found} == {version or version_of("triton")}
             check_compiled(capability, found)
@@ -180,7 +180,7 @@ def test_compiles_for_every_architecture_and_fits(version, capabilities):
 @pytest.mark.timeout(600)
 def test_compiles_for_amd_and_fits(monkeypatch):
     pytest.importorskip("triton")
-    found = rows_apart(MI300)
+    found = rows_in_subprocess(MI300)
     assert {row["kernel"] for row in found} == KERNELS
     for row in found:
         assert row["shared_memory"] <= AMD.shared_memory and row["spilled"] == 0, row
@@ -200,7 +200,7 @@ def check_compiled(capability: int, found: list[dict]) -> None:
         assert not row["serialized"], f"every product waits for the one before it: {row}"
         if row["features"] == "no products":
             continue
-        if row["kernel"] in ATTENTION:
+        if row["kernel"] in ATTENTION_KERNELS:
             assert row["loop"]["barriers"] <= BARRIERS.get(capability, 2), f"warps share the rows of a product: {row}"
             assert row["loop"]["spilled"] == 0 or row["head_dim"] == 256, row
         few_rows = "16 queries" in row["features"] or row["block"] < 64  # too few for the larger units
@@ -227,8 +227,8 @@ def test_the_main_loop_is_the_first_innermost_one_that_multiplies():
         /*0090*/               @P3 BRA `(.L_x_1) ;
         /*00a0*/                   EXIT ;
     """
-    assert main_loop_of(code) == {"instructions": 4, "products": 1, "barriers": 1, "spilled": 1}
-    assert main_loop_of(code.replace("HMMA", "FADD")) == {}
+    assert count_main_loop(code) == {"instructions": 4, "products": 1, "barriers": 1, "spilled": 1}
+    assert count_main_loop(code.replace("HMMA", "FADD")) == {}
 
 
 MASS_CASES = [name for name in CASES if name not in ("head_dim 128", "head_dim 96")]

@@ -1,0 +1,71 @@
+"""Timing of functions on CPU and GPU: single calls, medians of functions that take turns, peak memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+
+
+def time_call(function: Callable, device: str) -> float:
+    """Return the seconds of one call, by CUDA events on ``"cuda"``."""
+    if device != "cuda":
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def median_seconds(function: Callable, device: str, repeats: int) -> float:
+    """Return the median seconds of ``repeats`` calls."""
+    return statistics.median(time_call(function, device) for _ in range(repeats))
+
+
+def interleaved_medians(functions: Mapping[str, Callable], seconds: float, device: str) -> dict[str, float]:
+    """Return the median seconds of functions that take turns, so that a busy machine slows all of them alike.
+
+    Args:
+        functions: by name. Each is called once before the first timed round.
+        seconds: about how long to measure in all.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    for function in functions.values():
+        function()
+    durations: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    for turn in range(MAX_ROUNDS):
+        if turn >= MIN_ROUNDS and time.perf_counter() > end:
+            break
+        for name, function in functions.items():
+            durations[name].append(time_call(function, device))
+    return {name: statistics.median(values) for name, values in durations.items()}
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU; does nothing on a CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(function: Callable, device: str) -> int | None:
+    """Return the memory that a call allocates on top of what is allocated already; None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message, or the error's type if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
