@@ -1,7 +1,8 @@
-"""What an executor is worth on this machine, found by trying it on small problems: is it right, and what does it cost?
+"""Self-checks and cost models of executors, measured on small problems on this machine.
 
-A verdict holds for the process. A cost holds for the machine and the versions that it was measured with: it is kept in
-the cache folder. Delete the folder's cost files to measure again.
+A self-check compares an executor with the reference once per process. A cost model predicts the seconds of a call. It
+is stored in the cache folder for the machine and the versions it was measured with; delete the files ``cost_*.json``
+there to measure again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,50 +26,59 @@ from torch import Tensor
 from dit_sparse.clusters import ClusterPlan, Clusters
 from dit_sparse.plan import Plan, num_blocks
 
-from .cache import cache_folder
+from .cache import cache_folder, writable_cache_folder
 from .executors import executor, reference
 
-TOLERANCE = 0.02  # relative RMS error of an output; bfloat16 stays below .01, a mask that is ignored gives more than .5
-TIMING_SIZES = {
+TOLERANCE = 0.02  # relative RMS error of an output; bfloat16 stays below 0.01, an ignored mask exceeds 0.5
+TIMING_SIZES = {  # (tokens, heads) per device type: small, but not dominated by fixed costs
     "cpu": (2048, 2),
     "cuda": (16384, 8),
-}  # (tokens, heads): small, yet not dominated by fixed costs
-FEW, SOME = 0.125, 0.5  # densities
-REPEATS = 4  # the fastest counts: others only add to a time
+}
+LOW_DENSITY, HIGH_DENSITY = 0.125, 0.5
+REPEATS = 4  # the minimum counts, because interference only adds time
 
 _log = logging.getLogger("dit_sparse")
 
 
 @dataclass(frozen=True)
 class CallSignature:
-    """Calls that cost the same per token and per pair: of these inputs, with groups of this size, and with tokens that
-    are brought into an order or not."""
+    """Properties of a call that determine its cost per token and per query-key pair.
+
+    Attributes:
+        device, dtype, head_dim: of q.
+        group_size: tokens in a block; with clusters, their mean size rounded down to a power of 2.
+        clusters: whether the plan is a `ClusterPlan`.
+        reorders: whether the plan reorders tokens.
+    """
 
     device: torch.device
     dtype: torch.dtype
-    dim: int
-    group: int
+    head_dim: int
+    group_size: int
     clusters: bool
-    ordered: bool
+    reorders: bool
 
     @classmethod
     def from_call(cls, q: Tensor, plan: Plan | ClusterPlan) -> CallSignature:
-        """Of a call with queries ``q [B, H, N, D]``. Clusters count by their mean size, to a power of 2."""
+        """Return the signature of a call with queries ``q [B, H, N, D]``."""
         clusters = isinstance(plan, ClusterPlan)
-        mean = plan.tokens / plan.key_sizes.shape[-1]
-        group = 1 << round(mean).bit_length() - 1 if clusters else plan.block
-        return cls(q.device, q.dtype, q.shape[-1], group, clusters, plan.order is not None)
+        mean_size = round(plan.tokens / plan.key_sizes.shape[-1])
+        group_size = 1 << mean_size.bit_length() - 1 if clusters else plan.block
+        return cls(q.device, q.dtype, q.shape[-1], group_size, clusters, plan.order is not None)
 
     def __str__(self) -> str:
-        groups = f"clusters of some {self.group}" if self.clusters else f"blocks of {self.group}"
-        groups += ", in an order" if self.ordered and not self.clusters else ""
-        return f"{groups}, head_dim {self.dim}, {str(self.dtype).removeprefix('torch.')}"
+        groups = f"clusters of about {self.group_size}" if self.clusters else f"blocks of {self.group_size}"
+        reordered = ", reordered" if self.reorders and not self.clusters else ""
+        return f"{groups}{reordered}, head_dim {self.head_dim}, {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Seconds of a call, its tokens and pairs being those of all heads. A token costs what is done whatever the
-    density: it is brought to its place, read and written."""
+class CostModel:
+    """Predicted seconds of a call: ``fixed + per_token * tokens + per_pair * pairs``.
+
+    Tokens and kept query-key pairs are summed over batch and heads. The cost per token is independent of density:
+    tokens are reordered, read and written.
+    """
 
     fixed: float
     per_token: float
@@ -77,111 +88,129 @@ class Cost:
         return self.fixed + self.per_token * tokens + self.per_pair * pairs
 
 
-def self_check(name: str, kind: CallSignature) -> str | None:
-    """None when the executor agrees with the reference on two small problems, else what is wrong, in words."""
-    return _self_check(name, replace(kind, ordered=True))
+class Measurement(NamedTuple):
+    """Seconds of one call; tokens and kept pairs are summed over heads."""
+
+    tokens: float
+    pairs: float
+    seconds: float
+
+
+def self_check(name: str, signature: CallSignature) -> str | None:
+    """Return None if the executor agrees with the reference on two small problems, otherwise what is wrong."""
+    return _self_check(name, replace(signature, reorders=True))
 
 
 @cache
-def _self_check(name: str, kind: CallSignature) -> str | None:
-    attend = executor(name).attend
-    for tokens in (4 * kind.group, 3 * kind.group + kind.group // 2 + 1):
-        q, k, v, plan = _random_problem(kind, tokens, heads=2, density=0.5)
+def _self_check(name: str, signature: CallSignature) -> str | None:
+    attend, group_size = executor(name).attend, signature.group_size
+    for tokens in (4 * group_size, 3 * group_size + group_size // 2 + 1):
+        q, k, v, plan = _random_problem(signature, tokens, heads=2, density=0.5)
         try:
             out, lse = attend(q, k, v, plan)
         except Exception as error:
-            said = str(error).strip() or type(error).__name__
-            return f"its self-check failed: {said.splitlines()[0]}"
+            message = str(error).strip() or type(error).__name__
+            return f"self-check failed: {message.splitlines()[0]}"
         expected, expected_lse = reference.attend(q, k, v, plan)
-        if not _relative_rms(out, expected) < TOLERANCE:
-            return f"its self-check gave outputs {_relative_rms(out, expected):.0%} off the reference"
+        error = _relative_rms(out, expected)
+        if not error < TOLERANCE:
+            return f"self-check failed: the output has a relative RMS error of {error:.0%}, allowed {TOLERANCE:.0%}"
         if lse is not None and not (lse - expected_lse).abs().max() < TOLERANCE:
-            return "its self-check gave a wrong log-sum-exp"
+            return "self-check failed: the log-sum-exp differs from the reference"
     return None
 
 
 @cache
-def cost_model(name: str, kind: CallSignature) -> Cost:
-    """What a call of this kind costs by an executor, or by PyTorch's dense attention when ``name`` is "dense"."""
-    key = json.dumps([name, str(kind), *_machine_key(kind.device)])
-    file = cache_folder() / f"cost_{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if (known := _read(file)) is not None:
-        return known
-    measured = _measure(name, kind)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps({"measured": json.loads(key), "cost": asdict(measured)}, indent=1))
-    with suppress(OSError):  # what another process has kept meanwhile stays, so that all choose alike
-        os.link(aside, file)
-    if _read(file) is None:  # it is damaged, or there are no links here
-        aside.replace(file)
-    aside.unlink(missing_ok=True)
-    return _read(file) or measured
+def cost_model(name: str, signature: CallSignature) -> CostModel:
+    """Return the cost model of an executor, or of PyTorch's dense attention if ``name`` is "dense".
+
+    Loads it from the cache folder, or measures it and stores it there.
+    """
+    key = [name, str(signature), *_machine_key(signature.device)]
+    file_name = f"cost_{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    stored = _load(cache_folder() / file_name)
+    return stored or _store_first(writable_cache_folder() / file_name, key, _measure(name, signature))
 
 
-def _read(file: Path) -> Cost | None:
-    """The cost in a file; None where there is none, or something else."""
+def _load(file: Path) -> CostModel | None:
+    """Return the cost model in a file, or None if the file is missing or damaged."""
     try:
-        return Cost(**json.loads(file.read_text())["cost"])
+        return CostModel(**json.loads(file.read_text())["cost_model"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _measure(name: str, kind: CallSignature) -> Cost:
-    _log.info("measuring %s for %s, once on this machine", name, kind)
-    tokens, heads = TIMING_SIZES.get(kind.device.type, TIMING_SIZES["cpu"])
+def _store_first(file: Path, key: list[str], measured: CostModel) -> CostModel:
+    """Store a cost model unless another process has stored one in the meantime, and return the stored one, so that all
+    processes choose the same executors."""
+    temporary = file.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps({"key": key, "cost_model": asdict(measured)}, indent=1))
+    with suppress(OSError):  # the file exists, or the file system has no hard links
+        os.link(temporary, file)
+    if _load(file) is None:
+        temporary.replace(file)
+    temporary.unlink(missing_ok=True)
+    return _load(file) or measured
+
+
+def _measure(name: str, signature: CallSignature) -> CostModel:
+    _log.info("measuring the cost of %s for %s, once on this machine", name, signature)
+    tokens, heads = TIMING_SIZES.get(signature.device.type, TIMING_SIZES["cpu"])
     if name == "dense":
-        q, k, v, _ = _random_problem(kind, tokens, heads, 1.0)
-        return Cost(0.0, 0.0, _seconds(partial(F.scaled_dot_product_attention, q, k, v)) / (heads * tokens**2))
+        q, k, v, _ = _random_problem(signature, tokens, heads, 1.0)
+        seconds = _fastest_seconds(partial(F.scaled_dot_product_attention, q, k, v))
+        return CostModel(0.0, 0.0, seconds / (heads * tokens**2))
     attend = executor(name).attend
 
-    def tried(tokens: int, density: float) -> tuple[float, float]:
-        q, k, v, plan = _random_problem(kind, tokens, heads, density)
-        return heads * tokens**2 * plan.density, _seconds(partial(attend, q, k, v, plan))
+    def measure(tokens: int, density: float) -> Measurement:
+        q, k, v, plan = _random_problem(signature, tokens, heads, density)
+        seconds = _fastest_seconds(partial(attend, q, k, v, plan))
+        return Measurement(heads * tokens, heads * tokens**2 * plan.density, seconds)
 
-    few, some, fewer_tokens = tried(tokens, FEW), tried(tokens, SOME), tried(tokens // 4, SOME)
-    return _fit_cost(few, some, fewer_tokens, heads * tokens, heads * (tokens // 4))
-
-
-def _fit_cost(few: tuple, some: tuple, fewer_tokens: tuple, tokens: int, fewer: int) -> Cost:
-    """What explains three measurements of pairs and seconds, where noise makes nothing negative and pairs not free: two
-    of so many ``tokens``, and one of ``fewer``."""
-    (_, short), (pairs, long) = few, some
-    per_pair = max((long - short) / (pairs - few[0]), long / pairs / 4)
-    rest, rest_of_fewer = (max(seconds - per_pair * pairs, 0.0) for pairs, seconds in (some, fewer_tokens))
-    per_token = min(max(rest - rest_of_fewer, 0.0) / (tokens - fewer), rest / tokens)
-    return Cost(rest - per_token * tokens, per_token, per_pair)
+    return _fit(measure(tokens, LOW_DENSITY), measure(tokens, HIGH_DENSITY), measure(tokens // 4, HIGH_DENSITY))
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    from torch.utils.benchmark import Timer  # here, for it makes some attributes of torch appear
+def _fit(low_density: Measurement, high_density: Measurement, short: Measurement) -> CostModel:
+    """Return the cost model through three measurements: two with the same tokens, and one with fewer tokens. Noise
+    makes no coefficient negative, and the cost per pair is at least a quarter of the seconds per pair at high
+    density."""
+    slope = (high_density.seconds - low_density.seconds) / (high_density.pairs - low_density.pairs)
+    per_pair = max(slope, high_density.seconds / high_density.pairs / 4)
+    rest, rest_of_short = (max(one.seconds - per_pair * one.pairs, 0.0) for one in (high_density, short))
+    per_token = max(rest - rest_of_short, 0.0) / (high_density.tokens - short.tokens)
+    per_token = min(per_token, rest / high_density.tokens)
+    return CostModel(rest - per_token * high_density.tokens, per_token, per_pair)
+
+
+def _fastest_seconds(call: Callable[[], object]) -> float:
+    from torch.utils.benchmark import Timer  # imported here because it adds attributes to torch
 
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    timer.timeit(1)  # compiles, and fills caches
+    timer.timeit(1)  # warm-up: compiles, and fills caches
     return min(timer.timeit(1).mean for _ in range(REPEATS))
 
 
 def _random_problem(
-    kind: CallSignature, tokens: int, heads: int, density: float
+    signature: CallSignature, tokens: int, heads: int, density: float
 ) -> tuple[Tensor, Tensor, Tensor, Plan | ClusterPlan]:
-    """Random inputs ``[1, heads, tokens, D]`` and a plan with lists of its own for every head, of shuffled tokens where
-    the kind is of an order."""
+    """Return random q, k, v ``[1, heads, tokens, D]`` and a plan with random lists for every head, of shuffled tokens
+    if the signature reorders."""
     generator = torch.Generator().manual_seed(0)
-    groups = num_blocks(tokens, kind.group)
-    keep = torch.rand(1, heads, groups, groups, generator=generator) < density
-    keep |= torch.eye(groups, dtype=torch.bool)
-    if kind.clusters:
+    groups = num_blocks(tokens, signature.group_size)
+    mask = torch.rand(1, heads, groups, groups, generator=generator) < density
+    mask |= torch.eye(groups, dtype=torch.bool)
+    if signature.clusters:
         labels = torch.randint(groups, (2, 1, heads, tokens), generator=generator)
-        plan = ClusterPlan.from_mask(keep, *(Clusters.from_labels(side, groups) for side in labels))
+        plan = ClusterPlan.from_mask(mask, *(Clusters.from_labels(side, groups) for side in labels))
     else:
-        order = torch.randperm(tokens, generator=generator) if kind.ordered else None
-        plan = Plan.from_mask(keep, tokens, kind.group, order)
-    q, k, v = torch.randn(3, 1, heads, tokens, kind.dim, generator=generator).to(kind.device, kind.dtype).unbind()
-    return q, k, v, plan.to(kind.device)
+        order = torch.randperm(tokens, generator=generator) if signature.reorders else None
+        plan = Plan.from_mask(mask, tokens, signature.group_size, order)
+    q, k, v = torch.randn(3, 1, heads, tokens, signature.head_dim, generator=generator)
+    return *(x.to(signature.device, signature.dtype) for x in (q, k, v)), plan.to(signature.device)
 
 
-def _relative_rms(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def _relative_rms(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def _machine_key(device: torch.device) -> list[str]:

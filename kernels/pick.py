@@ -1,9 +1,7 @@
-"""Which executor runs, and why not the others.
+"""Choose the executor of a call.
 
-An executor is a module with ``attend(q, k, v, plan, scale) -> (out, lse)``, ``why_not(q, k, plan) -> str | None``,
-``LSE``, and ``CLUSTERS``: whether it takes cluster plans too. Whose attention is not ours says ``THIRD_PARTY``, and
-runs only where a self-check against the reference has passed. One that is named runs or raises; ``auto`` takes the
-cheapest of its list by what a trial on this machine has measured.
+A named executor runs the call or raises. ``auto`` takes the executor with the lowest cost estimated by its cost model
+(`calibration.cost_model`), among those of the device that support the call and have passed a self-check.
 """
 
 from __future__ import annotations
@@ -19,12 +17,17 @@ from dit_sparse.plan import Plan
 
 from .calibration import CallSignature, cost_model, self_check
 
-AUTO = {"cpu": ("cpu", "gather"), "cuda": (*ON_GPU, "gather")}
+AUTO = {"cpu": ("cpu", "gather"), "cuda": (*ON_GPU, "gather")}  # candidates of ``auto`` by device type
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An executor's name, or "dense", and why that one."""
+    """The executor of a call.
+
+    Attributes:
+        name: the executor's name, or "dense" for PyTorch's dense attention.
+        reason: why it was chosen.
+    """
 
     name: str
     reason: str
@@ -35,12 +38,19 @@ class Choice:
 
 
 def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool = False) -> str | None:
-    """Why an executor cannot run this call, in words; None when it can. ``lse``: it has to return one."""
+    """Return None if an executor supports the call, otherwise the unmet requirement.
+
+    Args:
+        name: of the executor.
+        q, k: ``[B, H, N, D]`` and ``[B, Hkv, N, D]``.
+        plan: the plan to compute.
+        lse: require a log-sum-exp.
+    """
     module = executor(name)
     if lse and not module.LSE:
-        return "it returns no log-sum-exp, which the method's correction needs"
+        return "returns no log-sum-exp, which the method's correction requires"
     if isinstance(plan, ClusterPlan) and not module.CLUSTERS:
-        return "it computes blocks of one size, and the method made clusters of any size"
+        return "requires equal blocks, got clusters"
     reason = module.why_not(q, k, plan)
     if reason is None and getattr(module, "THIRD_PARTY", False):
         return self_check(name, CallSignature.from_call(q, plan))
@@ -50,32 +60,36 @@ def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool
 def pick(
     name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, *, or_dense: bool = False, lse: bool = False
 ) -> Choice:
-    """The executor for this call: ``name`` itself, or for ``auto`` the cheapest of the device's list, where
-    ``or_dense`` puts dense attention beside them and ``lse`` leaves out those that return no log-sum-exp. Reads
-    the plan's density, which waits for the device once.
+    """Choose the executor of a call. ``auto`` reads the plan's density, which synchronizes with the GPU.
+
+    Args:
+        name: an executor, or "auto".
+        q, k, plan, lse: as in `why_not`.
+        or_dense: with "auto", choose "dense" if PyTorch's dense attention has the lowest estimated cost.
 
     Raises:
-        RuntimeError: the named executor cannot run this call; the message says why not.
+        RuntimeError: the named executor does not support the call.
     """
     if name != "auto":
         if reason := why_not(name, q, k, plan, lse):
-            raise RuntimeError(f"the executor {name!r} cannot run here: {reason}")
-        return Choice(name, "named")
-    able = [name for name in AUTO.get(q.device.type, ("gather",)) if _able(name, q, k, plan, lse)]
-    if len(able) == 1 and not or_dense:
-        return Choice(able[0], "the only one that can")
-    kind, tokens = CallSignature.from_call(q, plan), q.shape[:3].numel()
+            raise RuntimeError(f"executor {name!r} cannot run this call: {reason}")
+        return Choice(name, "requested by name")
+    candidates = [name for name in AUTO.get(q.device.type, ("gather",)) if _is_candidate(name, q, k, plan, lse)]
+    if len(candidates) == 1 and not or_dense:
+        return Choice(candidates[0], "the only executor that supports this call")
+    signature, tokens = CallSignature.from_call(q, plan), q.shape[:3].numel()
     pairs = tokens * q.shape[2]
-    seconds = {name: cost_model(name, kind).seconds(tokens, pairs * plan.density) for name in able}
+    seconds = {name: cost_model(name, signature).seconds(tokens, pairs * plan.density) for name in candidates}
     if or_dense:
-        seconds["dense"] = cost_model("dense", replace(kind, ordered=False)).seconds(tokens, pairs)
-    ranked = sorted(seconds, key=seconds.get)
-    told = ", ".join(f"{name} {1000 * seconds[name]:.3g} ms" for name in ranked)
-    return Choice(ranked[0], f"estimated for a call at density {plan.density:.2f}: {told}")
+        seconds["dense"] = cost_model("dense", replace(signature, reorders=False)).seconds(tokens, pairs)
+    ranking = sorted(seconds, key=seconds.get)
+    estimates = ", ".join(f"{name} {1000 * seconds[name]:.3g} ms" for name in ranking)
+    return Choice(ranking[0], f"lowest estimated cost at density {plan.density:.2f} ({estimates})")
 
 
-def _able(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool) -> bool:
-    """Whether ``auto`` may take it: one that compiles must have shown on this machine that it is right."""
+def _is_candidate(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool) -> bool:
+    """Return whether ``auto`` may choose an executor: it supports the call and, except for gather, which is plain
+    PyTorch, has passed a self-check."""
     if why_not(name, q, k, plan, lse) is not None:
         return False
     return name == "gather" or self_check(name, CallSignature.from_call(q, plan)) is None

@@ -16,12 +16,12 @@ def triton_preferred(monkeypatch):
     """Functions that have a plain form and a Triton form take Triton's, in the interpreter too."""
     from dit_sparse.kernels.gpu import launching
 
-    monkeypatch.setattr(launching, "preferred", lambda x: x.is_cuda or launching.interpreted())
+    monkeypatch.setattr(launching, "prefers_triton", lambda x: x.is_cuda or launching.is_interpreted())
 
 
 @pytest.fixture(autouse=True, scope="session")
-def small_trials():
-    """What "auto" measures is small here, and kept apart from what it measures for its users by its size."""
-    from dit_sparse.kernels import calibration as trial
+def small_timing_problems():
+    """Measure cost models on small problems. Their size is part of the cache key, so they do not replace a user's."""
+    from dit_sparse.kernels import calibration
 
-    trial.TIMING_SIZES["cpu"] = (256, 1)
+    calibration.TIMING_SIZES["cpu"] = (256, 1)

@@ -1,8 +1,21 @@
-"""Executors: modules that compute attention for a plan.
+"""Executors: one module for each way to compute attention for a plan.
 
-Each has ``attend(q, k, v, plan, scale) -> (out, lse)``, ``why_not(q, k, plan) -> str | None``, ``LSE`` (whether it
-returns a log-sum-exp) and ``CLUSTERS`` (whether it takes cluster plans). An executor that calls another package sets
-``THIRD_PARTY``: it runs only after a self-check against the reference.
+Every executor module has:
+
+``attend(q, k, v, plan, scale=None) -> (out, lse)``
+    Softmax attention of ``q [B, H, N, D]`` over the kept blocks or clusters of ``k, v [B, Hkv, N, D]``; Hkv divides H.
+    ``scale`` multiplies the scores, None: ``D ** -0.5``. ``out [B, H, N, D]`` has q's dtype; ``lse`` is the natural
+    log-sum-exp of the kept scores, float32 ``[B, H, N]``, or None if the executor does not compute it. A query without
+    any valid key gets 0 and -inf.
+``why_not(q, k, plan) -> str | None``
+    None if ``attend`` supports the call; otherwise the unmet requirement: ``requires CUDA, got cpu tensors``.
+``LSE: bool``
+    Whether ``attend`` returns a log-sum-exp.
+``CLUSTERS: bool``
+    Whether ``attend`` accepts a `ClusterPlan`. All executors but ``block_ragged`` accept a `Plan`.
+``THIRD_PARTY: bool``, optional
+    Whether the attention kernel belongs to another package. Such an executor runs only after it has passed
+    `calibration.self_check`.
 """
 
 from __future__ import annotations
@@ -15,11 +28,11 @@ EXECUTORS = ("reference", "gather", "cpu", *ON_GPU)
 
 
 def executor(name: str) -> ModuleType:
-    """Return the executor module of that name.
+    """Return the executor module with this name.
 
     Raises:
-        ValueError: there is no such executor.
+        ValueError: ``name`` is not in ``EXECUTORS``.
     """
     if name not in EXECUTORS:
-        raise ValueError(f"there is no executor {name!r}; there are auto, {', '.join(EXECUTORS)}")
+        raise ValueError(f"executor must be one of auto, {', '.join(EXECUTORS)}, got {name!r}")
     return importlib.import_module(f"{__name__}.{name}")

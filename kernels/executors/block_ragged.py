@@ -1,138 +1,120 @@
-"""Attention between clusters of any size in Triton, for NVIDIA GPUs from Ampere on: nothing is padded.
+"""Attention between clusters of any size in Triton, without padding, for NVIDIA GPUs from Ampere on.
 
-Keys and values are sorted by cluster once. Kept clusters that lie side by side then are one run of keys; each run is
-cut into whole tiles, which need no mask, and one tail. Queries are read, and the output is written, where they are.
+Keys and values are sorted by cluster once. Kept clusters that are adjacent form one run of keys; each run is split into
+full tiles, which need no mask, and one tail. The kernel reads queries and writes outputs through the order of the query
+clusters.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import Architecture
-from dit_sparse.kernels.permute import permuted
+from dit_sparse.kernels.permute import permute_tokens
 from dit_sparse.plan import Plan, num_blocks
 
 LSE = True
 CLUSTERS = True
 
-LARGE = 256  # mean tokens of a query cluster from which 128 queries at a time waste little
+LARGE_CLUSTER = 256  # mean queries of a cluster from which tiles of 128 queries waste little
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
     if reason := launching.why_not(q, k):
         return reason
-    return "it computes clusters of any size; take block_sparse for equal blocks" if isinstance(plan, Plan) else None
+    return "requires clusters, got equal blocks; use block_sparse" if isinstance(plan, Plan) else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: ClusterPlan, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of ``q [B, H, N, D]`` over the kept clusters of ``k, v [B, Hkv, N, D]`` (Hkv divides H).
+    """Compute attention as specified in `executors`. ``out`` has q's memory layout."""
+    from dit_sparse.kernels.gpu.block_ragged import block_ragged_kernel
 
-    Returns:
-        out ``[B, H, N, D]`` with q's dtype and memory layout, and the natural-log-sum-exp of the kept scores,
-        float32 ``[B, H, N]``. A row without any valid key gives 0 and -inf.
-    """
-    from dit_sparse.kernels.gpu.block_ragged import forward
-
-    arguments, out, lse = launch(q, k, v, plan, scale, launching.machine(q.device))
+    arguments, out, lse = launch_arguments(q, k, v, plan, scale, launching.device_architecture(q.device))
     with torch.cuda.device_of(q):
-        forward[(len(arguments["schedule"]),)](**arguments)
+        block_ragged_kernel[(len(arguments["schedule"]),)](**arguments)
     return out, lse
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, plan: ClusterPlan, scale: float | None, machine: Architecture
+def launch_arguments(
+    q: Tensor, k: Tensor, v: Tensor, plan: ClusterPlan, scale: float | None, architecture: Architecture
 ) -> tuple[dict, Tensor, Tensor]:
-    """The arguments of the kernel, and the two tensors that it will fill."""
+    """Return the arguments of the kernel, and its outputs ``out`` and ``lse``."""
     batch, heads, tokens, dim = q.shape
-    rows = 128 if dim <= 128 and tokens >= LARGE * plan.queries.sizes.shape[-1] else 64
-    tiling = machine.tiling(rows, dim)
-    columns = tiling.columns(rows, dim)
-    q, k, v = launching.in_rows(q, *permuted(plan.keys.order, k, v))
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    rows = 128 if dim <= 128 and tokens >= LARGE_CLUSTER * plan.queries.sizes.shape[-1] else 64
+    q, k, v = launching.with_contiguous_rows(q, *permute_tokens(plan.keys.order, k, v))
+    tiling = architecture.tiling(rows, dim)
+    arguments, out, lse = launching.attention_arguments(q, k, v, scale, tiling, rows)
 
-    begins, ends = key_runs(plan)
-    starts, whole, tails = key_tiles(begins, ends, tiling.keys, tokens)
-    clusters, places = query_tiles(plan.queries.edges, rows, tokens)
-    per_head = lambda x: x.expand(batch, heads, *x.shape[2:])
-    work = per_head((ends - begins).sum(-1)).gather(-1, per_head(clusters).long())
-    lists = {"starts": starts, "whole": whole, "tails": tails, "ends": ends, "clusters": clusters, "places": places}
-    lists |= {"order": plan.queries.order, "edges": plan.queries.edges}
-    lists = {name: per_head(x) for name, x in lists.items()}
-    strides = {f"{name}_strides": x.stride()[:-1] for name, x in lists.items()}
-    arguments = dict(
-        launching.fetched({"k": k, "v": v}, tiling.keys, columns, tiling.tma),
-        q=q,
-        out=out,
-        lse=lse,
-        **lists,
-        schedule=launching.longest_first(work * (per_head(places) < tokens), launching.company(k, machine.cache)),
-        q_strides=q.stride()[:3],
-        k_strides=k.stride()[:3],
-        v_strides=v.stride()[:3],
-        out_strides=out.stride()[:3],
-        **strides,
-        heads=heads,
-        group=heads // k.shape[1],
-        tokens=tokens,
-        tiles=clusters.shape[-1],
-        runs=ends.shape[-1],
-        scale=(dim**-0.5 if scale is None else scale) * math.log2(math.e),
+    run_starts, run_ends = key_runs(plan)
+    tile_starts, tile_counts, tail_starts = key_tiles(run_starts, run_ends, tiling.keys, tokens)
+    query_clusters, query_starts = query_tiles(plan.queries.edges, rows, tokens)
+    fields = {"tile_starts": tile_starts, "tile_counts": tile_counts, "tail_starts": tail_starts, "run_ends": run_ends}
+    fields |= {"query_clusters": query_clusters, "query_starts": query_starts}
+    fields |= {"order": plan.queries.order, "edges": plan.queries.edges, "num_keys": (run_ends - run_starts).sum(-1)}
+    fields = {name: x.expand(batch, heads, *x.shape[2:]) for name, x in fields.items()}
+    work = fields.pop("num_keys").gather(-1, fields["query_clusters"].long()) * (fields["query_starts"] < tokens)
+    arguments |= fields | {f"{name}_strides": x.stride()[:-1] for name, x in fields.items()}
+    arguments |= dict(
+        schedule=launching.schedule_longest_first(work, launching.heads_in_l2_cache(k, architecture.l2_cache)),
+        tiles=query_clusters.shape[-1],
+        runs=run_ends.shape[-1],
         ROWS=rows,
-        KEYS=tiling.keys,
-        WIDTHS=columns,
-        TMA=tiling.tma,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
     )
     return arguments, out, lse
 
 
 def key_runs(plan: ClusterPlan) -> tuple[Tensor, Tensor]:
-    """Where the runs of keys of every query cluster begin and end, int32 ``[B|1, H|1, Cq, K]`` each. Clusters side by
-    side are one run, padding is cut off, and what is left over of K are runs of nothing."""
+    """Return start and end of the runs of keys of every query cluster, int32 ``[B|1, H|1, Cq, K]`` each.
+
+    Adjacent clusters form one run, and padding is cut off. Unused entries of K are empty runs.
+    """
     edges = plan.keys.edges[:, :, None]
-    ends_of = [torch.take_along_dim(edges, plan.index.long() + side, -1) for side in (0, 1)]
-    begin, end = (torch.where(plan.valid, x, 0) for x in ends_of)
+    cluster_edges = [torch.take_along_dim(edges, plan.index.long() + side, -1) for side in (0, 1)]
+    start, end = (torch.where(plan.valid, x, 0) for x in cluster_edges)
     if plan.lengths is not None:
-        begin, end = (x.minimum(plan.lengths[:, None, None, None]) for x in (begin, end))
-    live = begin < end
-    reached = torch.where(live, end, -1).cummax(-1).values
-    continues = live & (begin == torch.nn.functional.pad(reached[..., :-1], (1, 0), value=-1))
-    run = ((live & ~continues).cumsum(-1) - 1).clamp(min=0)
-    begins = torch.full_like(begin, plan.tokens).scatter_reduce(-1, run, begin.where(live, plan.tokens), "amin")
-    ends = torch.zeros_like(end).scatter_reduce(-1, run, end.where(live, 0), "amax")
-    return begins.minimum(ends), ends
+        start, end = (x.minimum(plan.lengths[:, None, None, None]) for x in (start, end))
+    not_empty = start < end
+    last_end = torch.where(not_empty, end, -1).cummax(-1).values
+    continues_run = not_empty & (start == F.pad(last_end[..., :-1], (1, 0), value=-1))
+    run = ((not_empty & ~continues_run).cumsum(-1) - 1).clamp(min=0)
+    starts = torch.full_like(start, plan.tokens).scatter_reduce(-1, run, start.where(not_empty, plan.tokens), "amin")
+    ends = torch.zeros_like(end).scatter_reduce(-1, run, end.where(not_empty, 0), "amax")
+    return starts.minimum(ends), ends
 
 
-def key_tiles(begins: Tensor, ends: Tensor, keys: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The tiles of ``keys`` keys in the runs ``[B|1, H|1, Cq, K]``.
+def key_tiles(run_starts: Tensor, run_ends: Tensor, keys: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split runs ``[B|1, H|1, Cq, K]`` into full tiles of ``keys`` keys, and tails.
 
     Returns:
-        Where whole tiles start, ``[B|1, H|1, Cq, tokens // keys]``; how many there are, ``[B|1, H|1, Cq, 1]``; and
-        where the tail of each run begins, ``[B|1, H|1, Cq, K]``. All int32.
+        The start of every full tile, ``[B|1, H|1, Cq, tokens // keys]``; their number, ``[B|1, H|1, Cq, 1]``; and the
+        start of the tail of each run, ``[B|1, H|1, Cq, K]``. All int32.
     """
-    tiles = (ends - begins) // keys
-    until = tiles.cumsum(-1)
-    slots = torch.arange(max(1, tokens // keys), device=ends.device).expand(*ends.shape[:-1], -1)
-    run = torch.searchsorted(until, slots.contiguous(), right=True).clamp(max=ends.shape[-1] - 1)
-    starts = begins.gather(-1, run) + (slots - (until - tiles).gather(-1, run)) * keys
-    return starts.int(), until[..., -1:].int(), (begins + tiles * keys).int()
+    tiles = (run_ends - run_starts) // keys
+    tiles_so_far = tiles.cumsum(-1)
+    number = torch.arange(max(1, tokens // keys), device=run_ends.device).expand(*run_ends.shape[:-1], -1)
+    run = torch.searchsorted(tiles_so_far, number.contiguous(), right=True).clamp(max=run_ends.shape[-1] - 1)
+    number_in_run = number - (tiles_so_far - tiles).gather(-1, run)
+    tile_starts = run_starts.gather(-1, run) + number_in_run * keys
+    return tile_starts.int(), tiles_so_far[..., -1:].int(), (run_starts + tiles * keys).int()
 
 
 def query_tiles(edges: Tensor, rows: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Cluster and first place of every tile of up to ``rows`` queries, int32 ``[B|1, H|1, T]`` each. T is as many as
-    there could be, so that nobody waits to count them; spare tiles have the place ``tokens``."""
+    """Split query clusters into tiles of up to ``rows`` queries.
+
+    Returns:
+        Cluster and first position of every tile, int32 ``[B|1, H|1, T]`` each. T is the maximal number of tiles, which
+        is known without synchronizing with the GPU; unused tiles start at position ``tokens``.
+    """
     tiles = (edges.diff(dim=-1) + rows - 1) // rows
-    until = tiles.cumsum(-1)
-    slots = torch.arange(num_blocks(tokens, rows) + tiles.shape[-1], device=edges.device)
-    slots = slots.expand(*edges.shape[:-1], -1).contiguous()
-    cluster = torch.searchsorted(until, slots, right=True)
-    spare, cluster = cluster == tiles.shape[-1], cluster.clamp(max=tiles.shape[-1] - 1)
-    place = edges.gather(-1, cluster) + (slots - (until - tiles).gather(-1, cluster)) * rows
-    return cluster.int(), place.masked_fill(spare, tokens).int()
+    tiles_so_far = tiles.cumsum(-1)
+    number = torch.arange(num_blocks(tokens, rows) + tiles.shape[-1], device=edges.device)
+    number = number.expand(*edges.shape[:-1], -1).contiguous()
+    cluster = torch.searchsorted(tiles_so_far, number, right=True)
+    is_unused, cluster = cluster == tiles.shape[-1], cluster.clamp(max=tiles.shape[-1] - 1)
+    number_in_cluster = number - (tiles_so_far - tiles).gather(-1, cluster)
+    position = edges.gather(-1, cluster) + number_in_cluster * rows
+    return cluster.int(), position.masked_fill(is_unused, tokens).int()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import Architecture
-from dit_sparse.kernels.permute import permuted
+from dit_sparse.kernels.permute import permute_tokens
 from dit_sparse.plan import Plan
 
 LSE = True
@@ -20,65 +18,42 @@ BLOCKS = (16, 32, 64, 128)
 
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     if plan.block not in BLOCKS:
-        return f"a block must have {', '.join(map(str, BLOCKS))} tokens, not {plan.block}"
+        return f"requires blocks of {', '.join(map(str, BLOCKS))} tokens, got {plan.block}"
     return launching.why_not(q, k)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of ``q [B, H, N, D]`` over the kept blocks of ``k, v [B, Hkv, N, D]`` (Hkv divides H).
+    """Compute attention as specified in `executors`. ``out`` has q's memory layout.
 
-    Queries are read, and the output is written, through the plan's order; only keys and values are moved.
-
-    Returns:
-        out ``[B, H, N, D]`` with q's dtype and memory layout, and the natural-log-sum-exp of the kept scores,
-        float32 ``[B, H, N]``. A row without any valid key gives 0 and -inf.
+    The kernel reads queries and writes outputs through the plan's order; only keys and values are copied.
     """
-    from dit_sparse.kernels.gpu.block_sparse import forward
+    from dit_sparse.kernels.gpu.block_sparse import block_sparse_kernel
 
-    arguments, out, lse = launch(q, k, v, plan, scale, launching.machine(q.device))
+    arguments, out, lse = launch_arguments(q, k, v, plan, scale, launching.device_architecture(q.device))
     with torch.cuda.device_of(q):
-        forward[(len(arguments["schedule"]),)](**arguments)
+        block_sparse_kernel[(len(arguments["schedule"]),)](**arguments)
     return out, lse
 
 
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None, machine: Architecture
+def launch_arguments(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None, architecture: Architecture
 ) -> tuple[dict, Tensor, Tensor]:
-    """The arguments of the kernel, and the two tensors that it will fill."""
-    batch, heads, tokens, dim = q.shape
-    tiling = machine.tiling(plan.block, dim)
-    columns = tiling.columns(plan.block, dim)
-    q, k, v = launching.in_rows(q, *permuted(plan.order, k, v))
-    out = torch.empty_like(q)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    """Return the arguments of the kernel, and its outputs ``out`` and ``lse``."""
+    batch, heads, _, dim = q.shape
+    q, k, v = launching.with_contiguous_rows(q, *permute_tokens(plan.order, k, v))
+    tiling = architecture.tiling(plan.block, dim)
+    arguments, out, lse = launching.attention_arguments(q, k, v, scale, tiling, plan.block)
     index, count = plan.index.expand(batch, heads, -1, -1), plan.count.expand(batch, heads, -1)
     order = None if plan.order is None else plan.order.expand(batch, heads, -1)
-    arguments = dict(
-        launching.fetched({"k": k, "v": v}, tiling.keys, columns, tiling.tma),
-        q=q,
-        out=out,
-        lse=lse,
+    arguments |= dict(
         index=index,
         count=count,
         order=order,
         lengths=plan.lengths,
-        schedule=launching.longest_first(count, launching.company(k, machine.cache)),
-        q_strides=q.stride()[:3],
-        k_strides=k.stride()[:3],
-        v_strides=v.stride()[:3],
-        out_strides=out.stride()[:3],
+        schedule=launching.schedule_longest_first(count, launching.heads_in_l2_cache(k, architecture.l2_cache)),
         index_strides=index.stride()[:3],
         count_strides=count.stride(),
         order_strides=(0, 0) if order is None else order.stride()[:2],
-        heads=heads,
-        group=heads // k.shape[1],
-        tokens=tokens,
-        scale=(dim**-0.5 if scale is None else scale) * math.log2(math.e),
         BLOCK=plan.block,
-        KEYS=tiling.keys,
-        WIDTHS=columns,
-        TMA=tiling.tma,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
     )
     return arguments, out, lse

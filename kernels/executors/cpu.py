@@ -1,4 +1,4 @@
-"""Block-sparse attention on the CPU: a C++ operator that the machine's own compiler builds at first use."""
+"""Block-sparse attention for x86 CPUs: a C++ operator, compiled with the local compiler at first use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
-from dit_sparse.kernels.cache import cache_folder
+from dit_sparse.kernels.cache import cache_folder, writable_cache_folder
 from dit_sparse.plan import Plan
 
 LSE = True
@@ -26,34 +26,35 @@ CLUSTERS = True
 
 _SOURCE = Path(__file__).with_name("cpu_block_sparse.cpp")
 _HEADER = Path(__file__).with_name("cpu_tiles.h")
-_MOST_HEAD_DIM = 512
+_MAX_HEAD_DIM = 512
 _log = logging.getLogger("dit_sparse")
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
-    """None when :func:`attend` can run, else one sentence. Builds the operator when all else is well."""
+    """See `executors`. Compiles the operator if the tensors and the machine are supported."""
     if q.device.type != "cpu":
-        return f"it runs on the CPU and the tensors are on {q.device}"
+        return f"requires CPU tensors, got {q.device.type} tensors"
     if q.dtype not in (torch.float32, torch.bfloat16) or k.dtype != q.dtype:
-        return f"it computes in float32 or bfloat16, one for all inputs, not {q.dtype} with {k.dtype}"
-    if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= _MOST_HEAD_DIM:
-        return f"head_dim must be a multiple of 8 up to {_MOST_HEAD_DIM}, not {q.shape[-1]}"
+        return f"requires float32 or bfloat16, the same for all inputs, got {q.dtype} and {k.dtype}"
+    if q.shape[-1] % 8 or not 8 <= q.shape[-1] <= _MAX_HEAD_DIM:
+        return f"requires a head_dim that is a multiple of 8, at most {_MAX_HEAD_DIM}, got {q.shape[-1]}"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "it has no backward pass and the inputs require grad"
-    return _missing_from_machine() or _build_failure()
+        return "has no backward pass, got inputs that require grad; call it under torch.no_grad()"
+    return _missing_requirement() or _build_error()
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of ``q [B, H, N, D]`` over the kept blocks of ``k, v [B, Hkv, N, D]`` (Hkv divides H).
+    """Compute attention as specified in `executors`. ``out`` has q's memory layout.
 
-    Returns:
-        out ``[B, H, N, D]`` with q's dtype and memory layout, and the natural-log-sum-exp of the kept scores,
-        float32 ``[B, H, N]``. A row without any valid key gives 0 and -inf.
+    Raises:
+        RuntimeError: the operator cannot be compiled or loaded.
+        IndexError: the plan holds the number of a key group that does not exist.
+        ValueError: ``scale`` is not positive.
     """
-    if reason := _build_failure():
-        raise RuntimeError(f"the CPU executor cannot run: {reason}")
+    if reason := _build_error():
+        raise RuntimeError(f"executor 'cpu' is unavailable: {reason}")
     batch, heads, tokens, dim = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty_like(q)
@@ -61,20 +62,20 @@ def attend(
     clusters = isinstance(plan, ClusterPlan)
     orders = (plan.queries.order, plan.keys.order) if clusters else (plan.order, plan.order)
     edges = (plan.queries.edges, plan.keys.edges) if clusters else (None, None)
-    by_key_head = (x for x in (orders[1], edges[1]) if x is not None and x.ndim == 3)
+    per_head_fields = (x for x in (orders[1], edges[1]) if x is not None and x.ndim == 3)
     torch.ops.dit_sparse_cpu.attend_into(
         out,
         lse,
         q,
         k,
         v,
-        _per_head(plan.index, torch.int32, batch, heads),
-        _per_head(plan.count, torch.int32, batch, heads),
-        _per_head(orders[0], torch.int64, batch, heads),
-        _per_head(edges[0], torch.int32, batch, heads),
-        _per_head(orders[1], torch.int64, batch, heads),
-        _per_head(edges[1], torch.int32, batch, heads),
-        any(x.shape[1] > 1 for x in by_key_head),
+        _expand_per_head(plan.index, torch.int32, batch, heads),
+        _expand_per_head(plan.count, torch.int32, batch, heads),
+        _expand_per_head(orders[0], torch.int64, batch, heads),
+        _expand_per_head(edges[0], torch.int32, batch, heads),
+        _expand_per_head(orders[1], torch.int64, batch, heads),
+        _expand_per_head(edges[1], torch.int32, batch, heads),
+        any(x.shape[1] > 1 for x in per_head_fields),
         plan.lengths if plan.lengths is None else plan.lengths.to(torch.int32).contiguous(),
         0 if clusters else plan.block,
         dim**-0.5 if scale is None else scale,
@@ -82,71 +83,72 @@ def attend(
     return out, lse
 
 
-def _per_head(x: Tensor | None, dtype: torch.dtype, batch: int, heads: int) -> Tensor | None:
-    """A part of a plan, ``[K]`` or ``[B|1, H|1, ..., K]``, as ``[B, H, ..., K]``, broadcast by stride 0."""
+def _expand_per_head(x: Tensor | None, dtype: torch.dtype, batch: int, heads: int) -> Tensor | None:
+    """Expand a field of a plan, ``[K]`` or ``[B|1, H|1, ..., K]``, to ``[B, H, ..., K]`` without a copy."""
     if x is None:
         return None
     x = x.to(dtype).contiguous()
     return x.expand(batch, heads, *x.shape[2:] if x.ndim > 1 else x.shape)
 
 
-def _missing_from_machine() -> str | None:
+def _missing_requirement() -> str | None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return f"it is written for x86 Linux, not {platform.machine()} {platform.system()}"
+        return f"requires Linux on x86_64, got {platform.system()} on {platform.machine()}"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "the CPU has no AVX2"
+        return "requires a CPU with AVX2"
     if not torch.backends.mkldnn.is_available():
-        return "this build of torch has no oneDNN"
+        return "requires a build of PyTorch with oneDNN"
     return None
 
 
 class BuildError(RuntimeError):
-    """The operator could not be compiled or loaded; the message is one sentence."""
+    """The operator cannot be compiled; the message says why."""
 
 
 @cache
-def _build_failure() -> str | None:
-    """Builds and loads the operator once per process; None, or the reason why that failed."""
+def _build_error() -> str | None:
+    """Compile and load the operator once per process. Return None, or why that failed."""
     try:
-        torch.ops.load_library(_built_library())
+        torch.ops.load_library(_compiled_library())
     except BuildError as error:
         return str(error)
     except OSError as error:
-        return f"the build failed because {_last_line(str(error))}"
+        return f"the compiled operator cannot be loaded: {_error_line(str(error))}"
     return None
 
 
-def _built_library() -> Path:
-    """The library for this source, compiler, torch and CPU, compiled unless the cache folder has it."""
+def _compiled_library() -> Path:
+    """Return the library for this source, compiler, PyTorch and CPU; compile it if the cache folder does not have
+    it."""
     compiler = _compiler()
     compile_flags, link_flags = _compile_flags(), _link_flags()
     identity = [_SOURCE.read_text(), _HEADER.read_text(), *compiler, _version(compiler), *compile_flags, *link_flags]
     identity += [torch.__version__, torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    folder = cache_folder()
-    library = folder / f"cpu_block_sparse_{digest}.so"
-    if library.exists():
-        return library
-    _log.info("compiling the CPU attention kernel with %s into %s", shlex.join(compiler), library)
+    file_name = f"cpu_block_sparse_{digest}.so"
+    if (cached := cache_folder() / file_name).exists():
+        return cached
+    folder = writable_cache_folder()
+    library = folder / file_name
+    _log.info("compiling the CPU attention operator with %s into %s", shlex.join(compiler), library)
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as aside:
-        unlinked, linked = Path(aside, "kernel.o"), Path(aside, "kernel.so")
-        _run([*compiler, *compile_flags, "-c", str(_SOURCE), "-o", str(unlinked)])
-        _run([*compiler, "-shared", str(unlinked), "-o", str(linked), *link_flags])
-        os.replace(linked, library)
+    with tempfile.TemporaryDirectory(dir=folder) as build_folder:
+        object_file, shared_object = Path(build_folder, "kernel.o"), Path(build_folder, "kernel.so")
+        _run([*compiler, *compile_flags, "-c", str(_SOURCE), "-o", str(object_file)])
+        _run([*compiler, "-shared", str(object_file), "-o", str(shared_object), *link_flags])
+        os.replace(shared_object, library)  # atomic: other processes never see a partial file
     _log.debug("compiled in %.1f s", time.perf_counter() - started)
     return library
 
 
 def _compiler() -> list[str]:
-    """The C++ compiler's command: CXX when set, else the first usual name on the path."""
+    """Return the command of the C++ compiler: $CXX if set, else the first of c++, g++ and clang++ on the PATH."""
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     for candidate in candidates:
         command = shlex.split(candidate)
         if shutil.which(command[0]):
             return command
-    raise BuildError(f"no C++ compiler found (looked for {', '.join(candidates)})")
+    raise BuildError(f"requires a C++ compiler on the PATH, found none of {', '.join(candidates)}")
 
 
 def _compile_flags() -> list[str]:
@@ -160,29 +162,29 @@ def _compile_flags() -> list[str]:
 
 
 def _link_flags() -> list[str]:
-    # No -fopenmp here: OpenMP's symbols must come from the runtime torch has loaded, never from a second one.
+    # Without -fopenmp, OpenMP symbols resolve to the runtime that PyTorch has already loaded.
     return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 
 def _version(compiler: list[str]) -> str:
-    answer = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
-    return answer.stdout
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
 
 
 def _cpu_flags() -> str:
-    """The CPU's features: what -march=native builds must not reach another CPU through a shared cache."""
+    """Return the CPU's feature flags. A library compiled with -march=native must not run on a CPU with other
+    features."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("flags")), "")
 
 
 def _run(command: list[str]) -> None:
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        said = _last_line(answer.stderr or answer.stdout) or f"{command[0]} exits {answer.returncode}"
-        raise BuildError(f"the build failed because {said}")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        message = _error_line(result.stderr or result.stdout) or f"{command[0]} exited with {result.returncode}"
+        raise BuildError(f"compiling the CPU operator failed: {message}")
 
 
-def _last_line(text: str) -> str:
-    """The last line that names an error, else the last line."""
+def _error_line(text: str) -> str:
+    """Return the last line that contains "error", else the last line."""
     lines = text.strip().splitlines() or [""]
     return next((line for line in reversed(lines) if "error" in line.lower()), lines[-1]).strip()

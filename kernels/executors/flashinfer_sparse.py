@@ -1,9 +1,9 @@
-"""FlashInfer's block-sparse attention (Z. Ye et al., arXiv:2501.01005): its wrapper of fixed blocks where blocks are
-alike, its wrapper of variable blocks for ragged ends and clusters.
+"""Block-sparse attention of FlashInfer (Z. Ye et al., arXiv:2501.01005).
 
-The fixed wrapper knows one pattern for all heads. Here the heads of a batch follow one another as one long sequence
-whose pattern is block-diagonal, so that each has its own. Both wrappers plan on the host, which waits for the device.
-FlashInfer's log-sum-exp is to base 2.
+Uses FlashInfer's wrapper for fixed blocks if all blocks have the same size, and its wrapper for variable blocks for a
+ragged last block and for clusters. The fixed wrapper takes one pattern for all heads, so the heads of a batch are
+concatenated to one sequence with a block-diagonal pattern. Both wrappers plan on the host, which synchronizes with the
+GPU. FlashInfer returns the log-sum-exp to base 2.
 """
 
 from __future__ import annotations
@@ -23,44 +23,47 @@ from dit_sparse.plan import Plan, reorder
 LSE = True
 CLUSTERS = True
 THIRD_PARTY = True
-_WORKSPACE = 128 << 20  # bytes, as its documentation recommends
+WORKSPACE_BYTES = 128 << 20  # recommended by FlashInfer's documentation
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
     if importlib.util.find_spec("flashinfer") is None:
-        return "the package flashinfer-python is not installed"
-    if reason := launching.why_not_elsewhere("FlashInfer", q, k):
+        return "requires the package flashinfer-python"
+    if reason := launching.why_not_third_party(q, k):
         return reason
     if q.shape[-1] not in (64, 128, 256):
-        return f"FlashInfer takes a head_dim of 64, 128 or 256, not {q.shape[-1]}"
+        return f"requires a head_dim of 64, 128 or 256, got {q.shape[-1]}"
     if plan.lengths is not None:
-        return "FlashInfer's block-sparse wrappers take no padding"
+        return "does not support padding together with block sparsity"
     return None
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of ``q [B, H, N, D]`` over the kept blocks of ``k, v [B, Hkv, N, D]``; see ``reference.attend``."""
+    """Compute attention as specified in `executors`."""
     query_order = plan.queries.order if isinstance(plan, ClusterPlan) else plan.order
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # every head has lists of its own
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # each query head has its own lists
     inputs = [reorder(x, order).flatten(0, 1) for x, order in ((q, query_order), (k, plan.order), (v, plan.order))]
-    alike = isinstance(plan, Plan) and plan.tokens % plan.block == 0
-    out, lse = (_fixed if alike else _variable)(inputs, plan, q.shape[:2], scale)
+    equal_blocks = isinstance(plan, Plan) and plan.tokens % plan.block == 0
+    attend_heads = _attend_fixed_blocks if equal_blocks else _attend_variable_blocks
+    out, lse = attend_heads(inputs, plan, q.shape[:2], scale)
     out, lse = out.reshape(q.shape), lse.reshape(q.shape[:3]) * math.log(2)
     if query_order is None:
         return out, lse
-    back = query_order.argsort(-1)
-    return reorder(out, back), reorder(lse, back)
+    inverse = query_order.argsort(-1)
+    return reorder(out, inverse), reorder(lse, inverse)
 
 
-def _fixed(inputs: list[Tensor], plan: Plan, shape: torch.Size, scale: float | None) -> tuple[Tensor, Tensor]:
-    """``inputs [B * H, N, D]``, all blocks of one size."""
+def _attend_fixed_blocks(
+    inputs: list[Tensor], plan: Plan, shape: torch.Size, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Compute attention of ``inputs [B * H, N, D]`` with blocks of one size; ``shape`` is ``[B, H]``."""
     import flashinfer
 
     sequences, tokens, dim = inputs[0].shape
-    first = torch.arange(sequences, device=plan.index.device).view(*shape, 1, 1) * plan.blocks
-    index = (plan.index + first).expand(*shape, -1, -1)[plan.valid.expand(*shape, -1, -1)]
+    first_block = torch.arange(sequences, device=plan.index.device).view(*shape, 1, 1) * plan.blocks
+    index = (plan.index + first_block).expand(*shape, -1, -1)[plan.valid.expand(*shape, -1, -1)]
     count = plan.count.expand(*shape, -1).flatten()
     wrapper = flashinfer.BlockSparseAttentionWrapper(_workspace(inputs[0].device))
     wrapper.plan(
@@ -70,23 +73,22 @@ def _fixed(inputs: list[Tensor], plan: Plan, shape: torch.Size, scale: float | N
     return wrapper.run(*(x.reshape(-1, 1, dim) for x in inputs), return_lse=True)
 
 
-def _variable(
+def _attend_variable_blocks(
     inputs: list[Tensor], plan: Plan | ClusterPlan, shape: torch.Size, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """``inputs [B * H, N, D]``, blocks of any size."""
+    """Compute attention of ``inputs [B * H, N, D]`` with blocks of any size; ``shape`` is ``[B, H]``."""
     import flashinfer
 
     sequences, _, dim = inputs[0].shape
-    keep, rows, columns = (
+    mask, query_sizes, key_sizes = (
         x.expand(*shape, *x.shape[2:]).flatten(0, 1) for x in (plan.block_mask(), plan.query_sizes, plan.key_sizes)
     )
     wrapper = flashinfer.VariableBlockSparseAttentionWrapper(_workspace(inputs[0].device))
-    wrapper.plan(
-        keep, rows.int(), columns.int(), sequences, sequences, dim, sm_scale=scale, q_data_type=inputs[0].dtype
-    )
+    dtype = inputs[0].dtype
+    wrapper.plan(mask, query_sizes.int(), key_sizes.int(), sequences, sequences, dim, sm_scale=scale, q_data_type=dtype)
     return wrapper.run(*inputs, return_lse=True)
 
 
 @functools.cache
 def _workspace(device: torch.device) -> Tensor:
-    return torch.empty(_WORKSPACE, dtype=torch.uint8, device=device)
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""The specification: softmax over the kept pairs, in float32, with the mask written out. For tests, not for speed."""
+"""Reference executor: masked softmax attention in float32 with the full token mask. For tests; slow and large."""
 
 from __future__ import annotations
 
@@ -10,24 +10,19 @@ from dit_sparse.plan import Plan
 
 LSE = True
 CLUSTERS = True
+MAX_TOKENS = 16384
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
-    """The reference holds N x N scores, so it declines what would not fit."""
-    if q.shape[2] > 16384:
-        return f"it writes the whole {q.shape[2]} x {q.shape[2]} mask out; use it up to 16384 tokens"
+    if q.shape[2] > MAX_TOKENS:
+        return f"supports at most {MAX_TOKENS} tokens because it stores an N x N mask, got {q.shape[2]}"
     return None
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of ``q [B, H, N, D]`` over the kept blocks of ``k, v [B, Hkv, N, D]`` (Hkv divides H).
-
-    Returns:
-        out ``[B, H, N, D]`` in q's dtype, and the natural-log-sum-exp of the kept scores, float32 ``[B, H, N]``.
-        A row without any valid key gives 0 and -inf.
-    """
+    """Compute attention as specified in `executors`."""
     batch, heads, _, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     k, v = (x.repeat_interleave(heads // k.shape[1], 1).float() for x in (k, v))
@@ -38,7 +33,7 @@ def attend(
 
 
 def token_mask(plan: Plan | ClusterPlan, batch: int, heads: int) -> Tensor:
-    """The kept token pairs, bool ``[B, H, N, N]``."""
+    """Return the mask of kept token pairs, bool ``[B, H, N, N]``."""
     mask = torch.take_along_dim(plan.block_mask(), plan.query_group[..., None], 2)
     mask = torch.take_along_dim(mask, plan.key_group[..., None, :], 3).expand(batch, heads, -1, -1)
     if plan.lengths is None:

@@ -1,5 +1,8 @@
-"""Block-sparse attention by xFormers' paged attention: its paged block-diagonal bias, and the first of its operators
-(FlashAttention-3, FlashAttention-2, its own Triton kernel) that is there and takes pages of this size."""
+"""Block-sparse attention by the paged attention of xFormers.
+
+Uses the paged block-diagonal bias of xFormers and the first of its operators (FlashAttention-3, FlashAttention-2, its
+Triton kernel) that is available and supports the page size.
+"""
 
 from __future__ import annotations
 
@@ -10,48 +13,49 @@ from torch import Tensor
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.plan import Plan
 
-from .pages import FLASH_2_PAGE, paged
+from .pages import FLASH_2_PAGE, paged_inputs
 
 LSE = True
 CLUSTERS = False
 THIRD_PARTY = True
-PAGE = 64  # tokens; the pages of its own Triton kernel are multiples of this
+PAGE = 64  # the Triton kernel of xFormers requires pages of a multiple of this many tokens
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     if importlib.util.find_spec("xformers") is None:
-        return "the package xformers is not installed (pip install 'dit-sparse[xformers]')"
-    if reason := launching.why_not_elsewhere("xFormers' paged attention", q, k):
+        return "requires the package xformers (pip install 'dit-sparse[xformers]')"
+    if reason := launching.why_not_third_party(q, k):
         return reason
     if plan.block % PAGE:
-        return f"xFormers' paged attention wants pages of a multiple of {PAGE} tokens, not blocks of {plan.block}"
+        return f"requires blocks of a multiple of {PAGE} tokens, got {plan.block}"
     return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attention of ``q [B, H, N, D]`` over the kept blocks of ``k, v [B, Hkv, N, D]``; see ``reference.attend``.
+    """Compute attention as specified in `executors`.
 
-    xFormers wants the lengths of all sequences on the host, which waits for the device at every call.
+    xFormers takes the lengths of all sequences as Python lists, so every call synchronizes with the GPU.
     """
     from xformers.ops import fmha
 
-    call = paged(q, k, v, plan)
+    inputs = paged_inputs(q, k, v, plan)
     bias = fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
-        q_seqlen=call.starts.diff().tolist(),
-        kv_seqlen=call.used.tolist(),
-        block_tables=call.table,
+        q_seqlen=inputs.query_starts.diff().tolist(),
+        kv_seqlen=inputs.num_keys.tolist(),
+        block_tables=inputs.page_table,
         page_size=plan.block,
         device=q.device,
     )
-    one_batch = (call.queries[None], call.keys.flatten(0, 1)[None], call.values.flatten(0, 1)[None])
+    tensors = (inputs.queries[None], inputs.keys.flatten(0, 1)[None], inputs.values.flatten(0, 1)[None])
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(
-        *one_batch, attn_bias=bias, scale=scale, op=_operator(plan.block)
+        *tensors, attn_bias=bias, scale=scale, op=_operator(plan.block)
     )
-    return call.back(out, lse, q, plan)
+    return inputs.restore_outputs(out, lse, q, plan)
 
 
 def _operator(page: int):
-    """xFormers' own dispatch does not look at the size of a page, and FlashAttention-2 then refuses."""
+    """Return the operator for a page size. The dispatcher of xFormers ignores the page size, and FlashAttention-2 then
+    raises an error."""
     from xformers.ops import fmha
 
     if fmha.flash3.FwOp.is_available():

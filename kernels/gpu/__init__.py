@@ -1,1 +1,1 @@
-"""Triton programs, launch settings for each GPU architecture, and launching."""
+"""Triton kernels, their launch settings for each GPU architecture, and their launch arguments."""

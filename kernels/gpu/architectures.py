@@ -1,7 +1,7 @@
-"""Launch settings of the Triton kernels for each GPU architecture: reviewed, fixed, no autotuning at the first call.
+"""Launch settings of the Triton kernels for each GPU architecture. They are fixed; nothing is tuned at the first call.
 
-`python -m dit_sparse.eval.bench.compile_report` compiles every row without a GPU and lists registers, spills and shared
-memory.
+``python -m dit_sparse.eval.bench.compile_report`` compiles every setting without a GPU and lists registers, spills and
+shared memory.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one program of `block_sparse` works.
+    """Launch settings of one attention program.
 
     Attributes:
-        keys: keys of one step of the loop; divides the block.
+        keys: keys of one step of the main loop; divides the block.
         warps: warps of a program.
-        stages: depth of the software pipeline. Pointers get ``stages - 1`` buffers for keys and as many for values,
-            so that they need 3 to fetch while they compute; descriptors get ``stages``.
-        tma: fetch through tensor descriptors (Hopper and newer) instead of pointers.
+        stages: stages of the software pipeline. Pointers get ``stages - 1`` buffers for keys and for values, so they
+            need 3 stages to load during computation; tensor descriptors get ``stages`` buffers.
+        tma: load through tensor descriptors (Hopper and newer) instead of pointers.
     """
 
     keys: int
@@ -26,41 +26,46 @@ class Tiling:
     stages: int
     tma: bool = False
 
-    def columns(self, rows: int, dim: int) -> tuple[int, ...]:
-        """The tiles of ``dim`` columns where a program has so many queries: what pointers fetch is not wider than that,
-        for the reason given in `tiles_triton`, and not wider than 64, which saves registers."""
-        return widths(dim, dim if self.tma or self.warps == 1 else min(rows, 64))
+    def tile_widths(self, queries: int, dim: int) -> tuple[int, ...]:
+        """Return the widths of the column tiles of ``dim`` for a program with this many queries.
+
+        With pointers, a tile is at most as wide as the number of queries, for the reason given in `tiles`, and at most
+        64 columns wide, which saves registers.
+        """
+        return split_head_dim(dim, dim if self.tma or self.warps == 1 else min(queries, 64))
 
 
-def widths(dim: int, widest: int) -> tuple[int, ...]:
-    """Columns of the tiles that ``dim`` columns are cut into: powers of two, which is all that Triton's tiles can have,
-    none wider than ``widest``."""
-    width = 1 << min(widest, dim).bit_length() - 1
-    return (width,) * (dim // width) + (widths(dim % width, width) if dim % width else ())
+def split_head_dim(dim: int, max_width: int) -> tuple[int, ...]:
+    """Split ``dim`` columns into tiles of at most ``max_width``. Widths are powers of two, as Triton requires."""
+    width = 1 << min(max_width, dim).bit_length() - 1
+    return (width,) * (dim // width) + (split_head_dim(dim % width, width) if dim % width else ())
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One GPU generation.
+    """A GPU generation.
 
     Attributes:
-        shared_memory: bytes that a program may use.
-        cache: bytes of second-level cache of its usual card.
-        tilings: by (block, head_dim rounded up to 64, 128 or 256); smaller blocks use the row of 64.
+        shared_memory: bytes of shared memory that one program may use.
+        l2_cache: bytes of L2 cache of its typical card.
+        tilings: settings by (block, head_dim rounded up to 64, 128 or 256); blocks below 64 use those of 64.
     """
 
     shared_memory: int
-    cache: int
+    l2_cache: int
     tilings: dict[tuple[int, int], Tiling]
 
     def tiling(self, block: int, dim: int) -> Tiling:
-        found = self.tilings[max(block, 64), next(size for size in (64, 128, 256) if dim <= size)]
-        return found if block >= 64 else Tiling(16 if dim > 128 else min(block, found.keys), block // 16, found.stages)
+        """Return the settings for a block size and head_dim."""
+        setting = self.tilings[max(block, 64), next(size for size in (64, 128, 256) if dim <= size)]
+        if block >= 64:
+            return setting
+        return Tiling(16 if dim > 128 else min(block, setting.keys), block // 16, setting.stages)
 
 
 AMPERE = Architecture(
     shared_memory=166_912,
-    cache=40 << 20,
+    l2_cache=40 << 20,
     tilings={
         (64, 64): Tiling(64, 4, 3),
         (64, 128): Tiling(64, 4, 3),
@@ -72,7 +77,7 @@ AMPERE = Architecture(
 )
 ADA = Architecture(
     shared_memory=101_376,
-    cache=72 << 20,
+    l2_cache=72 << 20,
     tilings={
         (64, 64): Tiling(64, 4, 3),
         (64, 128): Tiling(64, 4, 3),
@@ -82,10 +87,10 @@ ADA = Architecture(
         (128, 256): Tiling(16, 8, 3),
     },
 )
-GEFORCE_AMPERE = replace(ADA, cache=6 << 20)
+GEFORCE_AMPERE = replace(ADA, l2_cache=6 << 20)
 HOPPER = Architecture(
     shared_memory=232_448,
-    cache=50 << 20,
+    l2_cache=50 << 20,
     tilings={
         (64, 64): Tiling(64, 4, 3, tma=True),
         (64, 128): Tiling(64, 4, 3, tma=True),
@@ -95,13 +100,13 @@ HOPPER = Architecture(
         (128, 256): Tiling(64, 8, 2, tma=True),
     },
 )
-BLACKWELL = replace(HOPPER, cache=126 << 20)
-GEFORCE_BLACKWELL = replace(ADA, cache=96 << 20)
+BLACKWELL = replace(HOPPER, l2_cache=126 << 20)
+GEFORCE_BLACKWELL = replace(ADA, l2_cache=96 << 20)
 
-# AMD, compiled for MI300 (gfx942), whose matrix units Triton finds by itself; the cache is one of its dies'.
+# Compiled for MI300 (gfx942), where Triton selects the matrix instructions; the L2 cache is that of one die.
 AMD = Architecture(
     shared_memory=65_536,
-    cache=4 << 20,
+    l2_cache=4 << 20,
     tilings={
         (64, 64): Tiling(64, 4, 2),
         (64, 128): Tiling(64, 4, 2),
@@ -112,10 +117,10 @@ AMD = Architecture(
     },
 )
 
-# Triton in Python, for tests: small tiles, and blocks of 128 go the way of the descriptors.
+# Triton's interpreter, for tests: small tiles, and tensor descriptors for blocks of 128.
 INTERPRETER = Architecture(
     shared_memory=0,
-    cache=0,
+    l2_cache=0,
     tilings={(block, dim): Tiling(64, 4, 1, tma=block == 128) for block in (64, 128) for dim in (64, 128, 256)},
 )
 
@@ -130,6 +135,6 @@ ARCHITECTURES = {
 
 
 def architecture(capability: int) -> Architecture | None:
-    """The newest listed architecture that is not newer than a compute capability such as 89, or None."""
+    """Return the newest listed architecture up to a compute capability such as 89, or None."""
     known = [number for number in ARCHITECTURES if number <= capability]
     return ARCHITECTURES[max(known)] if known else None

@@ -1,17 +1,17 @@
-"""The Triton program behind `block_mass`: what one query block pays to each key block, in one pass over the keys."""
+"""Triton kernel of `planning/block_mass.py`: attention mass from one query block to each key block, in one pass."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .tiles import before_end, products, scattered
+from .tiles import count_full_blocks, dot_rows, gather_rows, load_index_row, load_length, load_tokens, split_program_id
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def mass(
+def block_mass_kernel(
     q,
     k,
     k_rest,
@@ -27,7 +27,7 @@ def mass(
     count_strides,
     order_strides,
     heads,
-    group,
+    group_size,
     tokens,
     scale,
     BLOCK: tl.constexpr,
@@ -36,65 +36,64 @@ def mass(
     WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Mean mass of ROWS queries of one block, evenly spaced.
+    """Compute the mean mass of ROWS evenly spaced queries of one block.
 
-    Pointers as in `block_sparse_triton.forward`, and lse float32 ``[B, H, N]``; out float32 ``[B, H, Qb, Qb]``, or
-    ``[B, H, Qb]`` for all kept blocks together where index and count are given. ``scale`` is times log2(e).
+    Args:
+        q, k, k_rest, order, lengths, group_size, scale, BLOCK, KEYS, WIDTHS, TMA: as in `block_sparse_kernel`.
+        lse: natural log-sum-exp, float32 ``[B, H, N]``.
+        index, count: as in `Plan`, to compute the total mass of the kept blocks; None for the mass of every block.
+        out: float32, ``[B, H, Qb]`` with an index, otherwise ``[B, H, Qb, Qb]``.
     """
-    row = tl.program_id(0)
+    program = tl.program_id(0)
     blocks = tl.cdiv(tokens, BLOCK)
-    query_block, head, item = row % blocks, (row // blocks) % heads, row // (blocks * heads)
-    end = tokens
-    if lengths is not None:
-        end = tl.load(lengths + item)
+    query_block, head, item = split_program_id(program, blocks, heads)
+    end = load_length(lengths, item, tokens)
 
-    place = query_block * BLOCK + tl.arange(0, ROWS) * (BLOCK // ROWS)
-    real = place < end
-    token = place
-    if order is not None:
-        token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    queries = scattered(q, q_strides, item, head, token, real, WIDTHS)
-    bound = tl.load(lse + (item.to(tl.int64) * heads + head) * tokens + token, mask=real, other=float("inf")) * LOG2E
-    bound = tl.where(bound == float("-inf"), float("inf"), bound)  # a query that saw nothing pays nothing
-    share = 1 / tl.maximum(tl.sum(real.to(tl.float32), 0), 1)
+    position = query_block * BLOCK + tl.arange(0, ROWS) * (BLOCK // ROWS)
+    valid = position < end
+    token = load_tokens(order, order_strides, item, head, position, valid)
+    queries = gather_rows(q, q_strides, item, head, token, valid, WIDTHS)
+    lse_row = lse + (item.to(tl.int64) * heads + head) * tokens
+    lse_2 = tl.load(lse_row + token, mask=valid, other=float("inf")) * LOG2E
+    lse_2 = tl.where(lse_2 == float("-inf"), float("inf"), lse_2)  # a query without keys has weights of zero
+    mean_factor = 1 / tl.maximum(tl.sum(valid.to(tl.float32), 0), 1)
 
-    live, whole, key_block = blocks, end // BLOCK, 0
+    kept, full, key_block = blocks, end // BLOCK, 0
     if index is not None:
-        kept = index + item * index_strides[0] + head * index_strides[1] + query_block * index_strides[2]
-        live = tl.load(count + item * count_strides[0] + head * count_strides[1] + query_block * count_strides[2])
-        whole, key_block = before_end(kept, live, end, BLOCK), tl.load(kept)
-    keys, key_head, total = (k, k_rest), head // group, 0.0
-    for step in range(0, whole):
-        following = step + 1
-        if index is not None:  # ahead of its use, see `block_sparse_triton`
-            following = tl.load(kept + tl.minimum(step + 1, whole - 1))
-        paid = received(
-            queries, bound, keys, k_strides, item, key_head, key_block, end, scale,
+        index_row, kept = load_index_row(index, index_strides, count, count_strides, item, head, query_block)
+        full, key_block = count_full_blocks(index_row, kept, end, BLOCK), tl.load(index_row)
+    keys, key_head, total = (k, k_rest), head // group_size, 0.0
+    for step in range(0, full):
+        next_block = step + 1
+        if index is not None:  # loaded one step ahead, for the reason given in gpu/block_sparse.py
+            next_block = tl.load(index_row + tl.minimum(step + 1, full - 1))
+        mass = key_block_mass(
+            queries, lse_2, keys, k_strides, item, key_head, key_block, end, scale,
             BLOCK, ROWS, KEYS, WIDTHS, TMA, False,
         )  # fmt: skip
-        total += paid
+        total += mass
         if index is None:
-            tl.store(out + row.to(tl.int64) * blocks + step, paid * share)
-        key_block = following
-    for step in range(whole, live):
+            tl.store(out + program.to(tl.int64) * blocks + step, mass * mean_factor)
+        key_block = next_block
+    for step in range(full, kept):
         key_block = step
         if index is not None:
-            key_block = tl.load(kept + step)
-        paid = received(
-            queries, bound, keys, k_strides, item, key_head, key_block, end, scale,
+            key_block = tl.load(index_row + step)
+        mass = key_block_mass(
+            queries, lse_2, keys, k_strides, item, key_head, key_block, end, scale,
             BLOCK, ROWS, KEYS, WIDTHS, TMA, True,
         )  # fmt: skip
-        total += paid
+        total += mass
         if index is None:
-            tl.store(out + row.to(tl.int64) * blocks + step, paid * share)
+            tl.store(out + program.to(tl.int64) * blocks + step, mass * mean_factor)
     if index is not None:
-        tl.store(out + row, total * share)
+        tl.store(out + program, total * mean_factor)
 
 
 @triton.jit
-def received(
+def key_block_mass(
     queries,
-    bound,
+    lse_2,
     k,
     k_strides,
     item,
@@ -107,16 +106,17 @@ def received(
     KEYS: tl.constexpr,
     WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
-    CUT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """What all queries together pay to one block of keys; CUT: those from ``end`` on get nothing. The warps, which each
-    hold some queries, meet once a block."""
+    """Return the sum of the attention weights from all queries to one key block; with MASKED, keys from ``end`` on have
+    a weight of zero. Tiles are added before the sum, so that the warps, which hold different queries, synchronize once
+    per block."""
     weights = tl.zeros([ROWS, KEYS], tl.float32)
     for part in tl.static_range(BLOCK // KEYS):
         start = key_block * BLOCK + part * KEYS
-        scores = products(queries, k, k_strides, item, head, start, end, KEYS, WIDTHS, TMA, CUT and not TMA)
-        paid = tl.exp2(scores * scale - bound[:, None])
-        if CUT:
-            paid = tl.where((start + tl.arange(0, KEYS) < end)[None, :], paid, 0.0)
-        weights += paid
-    return tl.sum(tl.reshape(weights, [ROWS * KEYS]), 0)  # axis by axis Triton fails for sm100
+        scores = dot_rows(queries, k, k_strides, item, head, start, end, KEYS, WIDTHS, TMA, MASKED and not TMA)
+        tile_weights = tl.exp2(scores * scale - lse_2[:, None])
+        if MASKED:
+            tile_weights = tl.where((start + tl.arange(0, KEYS) < end)[None, :], tile_weights, 0.0)
+        weights += tile_weights
+    return tl.sum(tl.reshape(weights, [ROWS * KEYS]), 0)  # for sm100, Triton cannot sum over one axis after the other

@@ -1,6 +1,6 @@
-"""The Triton program behind `block_ragged`: some queries of one cluster over the runs of keys that it keeps.
+"""Triton kernel of the `block_ragged` executor: attention of queries of one cluster over the runs of keys it keeps.
 
-Where whole tiles start is read one step ahead, for the reason given in `block_sparse_triton`.
+The start of the next full tile is loaded one step ahead, for the reason given in `gpu/block_sparse.py`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import finish, nothing, scattered, visit
+from .tiles import gather_rows, init_softmax, load_tokens, split_program_id, store_output, update_softmax
 
 
 @triton.jit
-def forward(
+def block_ragged_kernel(
     q,
     k,
     v,
@@ -20,12 +20,12 @@ def forward(
     v_rest,
     out,
     lse,
-    starts,
-    whole,
-    tails,
-    ends,
-    clusters,
-    places,
+    tile_starts,
+    tile_counts,
+    tail_starts,
+    run_ends,
+    query_clusters,
+    query_starts,
     order,
     edges,
     schedule,
@@ -33,16 +33,16 @@ def forward(
     k_strides,
     v_strides,
     out_strides,
-    starts_strides,
-    whole_strides,
-    tails_strides,
-    ends_strides,
-    clusters_strides,
-    places_strides,
+    tile_starts_strides,
+    tile_counts_strides,
+    tail_starts_strides,
+    run_ends_strides,
+    query_clusters_strides,
+    query_starts_strides,
     order_strides,
     edges_strides,
     heads,
-    group,
+    group_size,
     tokens,
     tiles,
     runs,
@@ -52,46 +52,59 @@ def forward(
     WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Attention of up to ROWS queries.
+    """Compute attention of up to ROWS queries.
 
-    Pointers: q, k, v and their rests, out and lse as in `block_sparse_triton.forward`, k and v in the order of the key
-    clusters; starts, whole, tails, ends, clusters and places as `block_ragged` makes them, ``[B, H, ...]``; order int64
-    ``[B, H, N]`` and edges int32 ``[B, H, Cq + 1]`` of the queries; schedule int32 ``[B * H * tiles]``.
+    Args:
+        q, k, v, k_rest, v_rest, out, lse, group_size, scale, KEYS, WIDTHS, TMA: as in `block_sparse_kernel`; k and v in
+            the order of the key clusters.
+        tile_starts, tile_counts, tail_starts: as returned by `block_ragged.key_tiles`, ``[B, H, ...]``.
+        run_ends: as returned by `block_ragged.key_runs`.
+        query_clusters, query_starts: as returned by `block_ragged.query_tiles`.
+        order, edges: of the query clusters, int64 ``[B, H, N]`` and int32 ``[B, H, Cq + 1]``.
+        schedule: int32 ``[B * H * tiles]``, the query tile that each program computes.
+        tiles, runs: query tiles of a head, and runs of a query cluster.
     """
     program = tl.load(schedule + tl.program_id(0))
-    number, head, item = program % tiles, (program // tiles) % heads, program // (tiles * heads)
-    key_head = head // group
+    number, head, item = split_program_id(program, tiles, heads)
+    key_head = head // group_size
 
-    cluster = tl.load(clusters + item * clusters_strides[0] + head * clusters_strides[1] + number)
-    first = tl.load(places + item * places_strides[0] + head * places_strides[1] + number)
+    cluster = tl.load(query_clusters + item * query_clusters_strides[0] + head * query_clusters_strides[1] + number)
+    first = tl.load(query_starts + item * query_starts_strides[0] + head * query_starts_strides[1] + number)
     stop = tl.load(edges + item * edges_strides[0] + head * edges_strides[1] + cluster + 1)
-    place = first + tl.arange(0, ROWS)
-    real = place < stop
-    token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    queries = scattered(q, q_strides, item, head, token, real, WIDTHS)
+    position = first + tl.arange(0, ROWS)
+    valid = position < stop
+    token = load_tokens(order, order_strides, item, head, position, valid)
+    queries = gather_rows(q, q_strides, item, head, token, valid, WIDTHS)
     keys, values = (k, k_rest), (v, v_rest)
 
-    row = item.to(tl.int64) * starts_strides[0] + head * starts_strides[1] + cluster * starts_strides[2]
-    tail_row = item.to(tl.int64) * tails_strides[0] + head * tails_strides[1] + cluster * tails_strides[2]
-    end_row = item.to(tl.int64) * ends_strides[0] + head * ends_strides[1] + cluster * ends_strides[2]
-    busy = (first < stop).to(tl.int32)  # else a spare program
-    steps = busy * tl.load(whole + item * whole_strides[0] + head * whole_strides[1] + cluster * whole_strides[2])
+    start_row = cluster_row(tile_starts, tile_starts_strides, item, head, cluster)
+    tail_row = cluster_row(tail_starts, tail_starts_strides, item, head, cluster)
+    end_row = cluster_row(run_ends, run_ends_strides, item, head, cluster)
+    has_queries = (first < stop).to(tl.int32)
+    steps = has_queries * tl.load(
+        tile_counts + item * tile_counts_strides[0] + head * tile_counts_strides[1] + cluster * tile_counts_strides[2]
+    )
 
-    top, total, sums = nothing(ROWS, WIDTHS)
-    start = tl.load(starts + row)
+    row_max, row_sum, acc = init_softmax(ROWS, WIDTHS)
+    start = tl.load(start_row)
     for step in range(0, steps):
-        following = tl.load(starts + row + tl.minimum(step + 1, steps - 1))
-        top, total, sums = visit(
-            queries, keys, values, k_strides, v_strides, item, key_head, start, tokens, scale, top, total, sums,
+        next_start = tl.load(start_row + tl.minimum(step + 1, steps - 1))
+        row_max, row_sum, acc = update_softmax(
+            queries, keys, values, k_strides, v_strides, item, key_head, start, tokens, scale, row_max, row_sum, acc,
             KEYS, WIDTHS, TMA, False,
         )  # fmt: skip
-        start = following
-    for run in range(0, busy * runs):
-        start, end = tl.load(tails + tail_row + run), tl.load(ends + end_row + run)
+        start = next_start
+    for run in range(0, has_queries * runs):
+        start, end = tl.load(tail_row + run), tl.load(end_row + run)
         if start < end:
-            top, total, sums = visit(
-                queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, top, total, sums,
+            row_max, row_sum, acc = update_softmax(
+                queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, row_max, row_sum, acc,
                 KEYS, WIDTHS, TMA, True,
             )  # fmt: skip
-    token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    finish(out, lse, out_strides, item, head, heads, tokens, token, real, top, total, sums, WIDTHS)
+    store_output(out, lse, out_strides, item, head, heads, tokens, token, valid, row_max, row_sum, acc, WIDTHS)
+
+
+@triton.jit
+def cluster_row(x, strides, item, head, cluster):
+    """Return the pointer to the row of a query cluster in ``x [B, H, Cq, ...]``."""
+    return x + (item.to(tl.int64) * strides[0] + head * strides[1] + cluster * strides[2])

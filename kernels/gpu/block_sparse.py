@@ -1,11 +1,11 @@
-"""The Triton program behind `block_sparse`: one query block over its list of key blocks.
+"""Triton kernel of the `block_sparse` executor: attention of one query block over its list of key blocks.
 
-FlashAttention-2 (T. Dao, arXiv:2307.08691) with a list instead of a range. A row's key blocks come in ascending order,
-so at most one of those it visits is cut by the end of the sequence or of the padding, and that one comes last: the
-loop over whole blocks masks nothing, and the masked step after it runs at most once per row.
+FlashAttention-2 (T. Dao, arXiv:2307.08691) over a list of key blocks instead of a range. The list ascends, so at most
+one of its blocks extends past the end of the sequence or into padding, and that block is the last: the main loop over
+full blocks needs no mask, and the masked loop runs for at most one block.
 
-The list is read one step ahead of its use. Read in the same step, it would take a stage of Triton's pipeline for
-itself and leave keys and values a single buffer, so that nothing would be fetched while the matrix units work.
+The number of the next key block is loaded one step ahead. Loaded in the step that uses it, it would occupy a stage of
+Triton's pipeline and leave a single buffer for keys and values, so that no load would overlap with computation.
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import before_end, finish, nothing, scattered, visit
+from .tiles import (
+    count_full_blocks,
+    gather_rows,
+    init_softmax,
+    load_index_row,
+    load_length,
+    load_tokens,
+    split_program_id,
+    store_output,
+    update_softmax,
+)
 
 
 @triton.jit
-def forward(
+def block_sparse_kernel(
     q,
     k,
     v,
@@ -38,7 +48,7 @@ def forward(
     count_strides,
     order_strides,
     heads,
-    group,
+    group_size,
     tokens,
     scale,
     BLOCK: tl.constexpr,
@@ -46,51 +56,54 @@ def forward(
     WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Attention of one query block.
+    """Compute attention of one query block.
 
-    Pointers: q, out ``[B, H, N, D]``; k, v ``[B, Hkv, N, D]`` in the plan's order, or where TMA is set descriptors of
-    them in cells of ``[1, 1, KEYS, WIDTHS[0]]`` (k_rest, v_rest: ``WIDTHS[1]``, if there is one); lse float32
-    ``[B, H, N]``; index, count, order as in Plan, order and lengths possibly None; schedule int32 ``[B * H * Qb]``, the
-    rows in the order in which they start. The WIDTHS add up to D. ``scale`` is that of the scores times log2(e).
+    Args:
+        q, out: ``[B, H, N, D]``.
+        k, v: ``[B, Hkv, N, D]`` in the plan's order; with TMA, descriptors of tiles ``[1, 1, KEYS, WIDTHS[0]]``.
+        k_rest, v_rest: as k and v; with TMA and more than one width, descriptors of tiles of ``WIDTHS[1]`` columns.
+        lse: float32 ``[B, H, N]``.
+        index, count: as in `Plan`.
+        order, lengths: as in `Plan`; may be None.
+        schedule: int32 ``[B * H * Qb]``, the query block that each program computes.
+        group_size: H / Hkv.
+        scale: factor from scores to base-2 logarithms.
+        BLOCK: tokens in a block.
+        KEYS: keys of one step; divides BLOCK.
+        WIDTHS: columns of the tiles of a row; their sum is D.
     """
-    row = tl.load(schedule + tl.program_id(0))
-    blocks = tl.cdiv(tokens, BLOCK)
-    query_block, head, item = row % blocks, (row // blocks) % heads, row // (blocks * heads)
-    key_head = head // group
+    program = tl.load(schedule + tl.program_id(0))
+    query_block, head, item = split_program_id(program, tl.cdiv(tokens, BLOCK), heads)
+    key_head = head // group_size
 
-    place = query_block * BLOCK + tl.arange(0, BLOCK)
-    real = place < tokens
-    token = place
-    if order is not None:
-        token = tl.load(order + item * order_strides[0] + head * order_strides[1] + place, mask=real, other=0)
-    queries = scattered(q, q_strides, item, head, token, real, WIDTHS)
+    position = query_block * BLOCK + tl.arange(0, BLOCK)
+    valid = position < tokens
+    token = load_tokens(order, order_strides, item, head, position, valid)
+    queries = gather_rows(q, q_strides, item, head, token, valid, WIDTHS)
     keys, values = (k, k_rest), (v, v_rest)
 
-    end = tokens
-    if lengths is not None:
-        end = tl.load(lengths + item)
-    kept = index + item * index_strides[0] + head * index_strides[1] + query_block * index_strides[2]
-    live = tl.load(count + item * count_strides[0] + head * count_strides[1] + query_block * count_strides[2])
-    whole = before_end(kept, live, end, BLOCK)
+    end = load_length(lengths, item, tokens)
+    index_row, kept = load_index_row(index, index_strides, count, count_strides, item, head, query_block)
+    full = count_full_blocks(index_row, kept, end, BLOCK)
 
-    top, total, sums = nothing(BLOCK, WIDTHS)
+    row_max, row_sum, acc = init_softmax(BLOCK, WIDTHS)
     TILES: tl.constexpr = BLOCK // KEYS
-    steps = whole * TILES
-    start = tl.load(kept) * BLOCK
+    steps = full * TILES
+    start = tl.load(index_row) * BLOCK
     for step in range(0, steps):
-        ahead = tl.minimum(step + 1, steps - 1)
-        following = tl.load(kept + ahead // TILES) * BLOCK + ahead % TILES * KEYS
-        top, total, sums = visit(
-            queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, top, total, sums,
+        next_step = tl.minimum(step + 1, steps - 1)
+        next_start = tl.load(index_row + next_step // TILES) * BLOCK + next_step % TILES * KEYS
+        row_max, row_sum, acc = update_softmax(
+            queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, row_max, row_sum, acc,
             KEYS, WIDTHS, TMA, False,
         )  # fmt: skip
-        start = following
-    if whole < live:
-        first = tl.load(kept + whole) * BLOCK
+        start = next_start
+    if full < kept:
+        first = tl.load(index_row + full) * BLOCK
         for start in range(first, tl.minimum(first + BLOCK, end), KEYS):
-            top, total, sums = visit(
-                queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, top, total, sums,
+            row_max, row_sum, acc = update_softmax(
+                queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, row_max, row_sum, acc,
                 KEYS, WIDTHS, TMA, True,
             )  # fmt: skip
 
-    finish(out, lse, out_strides, item, head, heads, tokens, token, real, top, total, sums, WIDTHS)
+    store_output(out, lse, out_strides, item, head, heads, tokens, token, valid, row_max, row_sum, acc, WIDTHS)

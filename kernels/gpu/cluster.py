@@ -1,15 +1,15 @@
-"""The Triton programs behind `cluster`: the nearest centroid of every token, and the mean of every cluster."""
+"""Triton kernels of `planning/cluster.py`: the nearest centroid of every token, and the mean of every cluster."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .tiles import first, products, scattered, width
+from .tiles import dot_rows, gather_rows, split_program_id, tile_offset, tile_width
 
 
 @triton.jit
-def assign(
+def nearest_centroid_kernel(
     x,
     centroids,
     half_squares,
@@ -20,35 +20,39 @@ def assign(
     tokens,
     clusters,
     ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
+    CENTROIDS: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
-    """Labels of ROWS tokens. Pointers: x ``[B, H, N, D]``; centroids ``[B, H, C, D]``; half_squares, half their squared
-    lengths, float32 ``[B, H, C]``; labels int64 ``[B, H, N]``. The table of distances never leaves the registers."""
-    program = tl.program_id(0)
-    tiles = tl.cdiv(tokens, ROWS)
-    number, head, item = program % tiles, (program // tiles) % heads, program // (tiles * heads)
-    token = number * ROWS + tl.arange(0, ROWS)
-    real = token < tokens
-    points = scattered(x, x_strides, item, head, token, real, WIDTHS)
+    """Compute the labels of ROWS tokens, CENTROIDS centroids at a time. Distances are never stored.
 
-    squares = half_squares + (item * heads + head).to(tl.int64) * clusters
+    Args:
+        x: ``[B, H, N, D]``.
+        centroids: ``[B, H, C, D]``.
+        half_squares: half the squared norm of each centroid, float32 ``[B, H, C]``.
+        labels: int64 ``[B, H, N]``.
+    """
+    number, head, item = split_program_id(tl.program_id(0), tl.cdiv(tokens, ROWS), heads)
+    token = number * ROWS + tl.arange(0, ROWS)
+    valid = token < tokens
+    points = gather_rows(x, x_strides, item, head, token, valid, WIDTHS)
+
+    half_squares_row = half_squares + (item * heads + head).to(tl.int64) * clusters
     best = tl.full([ROWS], float("-inf"), tl.float32)
     label = tl.zeros([ROWS], tl.int32)
-    for start in range(0, clusters, GROUP):
-        scores = products(
-            points, (centroids,), centroids_strides, item, head, start, clusters, GROUP, WIDTHS, False, True
+    for start in range(0, clusters, CENTROIDS):
+        scores = dot_rows(
+            points, (centroids,), centroids_strides, item, head, start, clusters, CENTROIDS, WIDTHS, False, True
         )
-        there = start + tl.arange(0, GROUP)
-        scores -= tl.load(squares + there, mask=there < clusters, other=float("inf"))[None, :]
-        highest, place = tl.max(scores, 1, return_indices=True)
-        label = tl.where(highest > best, start + place, label)
-        best = tl.maximum(best, highest)
-    tl.store(labels + (item * heads + head).to(tl.int64) * tokens + token, label.to(tl.int64), mask=real)
+        cluster = start + tl.arange(0, CENTROIDS)
+        scores -= tl.load(half_squares_row + cluster, mask=cluster < clusters, other=float("inf"))[None, :]
+        tile_best, tile_label = tl.max(scores, 1, return_indices=True)
+        label = tl.where(tile_best > best, start + tile_label, label)
+        best = tl.maximum(best, tile_best)
+    tl.store(labels + (item * heads + head).to(tl.int64) * tokens + token, label.to(tl.int64), mask=valid)
 
 
 @triton.jit
-def means(
+def cluster_mean_kernel(
     x,
     order,
     edges,
@@ -61,27 +65,33 @@ def means(
     ROWS: tl.constexpr,
     WIDTHS: tl.constexpr,
 ):
-    """The mean of one cluster, or its old centroid where it is empty. Pointers: x ``[B, H, N, D]``; order and edges of
-    `Clusters`, ``[B, H, N]`` and ``[B, H, C + 1]``; old, new float32 ``[B, H, C, D]``."""
+    """Compute the mean of one cluster, or copy its old centroid if it is empty.
+
+    Args:
+        x: ``[B, H, N, D]``.
+        order, edges: as in `Clusters`, ``[B, H, N]`` and ``[B, H, C + 1]``.
+        old, new: centroids, float32 ``[B, H, C, D]``.
+    """
     program = tl.program_id(0).to(tl.int64)
-    place = program // clusters
-    head, item = place % heads, place // heads
-    bounds = edges + place * (clusters + 1) + program % clusters
+    sequence = program // clusters
+    head, item = sequence % heads, sequence // heads
+    bounds = edges + sequence * (clusters + 1) + program % clusters
     begin, end = tl.load(bounds), tl.load(bounds + 1)
     sums = ()
     for i in tl.static_range(len(WIDTHS)):
-        sums = sums + (tl.zeros([width(WIDTHS, i)], tl.float32),)
+        sums = sums + (tl.zeros([tile_width(WIDTHS, i)], tl.float32),)
     for start in range(begin, end, ROWS):
-        there = start + tl.arange(0, ROWS)
-        real = there < end
-        token = tl.load(order + place * tokens + there, mask=real, other=0)
-        rows = scattered(x, x_strides, item, head, token, real, WIDTHS)
-        added = ()
+        position = start + tl.arange(0, ROWS)
+        valid = position < end
+        token = tl.load(order + sequence * tokens + position, mask=valid, other=0)
+        rows = gather_rows(x, x_strides, item, head, token, valid, WIDTHS)
+        new_sums = ()
         for i in tl.static_range(len(WIDTHS)):
-            added = added + (sums[i] + tl.sum(rows[i].to(tl.float32), 0),)
-        sums = added
+            new_sums = new_sums + (sums[i] + tl.sum(rows[i].to(tl.float32), 0),)
+        sums = new_sums
 
-    empty, size = begin == end, tl.maximum(end - begin, 1).to(tl.float32)
+    is_empty, size = begin == end, tl.maximum(end - begin, 1).to(tl.float32)
     for i in tl.static_range(len(WIDTHS)):
-        columns = program * first(WIDTHS, len(WIDTHS)) + first(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))
-        tl.store(new + columns, tl.where(empty, tl.load(old + columns), sums[i] / size))
+        columns = tile_offset(WIDTHS, i) + tl.arange(0, tile_width(WIDTHS, i))
+        columns += program * tile_offset(WIDTHS, len(WIDTHS))
+        tl.store(new + columns, tl.where(is_empty, tl.load(old + columns), sums[i] / size))

@@ -1,6 +1,7 @@
-"""The Triton program behind `selection`: the best of one row, by bisecting for the lowest score that is kept.
+"""Triton kernel of `planning/selection.py`: the top scores of one row, by bisection for the lowest score to keep.
 
-Floats order as their bits do, so 32 halvings are exact, and a row of scores stays in registers: no sort.
+The bits of float32 numbers, read as integers, have the same order as the numbers, so 33 bisections are exact. A row of
+scores stays in registers and is not sorted.
 """
 
 from __future__ import annotations
@@ -10,44 +11,48 @@ import triton.language as tl
 
 
 @triton.jit
-def select(
+def select_top_kernel(
     scores,
     weights,
     keep,
-    wanted,
+    target,
     columns,
-    rows_alike,
-    NEAREST: tl.constexpr,
+    rows_per_weight,
+    TO_NEAREST: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Which entries of a row are its best until their weights reach what is wanted; see ``selection.best``.
+    """Keep the top entries of one row until the sum of their weights reaches its target; see `selection.select_top`.
 
-    Pointers: scores float32 ``[R, K]``; weights float32 ``[R / rows_alike, K]``, or None: 1 each; keep int8 ``[R, K]``;
-    wanted float32 ``[R]``.
+    Args:
+        scores: float32 ``[R, K]``.
+        weights: float32 ``[R / rows_per_weight, K]``; None: 1 for every score.
+        keep: int8 ``[R, K]``.
+        target: float32 ``[R]``.
+        columns: K; at most WIDTH.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    real = column < columns
-    score = tl.load(scores + row * columns + column, mask=real, other=float("-inf"))
+    valid = column < columns
+    score = tl.load(scores + row * columns + column, mask=valid, other=float("-inf"))
     if weights is None:
-        weight = tl.where(real, 1.0, 0.0)
+        weight = tl.where(valid, 1.0, 0.0)
     else:
-        weight = tl.load(weights + row // rows_alike * columns + column, mask=real, other=0.0)
-    counts = weight > 0
-    enough = tl.load(wanted + row)
+        weight = tl.load(weights + row // rows_per_weight * columns + column, mask=valid, other=0.0)
+    has_weight = weight > 0
+    row_target = tl.load(target + row)
 
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 is 0
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # replaces -0 by 0, whose bits differ
     rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    low = tl.min(tl.where(counts, rank, 0x7FFFFFFF), 0).to(tl.int64)
-    high = tl.max(tl.where(counts, rank, -0x80000000), 0).to(tl.int64) + 1
-    for _ in range(33):  # low keeps enough, high too little
+    low = tl.min(tl.where(has_weight, rank, 0x7FFFFFFF), 0).to(tl.int64)
+    high = tl.max(tl.where(has_weight, rank, -0x80000000), 0).to(tl.int64) + 1
+    for _ in range(33):  # ranks from low on reach the target, ranks from high on do not
         middle = low + (high - low) // 2
-        fits = tl.sum(tl.where(rank >= middle, weight, 0.0), 0) >= enough
-        low = tl.where(fits, middle, low)
-        high = tl.where(fits, high, middle)
-    above, equal = counts & (rank > low), counts & (rank == low)
+        reached = tl.sum(tl.where(rank >= middle, weight, 0.0), 0) >= row_target
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    above, equal = has_weight & (rank > low), has_weight & (rank == low)
     weight_above = tl.sum(tl.where(above, weight, 0.0), 0)
     before = weight_above + tl.cumsum(tl.where(equal, weight, 0.0), 0) - weight
-    wins = (before + weight / 2 <= enough) | (before <= 0) if NEAREST else before < enough
-    kept = above | (equal & wins) | (score == float("inf"))
-    tl.store(keep + row * columns + column, kept.to(tl.int8), mask=real)
+    fits = (before + weight / 2 <= row_target) | (before <= 0) if TO_NEAREST else before < row_target
+    kept = above | (equal & fits) | (score == float("inf"))
+    tl.store(keep + row * columns + column, kept.to(tl.int8), mask=valid)

@@ -1,9 +1,10 @@
-"""What the Triton kernels are made of: fetching rows, one step of the running softmax, writing rows back.
+"""Building blocks of the Triton kernels: loading rows, one step of the online softmax, storing rows.
 
-Rows of head_dim columns are tuples of tiles, as wide as WIDTHS says (`architectures.widths`). Triton's tiles are powers
-of two; and without the matrix units of Hopper the sums of a program must not be wider than it has queries, for Triton
-lays its warps over the longer side of a product. Over the columns each warp would see only a part of every row, and the
-running maximum would go through shared memory, behind barriers, at every step.
+A row of head_dim columns is a tuple of tiles whose column counts are WIDTHS (`architectures.split_head_dim`), because
+the sides of Triton's tiles are powers of two. Without the matrix units of Hopper, a tile of the output must not be
+wider than the program has queries: Triton distributes the warps of a product over its longer side. With the warps over
+the columns, each warp holds a part of every row, and the running maximum goes through shared memory, with barriers in
+every step.
 """
 
 from __future__ import annotations
@@ -15,17 +16,64 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.constexpr_function
-def width(widths, i):
+def tile_width(widths, i):
     return widths[i]
 
 
 @triton.constexpr_function
-def first(widths, i):
+def tile_offset(widths, i):
     return sum(widths[:i])
 
 
 @triton.jit
-def tile(
+def split_program_id(program, per_head, heads):
+    """Return the number within its head, head and batch item of a program; every head has ``per_head`` programs."""
+    return program % per_head, (program // per_head) % heads, program // (per_head * heads)
+
+
+@triton.jit
+def head_offset(item, head, strides):
+    """Return the offset of a head, in 64 bits for tensors of more than 2**31 elements."""
+    return item.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def load_tokens(order, strides, item, head, position, valid):
+    """Return the tokens at positions of an order ``[B, H, N]``, or the positions themselves if the order is None."""
+    token = position
+    if order is not None:
+        token = tl.load(order + item * strides[0] + head * strides[1] + position, mask=valid, other=0)
+    return token
+
+
+@triton.jit
+def load_length(lengths, item, tokens):
+    """Return the number of tokens of a batch item without padding."""
+    length = tokens
+    if lengths is not None:
+        length = tl.load(lengths + item)
+    return length
+
+
+@triton.jit
+def load_index_row(index, index_strides, count, count_strides, item, head, query_block):
+    """Return the pointer to the key blocks that a query block keeps, and their number."""
+    row = index + item * index_strides[0] + head * index_strides[1] + query_block * index_strides[2]
+    kept = tl.load(count + item * count_strides[0] + head * count_strides[1] + query_block * count_strides[2])
+    return row, kept
+
+
+@triton.jit
+def count_full_blocks(index_row, kept, end, BLOCK: tl.constexpr):
+    """Return how many of the ``kept`` blocks of an ascending row have all their keys before ``end``."""
+    full = kept
+    while (full > 0) and ((tl.load(index_row + tl.maximum(full - 1, 0)) + 1) * BLOCK > end):
+        full -= 1
+    return full
+
+
+@triton.jit
+def load_tile(
     x,
     strides,
     item,
@@ -36,50 +84,46 @@ def tile(
     WIDTHS: tl.constexpr,
     i: tl.constexpr,
     TMA: tl.constexpr,
-    CUT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Tile i of ``x[item, head, start : start + ROWS]``, zero from ``end`` on where CUT is set. x: a tuple, of tensor
-    descriptors of its tiles where TMA is set, else with a pointer in front."""
+    """Load column tile i of ``x[item, head, start : start + ROWS]``; with MASKED, rows from ``end`` on are zero.
+
+    ``x`` is a tuple: with TMA the tensor descriptors of the tiles, otherwise the pointer first.
+    """
     if TMA:
-        found = tl.reshape(x[i].load([item, head, start, first(WIDTHS, i)]), [ROWS, width(WIDTHS, i)])
-        if CUT:  # padding may hold anything, even NaN, which a weight of zero would not hide
-            found = tl.where((start + tl.arange(0, ROWS) < end)[:, None], found, tl.zeros_like(found))
+        values = tl.reshape(x[i].load([item, head, start, tile_offset(WIDTHS, i)]), [ROWS, tile_width(WIDTHS, i)])
+        if MASKED:  # padding may hold NaN, which a weight of zero would not remove
+            values = tl.where((start + tl.arange(0, ROWS) < end)[:, None], values, tl.zeros_like(values))
     else:
         rows = start + tl.arange(0, ROWS)
-        places = x[0] + begin(item, head, strides) + rows.to(tl.int64)[:, None] * strides[2]
-        places += first(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))[None, :]
-        found = tl.load(places, mask=(rows < end)[:, None], other=0.0) if CUT else tl.load(places)
-    return found
+        pointers = x[0] + head_offset(item, head, strides) + rows.to(tl.int64)[:, None] * strides[2]
+        pointers += tile_offset(WIDTHS, i) + tl.arange(0, tile_width(WIDTHS, i))[None, :]
+        values = tl.load(pointers, mask=(rows < end)[:, None], other=0.0) if MASKED else tl.load(pointers)
+    return values
 
 
 @triton.jit
-def begin(item, head, strides):
-    """Where an item's head begins; 64 bits, for tensors of more than 2**31 elements."""
-    return item.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-
-
-@triton.jit
-def before_end(kept, live, end, BLOCK: tl.constexpr):
-    """How many of the ``live`` blocks of a list, which ascends, lie before ``end`` with all their keys."""
-    whole = live
-    while (whole > 0) and ((tl.load(kept + tl.maximum(whole - 1, 0)) + 1) * BLOCK > end):
-        whole -= 1
-    return whole
-
-
-@triton.jit
-def scattered(x, strides, item, head, token, real, WIDTHS: tl.constexpr):
-    """The tiles of ``x[item, head, token]`` for tokens anywhere, zero where they are not real."""
-    places = x + begin(item, head, strides) + token.to(tl.int64)[:, None] * strides[2]
-    found = ()
+def gather_rows(x, strides, item, head, token, valid, WIDTHS: tl.constexpr):
+    """Load the column tiles of ``x[item, head, token]``; rows that are not valid are zero."""
+    pointers = x + head_offset(item, head, strides) + token.to(tl.int64)[:, None] * strides[2]
+    tiles = ()
     for i in tl.static_range(len(WIDTHS)):
-        columns = first(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))
-        found = found + (tl.load(places + columns[None, :], mask=real[:, None], other=0.0),)
-    return found
+        columns = tile_offset(WIDTHS, i) + tl.arange(0, tile_width(WIDTHS, i))
+        tiles = tiles + (tl.load(pointers + columns[None, :], mask=valid[:, None], other=0.0),)
+    return tiles
 
 
 @triton.jit
-def products(
+def zero_rows(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    """Return float32 column tiles of zeros."""
+    tiles = ()
+    for i in tl.static_range(len(WIDTHS)):
+        tiles = tiles + (tl.zeros([ROWS, tile_width(WIDTHS, i)], tl.float32),)
+    return tiles
+
+
+@triton.jit
+def dot_rows(
     rows,
     x,
     strides,
@@ -90,29 +134,26 @@ def products(
     ROWS: tl.constexpr,
     WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
-    CUT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Every row of a tuple of tiles times ``x[item, head, start : start + ROWS]``."""
-    found = tl.dot(
-        rows[0], tile(x, strides, item, head, start, end, ROWS, WIDTHS, 0, TMA, CUT).T, input_precision="ieee"
-    )
+    """Return the dot products of ``rows``, a tuple of column tiles, and ``x[item, head, start : start + ROWS]``."""
+    first = load_tile(x, strides, item, head, start, end, ROWS, WIDTHS, 0, TMA, MASKED)
+    scores = tl.dot(rows[0], first.T, input_precision="ieee")
     for i in tl.static_range(1, len(WIDTHS)):
-        columns = tile(x, strides, item, head, start, end, ROWS, WIDTHS, i, TMA, CUT)
-        found = tl.dot(rows[i], columns.T, found, input_precision="ieee")
-    return found
+        columns = load_tile(x, strides, item, head, start, end, ROWS, WIDTHS, i, TMA, MASKED)
+        scores = tl.dot(rows[i], columns.T, scores, input_precision="ieee")
+    return scores
 
 
 @triton.jit
-def nothing(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
-    """Before the first key: maximum, sum of weights, and weighted sums of the values of ROWS queries."""
-    sums = ()
-    for i in tl.static_range(len(WIDTHS)):
-        sums = sums + (tl.zeros([ROWS, width(WIDTHS, i)], tl.float32),)
-    return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), sums
+def init_softmax(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
+    """Return the state of the online softmax of ROWS queries before the first key: running maximum, sum of weights and
+    weighted sum of values."""
+    return tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32), zero_rows(ROWS, WIDTHS)
 
 
 @triton.jit
-def visit(
+def update_softmax(
     queries,
     k,
     v,
@@ -123,35 +164,38 @@ def visit(
     start,
     end,
     scale,
-    top,
-    total,
-    sums,
+    row_max,
+    row_sum,
+    acc,
     KEYS: tl.constexpr,
     WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
-    CUT: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """Take one tile of keys into the running softmax; CUT: hide those from ``end`` on, all of them perhaps. Base 2."""
-    scores = products(queries, k, k_strides, item, head, start, end, KEYS, WIDTHS, TMA, CUT)
-    if CUT:
+    """Add KEYS keys from ``start`` to the online softmax, in base 2, and return its new state.
+
+    With MASKED, keys from ``end`` on are hidden, which may be all of them.
+    """
+    scores = dot_rows(queries, k, k_strides, item, head, start, end, KEYS, WIDTHS, TMA, MASKED)
+    if MASKED:
         scores = tl.where((start + tl.arange(0, KEYS) < end)[None, :], scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1) * scale)
-    base = higher
-    if CUT:
-        base = tl.where(higher == float("-inf"), 0.0, higher)
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    base = new_max
+    if MASKED:
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
     weights = tl.exp2(scores * scale - base[:, None])
-    shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(weights, 1)
-    added = ()
+    rescale = tl.exp2(row_max - base)
+    row_sum = row_sum * rescale + tl.sum(weights, 1)
+    new_acc = ()
     for i in tl.static_range(len(WIDTHS)):
-        values = tile(v, v_strides, item, head, start, end, KEYS, WIDTHS, i, TMA, CUT)
-        shrunk = sums[i] * shrink[:, None]
-        added = added + (tl.dot(weights.to(values.dtype), values, shrunk, input_precision="ieee"),)
-    return higher, total, added
+        values = load_tile(v, v_strides, item, head, start, end, KEYS, WIDTHS, i, TMA, MASKED)
+        rescaled = acc[i] * rescale[:, None]
+        new_acc = new_acc + (tl.dot(weights.to(values.dtype), values, rescaled, input_precision="ieee"),)
+    return new_max, row_sum, new_acc
 
 
 @triton.jit
-def finish(
+def store_output(
     out,
     lse,
     out_strides,
@@ -160,17 +204,17 @@ def finish(
     heads,
     tokens,
     token,
-    real,
-    top,
-    total,
-    sums,
+    valid,
+    row_max,
+    row_sum,
+    acc,
     WIDTHS: tl.constexpr,
 ):
-    """Write the rows of the output and their LSE, natural, to where their tokens are."""
-    share = tl.where(total > 0, 1 / total, 0.0)[:, None]
-    rows = out + begin(item, head, out_strides) + token.to(tl.int64)[:, None] * out_strides[2]
+    """Store the normalized output and the natural log-sum-exp of the queries ``token``."""
+    factor = tl.where(row_sum > 0, 1 / row_sum, 0.0)[:, None]
+    pointers = out + head_offset(item, head, out_strides) + token.to(tl.int64)[:, None] * out_strides[2]
     for i in tl.static_range(len(WIDTHS)):
-        columns = first(WIDTHS, i) + tl.arange(0, width(WIDTHS, i))
-        tl.store(rows + columns[None, :], (sums[i] * share).to(out.dtype.element_ty), mask=real[:, None])
+        columns = tile_offset(WIDTHS, i) + tl.arange(0, tile_width(WIDTHS, i))
+        tl.store(pointers + columns[None, :], (acc[i] * factor).to(out.dtype.element_ty), mask=valid[:, None])
     lse_row = lse + (item.to(tl.int64) * heads + head) * tokens
-    tl.store(lse_row + token, (top + tl.log2(total)) * LN2, mask=real)
+    tl.store(lse_row + token, (row_max + tl.log2(row_sum)) * LN2, mask=valid)

@@ -1,1 +1,1 @@
-"""Kernels that plan: attention mass of blocks, k-means, top-k selection."""
+"""Kernels for planning: attention mass of blocks, k-means, top-k selection."""

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 import dit_sparse as ds
 import tiny_pipelines as tiny
 from dit_sparse.engine.intercept import is_intercepted
-from dit_sparse.kernels.calibration import Cost
+from dit_sparse.kernels.calibration import CostModel
 from dit_sparse.kernels.pick import Choice
 from sparse_pipelines import (
     APART,
@@ -332,7 +332,7 @@ def test_the_content_of_padding_does_not_matter(method):
 @pytest.fixture
 def executors_are_quick(monkeypatch):
     monkeypatch.setattr(
-        "dit_sparse.kernels.pick.cost_model", lambda name, kind: Cost(100.0 if name == "dense" else 0.0, 0.0, 1e-9)
+        "dit_sparse.kernels.pick.cost_model", lambda name, kind: CostModel(100.0 if name == "dense" else 0.0, 0.0, 1e-9)
     )
 
 
@@ -353,21 +353,22 @@ def test_short_sequences_stay_dense(stock, executor, executors_are_quick):
 def test_auto_stays_dense_where_that_is_faster(name, dynamic, monkeypatch):
     """By measured costs, which are set here; unless a length from which on to be sparse is given."""
     stock, method, plain = built(name), Drifting() if dynamic else "radial", dense_latents(name)
-    costs = {"dense": Cost(0.0, 0.0, 1e-9)}
-    monkeypatch.setattr("dit_sparse.kernels.pick.cost_model", lambda name, kind: costs.get(name, Cost(1.0, 0.0, 1e-9)))
+    costs = {"dense": CostModel(0.0, 0.0, 1e-9)}
+    slow = CostModel(1.0, 0.0, 1e-9)
+    monkeypatch.setattr("dit_sparse.kernels.pick.cost_model", lambda name, _: costs.get(name, slow))
     settings = dict(dense_steps=0, block=16)
     with ds.enable(stock.pipe, method, **settings) as run:
         assert latents(stock).equal(plain)
     report, reason = run.report(), "faster here, by what was measured"
     assert report.sparse_calls == 0 and report.dense_calls == {reason: STEPS * calls_per_step(stock)}
-    assert reason in str(report) and all(choice.startswith("dense: estimated") for choice in report.choices)
+    assert reason in str(report) and all(choice.startswith("dense: lowest estimated cost") for choice in report.choices)
     if dynamic:
         planned = [(site.layer, site.branch) for site, _ in method.log]
         assert 0 < len(planned) == len(set(planned)) <= 2 * layers(stock), "the plans of one step, then no more"
     with ds.enable(stock.pipe, method, min_tokens=0, **settings) as run:
         latents(stock)
     assert run.report().dense_calls == {}
-    costs["dense"] = Cost(100.0, 0.0, 1e-9)
+    costs["dense"] = CostModel(100.0, 0.0, 1e-9)
     with ds.enable(stock.pipe, method, **settings) as run:
         latents(stock)
     assert run.report().dense_calls == {} and all(name in {"cpu", "gather"} for name in run.report().executors)
@@ -385,7 +386,7 @@ class OfDensity(ds.Method):
 
 def test_what_auto_chooses_for_a_clip_does_not_depend_on_the_clip_before(monkeypatch):
     stock, costs, method = built("wan"), {"dense": 0.7, "gather": 1.0, "cpu": 2.0}, OfDensity()
-    monkeypatch.setattr("dit_sparse.kernels.pick.cost_model", lambda name, kind: Cost(0.0, 0.0, costs[name]))
+    monkeypatch.setattr("dit_sparse.kernels.pick.cost_model", lambda name, kind: CostModel(0.0, 0.0, costs[name]))
     with ds.enable(stock.pipe, method, dense_steps=0, block=16) as run:
         for density, dense, sparse_ in ((0.9, 1, 0), (0.1, 1, 1), (0.9, 2, 1)):
             method.now.append(density)
@@ -436,9 +437,9 @@ def test_dense_steps_are_untouched_for_the_baseline_and_a_named_executor(method,
 
 def test_dense_steps_are_untouched_where_an_executor_is_no_faster(monkeypatch):
     stock, plain = built("hunyuan_video"), dense_latents("hunyuan_video")
-    costs = {"dense": Cost(0.0, 0.0, 1e-9)}
+    costs = {"dense": CostModel(0.0, 0.0, 1e-9)}
     monkeypatch.setattr(
-        "dit_sparse.kernels.pick.cost_model", lambda name, kind: costs.get(name, Cost(0.0, 0.0, 1.1e-9))
+        "dit_sparse.kernels.pick.cost_model", lambda name, kind: costs.get(name, CostModel(0.0, 0.0, 1.1e-9))
     )
     with sparse(stock, **ALL_DENSE) as run:
         assert latents(stock).equal(plain)
