@@ -1,16 +1,14 @@
-"""One paper, one file. This table is what the CLI, the tests, the demo and the README read."""
+"""Methods, one file a paper. The CLI, the demo, the tests and the README read the table ``METHODS``."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import fields
-from functools import reduce
-from operator import or_
 from typing import Any
 
-from ..budget import Above, Mass, Top
 from ..composition import Cached, PerHead
-from ..method import Method, Union
+from ..method import Method
+from ..notation.parser import parse
+from ..notation.registry import Registry
+from ..notation.syntax import write
 from .adaspa import AdaSpa
 from .asa import ASA
 from .dense import Dense
@@ -53,7 +51,7 @@ METHODS: dict[str, type[Method]] = {
     "rettention": Rettention,
 }
 
-# What papers mix: candidates for the heads of a profile, and names like all others.
+# Components of papers and compositions; they have names, and the components are candidates for the heads of a profile.
 PARTS: dict[str, type[Method]] = {
     "svg.spatial": Band,
     "svg.temporal": Temporal,
@@ -63,53 +61,27 @@ PARTS: dict[str, type[Method]] = {
     "per_head": PerHead,
 }
 
-_VALUES = {cls.__name__: cls for cls in (*METHODS.values(), *PARTS.values(), Union, Top, Mass, Above)}
+REGISTRY = Registry(METHODS, PARTS)
 
 
-def method(name: str, **settings: Any) -> Method:
-    """The method of that name with these settings; also ``a|b``, all that either pattern keeps, and ``outer(inner)``, a
-    method around another one. A density is then the whole's.
+def method(text: str, /, **settings: Any) -> Method:
+    """Return the method that a text describes.
+
+    Args:
+        text: such as ``radial(sink=true)|sink`` or ``cached(svg2, every=3)``, see `dit_sparse.notation.parser`.
+        settings: further settings of the outermost method; of a union, of its first pattern.
 
     Raises:
-        ValueError: an unknown name, an unknown setting, or a value out of range; the message lists what there is.
+        ValueError: the text cannot be read, a name or setting is unknown, or a value is invalid.
     """
-    if nested := re.fullmatch(r"(\w+)\((.+)\)", name):
-        return method(nested[1], inner=method(nested[2]), **settings)
-    parts = [part.strip() for part in name.split("|")]
-    if len(parts) > 1:
-        return method(parts[0], **settings) | reduce(or_, map(method, parts[1:]))
-    if name not in METHODS | PARTS:
-        raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
-    cls = (METHODS | PARTS)[name]
-    known = [field.name for field in fields(cls)]
-    if unknown := [key for key in settings if key not in known]:
-        raise ValueError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(known)}")
-    if name in ("cached", "per_head") and not {"inner", "methods"} & set(settings):
-        raise ValueError(f"{name} is made of other methods: write cached(NAME), or use dit_sparse.PerHead")
-    try:
-        return cls(**{key: _revived(value) for key, value in settings.items()})
-    except TypeError as error:
-        raise ValueError(f"{name} cannot have these settings: {error}") from None
+    return REGISTRY.build(parse(text), settings)
+
+
+def method_text(method: Method) -> str:
+    """Return the canonical text of a method, which `method` reads back."""
+    return write(REGISTRY.node(method))
 
 
 def name_of(method: Method) -> str:
-    """The name that makes such a method; the class's own name for one that is not in the tables."""
-    if isinstance(method, Union):
-        return "|".join(map(name_of, method.parts))
-    names = (name for name, cls in (METHODS | PARTS).items() if cls is type(method))
-    name = next(names, type(method).__name__)
-    usual = getattr(type(method), "inner", None)
-    inner = getattr(method, "inner", usual)
-    return name if type(inner) is type(usual) else f"{name}({name_of(inner)})"
-
-
-def _revived(value: Any) -> Any:
-    """What `Method.settings` made plain: budgets, methods and tuples again."""
-    if isinstance(value, list):
-        return tuple(map(_revived, value))
-    if isinstance(value, dict):
-        name, settings = next(iter(value.items()), (None, None))
-        if name not in _VALUES or len(value) > 1 or not isinstance(settings, dict):
-            raise ValueError(f"{value} is neither a method nor a budget such as {{'Top': {{'density': 0.2}}}}")
-        return _VALUES[name](**{key: _revived(part) for key, part in settings.items()})
-    return value
+    """Return the canonical text of a method without its density, which reports give separately."""
+    return write(REGISTRY.node(method, with_density=False))

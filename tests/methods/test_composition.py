@@ -127,13 +127,13 @@ def test_settings_of_a_composition_travel_as_json(name):
 def test_wrong_compositions_are_named():
     for name, words in (
         ("radial|nope", "no method 'nope'"),
-        ("radial(window)", "radial has no setting 'inner'"),
+        ("radial(window)", "settings of radial are written NAME=VALUE, got 'window'"),
         ("rettention(pooled)", "would both correct"),
         ("rettention(cached(pooled))", "would both correct"),
         ("window|sink", "different token orders"),
-        ("cached", "write cached(NAME)"),
-        ("per_head", "made of other methods"),
-        ("radial|cached", "write cached(NAME)"),
+        ("cached", "write cached(METHOD)"),
+        ("per_head", "per_head needs methods"),
+        ("radial|cached", "write cached(METHOD)"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             method(name, density=0.3)
@@ -142,14 +142,14 @@ def test_wrong_compositions_are_named():
 @pytest.mark.parametrize(
     "name, given, words",
     [
-        ("radial", {"static": True}, "radial has no setting 'static'; it has density, decay"),
-        ("radial", {"density": "x"}, "radial cannot have these settings"),
+        ("radial", {"static": True}, "radial has no setting 'static'"),
+        ("radial", {"density": "x"}, "density of radial must be a number or none, got 'x'"),
         ("pooled", {"inner": {"Foo": {}}}, "neither a method nor a budget"),
         ("pooled", {"inner": {"Radial": 3}}, "neither a method nor a budget"),
         ("pooled", {"inner": {}}, "neither a method nor a budget"),
-        ("pooled", {"inner": "radial"}, "inner is a dit_sparse.Method, not str"),
-        ("sol", {"budget": 3}, "a budget is Top, Mass or Above"),
-        ("per_head", {"methods": [["a", 3]], "layers": ["a"]}, "pairs of a letter and a dit_sparse.Method"),
+        ("pooled", {"inner": 3}, "inner of pooled must be a method, got 3"),
+        ("sol", {"budget": 3}, "budget of sol must be a budget such as top(0.2) or none, got 3"),
+        ("per_head", {"methods": [["a", 3]], "layers": ["a"]}, "methods of per_head must be a tuple"),
         ("per_head", {"methods": [["a", {"SVG2": {}}]], "layers": ["a"]}, "SVG2 makes clusters"),
         ("per_head", {"methods": [], "layers": []}, "at least one layer"),
         ("sink", {"frames": float("nan")}, "more than 0 frames"),

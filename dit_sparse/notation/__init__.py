@@ -1,0 +1,1 @@
+"""The text form of methods: grammar, syntax tree and type checks of settings."""

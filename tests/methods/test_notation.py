@@ -1,0 +1,250 @@
+"""The text form of methods: what is read, what is written, and that both agree."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from types import UnionType
+from typing import get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dit_sparse import Above, Cached, Grid, Mass, Method, PerHead, Top
+from dit_sparse.method import Union
+from dit_sparse.methods import METHODS, PARTS, method, method_text, name_of
+from dit_sparse.methods.pooled import Pooled
+from dit_sparse.methods.radial import Radial
+from dit_sparse.methods.sink import Sink
+from dit_sparse.notation.parser import parse, parse_value
+from dit_sparse.notation.syntax import nodes, split_list, write
+
+# --- random methods
+
+
+def numbers(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False)
+
+
+BUDGETS = st.one_of(
+    st.builds(Top, numbers(0.01, 1)),
+    st.builds(Mass, numbers(0.01, 1), least=numbers(0, 0.3), most=numbers(0.4, 1)),
+    st.builds(Above, st.floats(allow_nan=False)),
+)
+SMALL = {int: st.integers(1, 2**40), float: numbers(0.01, 1), bool: st.booleans(), type(None): st.none()}
+
+
+def values_of(hint: object) -> st.SearchStrategy:
+    if Top in get_args(hint):
+        return st.none() | BUDGETS
+    if get_origin(hint) is UnionType:
+        return st.one_of(*map(values_of, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return st.tuples(*map(values_of, get_args(hint)))
+    return SMALL[hint]
+
+
+@st.composite
+def plain_methods(draw, among: tuple[str, ...]) -> Method:
+    """A method that holds no other one, with random settings."""
+    cls = (METHODS | PARTS)[draw(st.sampled_from(among))]
+    hints = get_type_hints(cls)
+    names = draw(st.sets(st.sampled_from([f.name for f in fields(cls) if f.name not in ("density", "inner")] or [""])))
+    chosen = {name: draw(values_of(hints[name])) for name in sorted(names - {""})}
+    if chosen.get("budget") is None and draw(st.booleans()):
+        chosen["density"] = draw(numbers(0.01, 1))
+    try:
+        return cls(**chosen)
+    except ValueError:  # settings that exclude each other
+        return cls()
+
+
+PLAIN = tuple(
+    name
+    for name, cls in (METHODS | PARTS).items()
+    if not {"inner", "methods"} & {field.name for field in fields(cls)} and name != "vdit.skip"  # changes the output
+)
+
+
+def unions(parts: st.SearchStrategy) -> st.SearchStrategy:
+    return st.tuples(parts, parts).map(lambda pair: pair[0] | pair[1])
+
+
+ORDERED_ALIKE = plain_methods(("radial", "sink", "svg.spatial"))
+UNIONS = st.recursive(ORDERED_ALIKE, unions, max_leaves=5) | st.builds(
+    Union, parts=st.tuples(ORDERED_ALIKE, ORDERED_ALIKE, ORDERED_ALIKE), density=st.none() | numbers(0.1, 1)
+)
+SIMPLE = plain_methods(PLAIN) | UNIONS
+CACHED = st.builds(Cached, inner=SIMPLE, every=st.none() | st.integers(1, 9), drift=st.none() | numbers(0, 2))
+WRAPPED = CACHED | st.builds(Pooled, inner=SIMPLE | CACHED, variance=st.booleans(), density=st.none())
+BLOCKS = SIMPLE.filter(lambda one: not one.clusters)
+PER_HEAD = st.builds(lambda a, b: PerHead(methods=(("a", a), ("b", b)), layers=("ab", "ba")), BLOCKS, BLOCKS)
+
+
+@settings(max_examples=300)
+@given(SIMPLE | WRAPPED | PER_HEAD)
+def test_a_text_is_read_as_the_method_that_it_was_written_for(one):
+    text = method_text(one)
+    assert method(text) == one
+    assert method_text(method(text)) == text, "the text is canonical"
+    assert write(parse(text)) == text
+
+
+@given(SIMPLE | WRAPPED)
+def test_a_name_is_the_text_without_the_density(one):
+    """`name_of` and the density that a report gives next to it make the method again."""
+    settings = {} if one.density is None else {"density": one.density}
+    assert method(name_of(one), **settings) == one
+
+
+@given(st.text(max_size=40) | st.text("radialsinkcached()=,|.019 -\"'ep:none", max_size=40))
+def test_any_text_is_a_method_or_one_sentence(text):
+    for read in (method, parse, parse_value):
+        try:
+            read(text)
+        except ValueError as error:
+            assert str(error) and "\n" not in str(error) and len(str(error)) < 400
+
+
+# --- what is read
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("radial( sink = true ,decay=0.2,)", Radial(sink=True, decay=0.2)),
+        ("radial(sink=True, floor=2)", Radial(sink=True, floor=2.0)),
+        ("radial|sink", Radial() | Sink()),
+        ("radial(density=0.3)|sink(frames=2)", Radial(density=0.3) | Sink(frames=2.0)),
+        ("(radial|sink)|sink", (Radial() | Sink()) | Sink()),
+        ("radial|sink|sink", Radial() | (Sink() | Sink())),
+        ("cached(svg2, every=3)", Cached(inner=method("svg2"), every=3)),
+        ("cached(inner=svg2, every=3)", Cached(inner=method("svg2"), every=3)),
+        ("rettention(svg2(first=4), every=7)", method("rettention", inner=method("svg2", first=4), every=7)),
+        ("asa(budget=top(0.2))", method("asa", budget=Top(0.2))),
+        ("asa(budget=mass(0.9, least=0.1))", method("asa", budget=Mass(0.9, least=0.1))),
+        ("asa(budget=mass(share=0.9))", method("asa", budget=Mass(0.9))),
+        ("sol(budget=above(0))", method("sol", budget=Above(0.0))),
+        ("neighborhood(stride=(1,2,2))", method("neighborhood", stride=(1, 2, 2))),
+        ("adaspa(every=3, rows=none)", method("adaspa", every=3, rows=None)),
+        ("svg.temporal(width=1e-1)", method("svg.temporal", width=0.1)),
+    ],
+)
+def test_texts_of_methods(text, expected):
+    assert method(text) == expected and method(method_text(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("radial()", "radial"),
+        ("radial(decay=0.95, sink=true)", "radial(sink=true)"),
+        ("pooled(radial)", "pooled"),
+        ("cached(svg2(density=0.2),every=3)", "cached(svg2, density=0.2, every=3)"),
+        ("(radial)|sink(frames=2)", "radial|sink(frames=2.0)"),
+        ("asa(budget=mass(share=.9, most=1))", "asa(budget=mass(0.9))"),
+    ],
+)
+def test_equal_methods_have_one_text(text, canonical):
+    assert method_text(method(text)) == canonical
+
+
+def test_settings_may_be_given_next_to_the_text():
+    assert method("radial(sink=true)", decay=0.2) == Radial(sink=True, decay=0.2)
+    assert method("radial(sink=true)|sink", density=0.3) == Radial(sink=True, density=0.3) | Sink()
+    assert method("asa", budget="mass(0.9)") == method("asa(budget=mass(0.9))")
+    assert method("pooled", inner="svg(samples=8)") == method("pooled(svg(samples=8))")
+    with pytest.raises(ValueError, match="decay of radial is given twice"):
+        method("radial(decay=0.2)", decay=0.2)
+
+
+def test_numbers_become_the_type_of_the_field():
+    assert type(method("radial(decay=1)").decay) is float and type(method("radial(near=2)").near) is int
+    assert type(method("adaspa(every=3)").every) is int
+
+
+def test_lists_are_split_outside_parentheses_and_quotes():
+    text = 'radial|sink@0.3, rettention(svg2(first=4), every=5), profile:"a, b.json", neighborhood(stride=(1,2,2))@own'
+    assert split_list(text) == [
+        "radial|sink@0.3",
+        "rettention(svg2(first=4), every=5)",
+        'profile:"a, b.json"',
+        "neighborhood(stride=(1,2,2))@own",
+    ]
+    assert split_list("svg@0.3", "@") == ["svg", "0.3"] and split_list('profile:"a@b"', "@") == ['profile:"a@b"']
+
+
+@pytest.mark.parametrize(
+    "path", ["wan2.1-14b", "a/b c.json", "../x.json", "C:\\x.json", "a, (b).json", 'say "hi"', " x"]
+)
+def test_profiles_have_a_text(path):
+    (node,) = nodes(parse(write(parse(f"profile:{write(path)}"))))
+    assert node.name == path and write(parse(f"cached(profile:{write(path)}, every=3)")).startswith("cached(profile:")
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "expected a method (character 1)"),
+        ("radial(decay=)", "expected a value (character 14)"),
+        ("radial(decay=1", "expected ',' or ')' (character 15)"),
+        ("radial)", "expected the end of the text (character 7)"),
+        ("radial sink", "expected the end of the text (character 8)"),
+        ("radial(decay=1, decay=2)", "decay is given twice (character 17)"),
+        ("radial(sink=true, 3)", "expected NAME=VALUE (character 19)"),
+        ("radial(near=99999999999999999999)", "does not fit into 64 bits"),
+        (f"radial(near={'9' * 5000})", "does not fit into 64 bits"),
+        ('per_head(layers="', "unclosed string (character 17)"),
+        ("radial\n\0", "unexpected character"),
+        ("ünicode", "unexpected character"),
+        ("profile:", "expected the name or path of a profile"),
+        ("3|radial", "only methods can be joined with |"),
+        ("pooled(" * 10_000, "nested more than 32 levels deep"),
+        ("radial|" * 10_000, "nested more than 32 levels deep"),
+        ("(" * 100_000, "nested more than 32 levels deep"),
+        ("radail", "no method 'radail'; did you mean 'radial'?"),
+        ("Radial", "no method 'Radial'; did you mean 'radial'?"),
+        ("pooled(radail)", "no method 'radail'; did you mean 'radial'?"),
+        ("zzz", "no method 'zzz'; there are dense, random_blocks"),
+        ("radial(dekay=1)", "radial has no setting 'dekay'; did you mean 'decay'?"),
+        ("asa(budget=masss(0.9))", "no budget 'masss'; did you mean 'mass'?"),
+        ("asa(budget=mass(0.9, leest=0.1))", "mass has no setting 'leest'; did you mean 'least'?"),
+        ("asa(budget=radial)", "no budget 'radial'; there are top, mass, above"),
+        ("asa(budget=0.3)", "budget of asa must be a budget such as top(0.2) or none, got 0.3"),
+        ("asa(budget=mass)", "mass needs share: write mass(share=VALUE)"),
+        ("cached", "cached needs inner: write cached(METHOD)"),
+        ("cached(svg(density=0.2), density=0.3)", "density is given twice: 0.3 for cached and 0.2 inside it"),
+        ("radial(0.2)", "settings of radial are written NAME=VALUE, got '0.2' without a name"),
+        ("radial(decay='x')", "decay of radial must be a number, got 'x'"),
+        ("radial(decay=x)", "decay of radial must be a number, got 'x'"),
+        ("radial(decay=true)", "decay of radial must be a number, got True"),
+        ("radial(near=1.5)", "near of radial must be a whole number, got 1.5"),
+        ("radial(sink=1)", "sink of radial must be true or false, got 1"),
+        ("neighborhood(stride=(1,2))", "stride of neighborhood must be a tuple of 3 values (each a whole number)"),
+        ("adaspa(every=x)", "every of adaspa must be a number, got 'x'"),
+        ("adaspa(rows=2.5)", "rows of adaspa must be a whole number or none, got 2.5"),
+        ("profile:shapes-wan", "a profile needs the model that it is made for"),
+    ],
+)
+def test_what_cannot_be_a_method_is_one_sentence(text, words):
+    with pytest.raises(ValueError) as error:
+        method(text)
+    assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_every_setting_is_checked_against_its_field():
+    for name, cls in (METHODS | PARTS).items():
+        for field in fields(cls):
+            with pytest.raises(ValueError, match=f"{field.name} of {name} must be"):
+                method(name, **{field.name: object()})
+        if all(field.default is not MISSING for field in fields(cls)):
+            assert method(name, **{f.name: getattr(cls(), f.name) for f in fields(cls)}) == cls()
+
+
+def test_values_of_settings():
+    assert parse_value("(1, -2.5, true, none, 'x')") == (1, -2.5, True, None, "x")
+    assert parse_value("(1,)") == (1,) and parse_value("(1)") == 1 and parse_value("()") == ()
+    assert Grid.parse("1x2x3").tokens == 6 and parse_value("-inf") == float("-inf")
