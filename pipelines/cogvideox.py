@@ -1,18 +1,18 @@
-"""CogVideoX 1.0 and 1.5: text and video attend jointly, text before the video."""
+"""CogVideoX 1.0 and 1.5: joint self-attention over text and video tokens, text first."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, Shape, stock_pipeline
+from dit_sparse.pipelines.family import Family, GridShape, pipeline_class
 
 
-def _grid(config: Mapping, arguments: Mapping) -> Shape:
-    """Latents ``[B, F, C, H, W]``; version 1.5 also joins frames, and pads them to a whole patch."""
+def _grid(config: Mapping, arguments: Mapping) -> GridShape:
+    """Return the grid of latents ``[B, F, C, H, W]``. Version 1.5 patches frames too and pads the last patch."""
     _, frames, _, height, width = arguments["hidden_states"].shape
-    side, depth = config["patch_size"], config["patch_size_t"] or 1
-    return -(-frames // depth), height // side, width // side
+    patch, patch_frames = config["patch_size"], config["patch_size_t"] or 1
+    return -(-frames // patch_frames), height // patch, width // patch
 
 
 FAMILY = Family(
@@ -27,4 +27,4 @@ FAMILY = Family(
 
 @cache
 def __getattr__(name: str) -> type:
-    return stock_pipeline(__name__, FAMILY, name)
+    return pipeline_class(__name__, FAMILY, name)

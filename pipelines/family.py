@@ -1,7 +1,7 @@
-"""What is to be known of a model family: which modules are self-attention, and where the token grid is read.
+"""Family: what an adapter declares about one family of diffusers transformers.
 
-A family names its diffusers classes by string, so importing one imports nothing heavy. The mathematics of a method
-never asks which family runs.
+To add a family, write ``pipelines/<name>.py`` with a module-level ``FAMILY = Family(...)`` and add the name to
+``FAMILIES``. Adapters refer to diffusers classes by name, so importing one does not import diffusers.
 """
 
 from __future__ import annotations
@@ -9,71 +9,90 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 
 FAMILIES = ("wan", "hunyuan_video", "cogvideox", "mochi", "ltx")
 
-Shape = tuple[int, int, int]
+GridShape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family of diffusers transformers.
+    """A family of diffusers transformers.
 
     Attributes:
-        name: the file's name.
-        transformers: class names of its transformers.
-        sites: regular expression over module names that finds the self-attention modules, and nothing else.
-        grid: frames, height and width of the video tokens, from the transformer's config and its call's arguments.
-        text: on which side of the video tokens the text stands in self-attention; None: it is not there.
-        pipelines: class names of its diffusers pipelines.
+        name: name of the adapter's file.
+        transformers: class names of the transformers.
+        sites: regular expression that matches the full module names of all video self-attention modules and of no
+            other module.
+        grid: ``grid(config, arguments) -> (frames, height, width)``, the number of video tokens along each axis.
+            ``config`` is the transformer's config; ``arguments`` are the bound arguments of its forward call.
+        text: position of the text tokens in self-attention: ``"before"`` or ``"after"`` the video tokens, or None if
+            self-attention has no text tokens.
+        pipelines: class names of the diffusers pipelines.
     """
 
     name: str
     transformers: tuple[str, ...]
     sites: str
-    grid: Callable[[Mapping, Mapping], Shape]
+    grid: Callable[[Mapping, Mapping], GridShape]
     text: str | None = None
     pipelines: tuple[str, ...] = ()
 
 
 def family_of(transformer: object) -> Family | None:
-    """The family a transformer belongs to, by its class's name or a parent's; None when nobody knows it."""
-    names = {cls.__name__ for cls in type(transformer).__mro__}
+    """Return the family of a transformer by the names of its class and base classes, or None if no adapter exists."""
+    class_names = {cls.__name__ for cls in type(transformer).__mro__}
     families = (importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in FAMILIES)
-    return next((family for family in families if names & set(family.transformers)), None)
+    return next((family for family in families if class_names & set(family.transformers)), None)
 
 
-def channels_first(arguments: Mapping, patch: Shape) -> Shape:
-    """Latents ``[B, C, F, H, W]`` cut into patches; a last patch that is not full is dropped, as Conv3d drops it."""
+def patch_grid(arguments: Mapping, patch: GridShape) -> GridShape:
+    """Return the token grid of latents ``[B, C, F, H, W]``.
+
+    Args:
+        arguments: the arguments of the transformer call, with the latents under ``hidden_states``.
+        patch: size of a patch in latent frames, rows and columns. A partial last patch is dropped, as Conv3d does.
+    """
     frames, height, width = arguments["hidden_states"].shape[-3:]
     return frames // patch[0], height // patch[1], width // patch[2]
 
 
-class SetAttnProcessor:
-    """Gives a pipeline ``set_attn_processor``, the habit of diffusers' models. ``sparse_run`` is what runs now."""
+class SetAttnProcessorMixin:
+    """Adds ``set_attn_processor`` to a pipeline, as diffusers models have it.
+
+    Attributes:
+        sparse_run: the active run, or None.
+    """
 
     sparse_run = None
 
     def set_attn_processor(self, processor) -> None:
-        """``processor``: a ``dit_sparse.SparseAttnProcessor``; None: back to the model's own processors, bit for bit;
-        any other diffusers processor is handed to every transformer."""
+        """Set the attention processor of every transformer of the pipeline and end the active run.
+
+        Args:
+            processor: a ``dit_sparse.SparseAttnProcessor``, a diffusers processor, or None to restore the model's own
+                processors.
+        """
         if self.sparse_run is not None:
             self.sparse_run.disable()
             self.__dict__["sparse_run"] = None
         if hasattr(processor, "attach"):
             self.__dict__["sparse_run"] = processor.attach(self)
         elif processor is not None:
-            for name, part in self.components.items():
-                if name.startswith("transformer") and part is not None:
-                    part.set_attn_processor(processor)
+            for name, component in self.components.items():
+                if name.startswith("transformer") and component is not None:
+                    component.set_attn_processor(processor)
 
 
-def stock_pipeline(module: ModuleType | str, family: Family, name: str) -> type:
-    """diffusers' own pipeline class of that name with ``set_attn_processor`` added; made when first asked for."""
+def pipeline_class(module: str, family: Family, name: str) -> type:
+    """Return a subclass of the diffusers pipeline ``name`` that has ``set_attn_processor``.
+
+    Raises:
+        AttributeError: the family has no pipeline of that name.
+    """
     if name not in family.pipelines:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     import diffusers
 
     doc = f"diffusers.{name} with ``set_attn_processor``."
-    return type(name, (SetAttnProcessor, getattr(diffusers, name)), {"__module__": module, "__doc__": doc})
+    return type(name, (SetAttnProcessorMixin, getattr(diffusers, name)), {"__module__": module, "__doc__": doc})

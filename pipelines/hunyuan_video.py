@@ -1,17 +1,19 @@
-"""HunyuanVideo: video and text attend jointly, text after the video, its padding at the very end. The text refiner
-inside the context embedder stays dense."""
+"""HunyuanVideo: joint self-attention over video and text tokens, text last and padded at the end.
+
+The text refiner in the context embedder stays dense.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, channels_first, stock_pipeline
+from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="hunyuan_video",
     transformers=("HunyuanVideoTransformer3DModel",),
     sites=r"(single_)?transformer_blocks\.\d+\.attn",
-    grid=lambda config, arguments: channels_first(
+    grid=lambda config, arguments: patch_grid(
         arguments, (config["patch_size_t"], config["patch_size"], config["patch_size"])
     ),
     text="after",
@@ -21,4 +23,4 @@ FAMILY = Family(
 
 @cache
 def __getattr__(name: str) -> type:
-    return stock_pipeline(__name__, FAMILY, name)
+    return pipeline_class(__name__, FAMILY, name)

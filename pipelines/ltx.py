@@ -1,19 +1,22 @@
-"""LTX-Video: latents arrive packed, so the grid is read from the call's arguments. Text enters by cross-attention."""
+"""LTX-Video: self-attention over video tokens only; the text enters through cross-attention."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, Shape, stock_pipeline
+from dit_sparse.pipelines.family import Family, GridShape, pipeline_class
 
 
-def _grid(config: Mapping, arguments: Mapping) -> Shape:
-    """The condition pipeline gives each token's place instead of the sizes; its keyframes stand before the video."""
-    if (places := arguments.get("video_coords")) is None:
+def _grid(config: Mapping, arguments: Mapping) -> GridShape:
+    """Return the grid from the sizes among the arguments, because latents arrive packed as ``[B, N, C]``.
+
+    The condition pipeline passes ``video_coords [B, 3, N]`` instead; its keyframes are frames before the video.
+    """
+    if (coordinates := arguments.get("video_coords")) is None:
         return arguments["num_frames"], arguments["height"], arguments["width"]
-    height, width = (len(places[0, axis].unique()) for axis in (1, 2))
-    return places.shape[2] // (height * width), height, width
+    height, width = (len(coordinates[0, axis].unique()) for axis in (1, 2))
+    return coordinates.shape[2] // (height * width), height, width
 
 
 FAMILY = Family(
@@ -27,4 +30,4 @@ FAMILY = Family(
 
 @cache
 def __getattr__(name: str) -> type:
-    return stock_pipeline(__name__, FAMILY, name)
+    return pipeline_class(__name__, FAMILY, name)

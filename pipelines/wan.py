@@ -1,20 +1,23 @@
-"""Wan 2.1 and 2.2: text, image, VACE; one transformer or two. Text enters by cross-attention, which stays dense."""
+"""Wan 2.1 and 2.2, with one or two transformers: text to video, image to video, video to video, VACE.
+
+Self-attention is over video tokens only; the text enters through cross-attention, which stays dense.
+"""
 
 from __future__ import annotations
 
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, channels_first, stock_pipeline
+from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="wan",
     transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
     sites=r"(vace_)?blocks\.\d+\.attn1",
-    grid=lambda config, arguments: channels_first(arguments, config["patch_size"]),
+    grid=lambda config, arguments: patch_grid(arguments, config["patch_size"]),
     pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "WanVideoToVideoPipeline"),
 )
 
 
 @cache
 def __getattr__(name: str) -> type:
-    return stock_pipeline(__name__, FAMILY, name)
+    return pipeline_class(__name__, FAMILY, name)

@@ -103,19 +103,19 @@ def profile(
     """Find a method for every head of a model, and write it down as a profile."""
     with one_sentence():
         from dit_sparse import Profile, Schedule
-        from dit_sparse.profiling.measure import Profiling, drifted
+        from dit_sparse.profiling.search import ProfileSearch, compare_with_stored_error
 
         call = size(steps, frames, height, width)
         if check is not None:
             checked = Profile.load(check)
             with progress_bars() as stage:
-                then, now = drifted(checked, model, read_prompts(prompts), call, stage)
+                then, now = compare_with_stored_error(checked, model, read_prompts(prompts), call, stage)
             verdict = "it fits" if now <= 1.25 * then else "it has drifted: search again with these prompts or sizes"
             console.print(f"relative error {now:.3f}, {then:.3f} when it was made: {verdict}")
             return
         if target_density is None and max_error is None:
             target_density = 0.25
-        task = Profiling(
+        task = ProfileSearch(
             model=model,
             prompts=read_prompts(prompts),
             candidates=candidates,

@@ -1,1 +1,1 @@
-"""Make a diffusers pipeline sparse and restore it: the only package that touches diffusers objects."""
+"""Makes a diffusers pipeline sparse and restores it: the only package that touches diffusers objects."""

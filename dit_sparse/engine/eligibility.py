@@ -1,4 +1,4 @@
-"""Why an attention call cannot be sparse, in words, and how much of it is padding."""
+"""Reasons why an attention call must be computed densely."""
 
 from __future__ import annotations
 
@@ -8,32 +8,27 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid
-from ..pipelines.family import Shape
+from ..pipelines.family import GridShape
 
 
-def why_dense(shape: Shape, grid: Grid | None, q: Tensor, k: Tensor, inexact: bool, processor: Any) -> str | None:
-    """Why this call cannot be sparse, in words; None where it can."""
+def why_dense(
+    shape: GridShape, grid: Grid | None, q: Tensor, k: Tensor, causal_or_dropout: bool, processor: Any
+) -> str | None:
+    """Return why a call cannot be computed sparsely, or None if it can.
+
+    Args:
+        shape: frames, height and width of the video tokens.
+        grid: ``shape`` with the text tokens of this call, or None if the queries do not fit it.
+        q, k: queries and keys, ``[B, H, N, D]``.
+        causal_or_dropout: whether the call is causal or has dropout.
+        processor: the attention processor of the module.
+    """
     if q.shape[2] != k.shape[2] or grid is None:
         return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {'x'.join(map(str, shape))}"
-    if inexact:
+    if causal_or_dropout:
         return "causal attention and dropout are not supported"
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return "gradients are asked for, and the executors have no backward pass"
+        return "gradients are required, and the executors have no backward pass"
     if getattr(processor, "_parallel_config", None) is not None:
         return "context parallelism is not supported"
     return None
-
-
-def read_padding(mask: Tensor, batch: int, grid: Grid) -> Tensor | str:
-    tokens = grid.tokens
-    if mask.dtype != torch.bool:
-        return "the attention mask is additive, not a boolean padding mask"
-    if mask.shape[-1] != tokens or mask.numel() not in (tokens, batch * tokens):
-        return f"the attention mask {list(mask.shape)} is no padding mask over {tokens} keys"
-    mask = mask.reshape(-1, tokens)
-    lengths = mask.sum(-1)
-    if not (mask == (torch.arange(tokens, device=mask.device) < lengths[:, None])).all():
-        return "the attention mask leaves out tokens in the middle of the sequence"
-    if (lengths < tokens - grid.after).any():
-        return "the attention mask leaves out video tokens"
-    return lengths.expand(batch)

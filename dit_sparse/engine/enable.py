@@ -1,7 +1,8 @@
-"""Turning a pipeline sparse and back."""
+"""`enable`, `prepare` and `SparseAttnProcessor`: how a user makes a model sparse."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +14,42 @@ from torch import nn
 from ..kernels.executors import executor as executor_named
 from ..method import Method
 from ..methods import method as method_named
-from ..pipelines.family import Family, SetAttnProcessor, family_of
+from ..pipelines.family import Family, SetAttnProcessorMixin, family_of
 from ..schedule import Schedule
-from .run import Run, Settings
+from .run import Run
+from .settings import Settings
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # pydantic takes longer to import than the rest of the package
     from ..profiling.head_profile import Profile
 
 DEFAULT_DENSITY = 0.25
 
 
 class SparseAttnProcessor:
-    """What to do, as a value: for ``pipe.set_attn_processor``, and behind :func:`enable`."""
+    """Settings of sparse attention, for ``pipe.set_attn_processor``.
+
+    Args:
+        method: name of a method of ``dit_sparse.METHODS``, a composition such as ``"radial|sink"``, or a Method.
+        density: fraction of the query-key pairs to compute, in (0, 1]. Default: 0.25 if the method has no settings.
+        schedule: which steps and layers stay dense, and how often plans are made. Default: ``Schedule()``.
+        dense_steps: replaces ``schedule.dense_steps``: a count, or a fraction of all steps.
+        dense_layers: replaces ``schedule.dense_layers``: a count, or a fraction of all layers.
+        executor: name of the executor that computes the plans, which runs or raises, or ``"auto"`` for the fastest one
+            as measured on this machine. ``"auto"`` also computes dense steps where an executor is faster than SDPA.
+        block: tokens in a block, a multiple of 16 in [16, 256]. Default: 64 below 32,768 tokens, else 128.
+        min_tokens: shorter sequences stay dense. Default: with ``"auto"``, calls stay dense where SDPA is faster as
+            measured on this machine; with 0, no sequence is too short.
+        steps: number of denoising steps, required for fractional ``dense_steps`` of a bare transformer.
+        settings: settings of the method, if it is given by name.
+
+    Raises:
+        ValueError: an argument is unknown or out of range.
+
+    Example:
+        >>> pipe = dit_sparse.prepare(WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers"))
+        >>> pipe.set_attn_processor(dit_sparse.SparseAttnProcessor("radial", density=0.25))
+        >>> pipe.set_attn_processor(None)  # restores the model
+    """
 
     def __init__(
         self,
@@ -40,126 +65,163 @@ class SparseAttnProcessor:
         steps: int | None = None,
         **settings: Any,
     ) -> None:
-        """
-        Args:
-            method: a name from ``dit_sparse.METHODS``, with ``settings`` of its own, or a Method.
-            density: fraction of the query-key pairs to compute; 0.25 where neither it nor a setting is given.
-            schedule: when to stay dense; ``dense_steps`` and ``dense_layers`` are short for parts of it.
-            executor: what computes the plans: "auto", or a name that runs or raises. "auto" computes dense steps, too,
-                where an executor is faster at all pairs than torch's own attention.
-            block: tokens in a block, 16 to 256; None: 64 below 32,768 tokens, else 128.
-            min_tokens: shorter sequences stay dense. None: "auto" stays dense wherever that is faster by what was
-                measured on this machine; 0: nothing stays dense for its length.
-            steps: number of denoising steps, needed only where neither pipeline nor scheduler tells it.
-
-        Raises:
-            ValueError: anything unknown or out of range, in one sentence.
-        """
-        schedule = schedule or Schedule()
-        given = {"dense_steps": dense_steps, "dense_layers": dense_layers}
-        schedule = replace(schedule, **{name: value for name, value in given.items() if value is not None})
+        overrides = {"dense_steps": dense_steps, "dense_layers": dense_layers}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        schedule = replace(schedule or Schedule(), **overrides)
         if executor != "auto":
-            executor_named(executor)
+            executor_named(executor)  # raises ValueError if there is none
         if block is not None and (block < 16 or block > 256 or block % 16):
-            raise ValueError(f"block is a multiple of 16 from 16 to 256 tokens, not {block}")
-        self.settings = Settings(_resolve(method, density, settings), schedule, executor, block, min_tokens, steps)
-        self._made_for: Profile | None = None
+            raise ValueError(f"block must be a multiple of 16 in [16, 256], got {block}")
+        method = _make_method(method, density, settings)
+        self.settings = Settings(method, schedule, executor, block, min_tokens, steps)
+        self._profile: Profile | None = None
 
     @classmethod
     def from_profile(cls, profile: str | Path | Profile, **settings: Any) -> SparseAttnProcessor:
-        """What a profile says: a name of ``profiles/``, or a file. ``settings`` are those of the constructor that do
-        not concern methods; steps and layers to keep dense come from the profile where they are not given.
+        """Make a processor from a head profile.
+
+        Args:
+            profile: name of a profile in ``profiles/``, path of a file, or a Profile.
+            settings: keyword arguments of :class:`SparseAttnProcessor`, except ``density`` and settings of methods.
+                ``schedule`` defaults to the profile's.
 
         Raises:
-            ValueError: no such profile, a damaged or newer one.
+            ValueError: there is no such profile, or it cannot be read.
         """
-        from ..profiling.head_profile import Profile  # pydantic takes longer to import than the rest
+        from ..profiling.head_profile import Profile
 
         profile = profile if isinstance(profile, Profile) else Profile.load(profile)
-        made = cls(profile.mixture(), **{"schedule": profile.when()} | settings)
-        made._made_for = profile
-        return made
+        if settings.get("schedule") is None:
+            settings["schedule"] = profile.to_schedule()
+        processor = cls(profile.to_method(), **settings)
+        processor._profile = profile
+        return processor
 
     def attach(self, model: Any) -> Run:
-        """Make ``model``, a diffusers pipeline or transformer, sparse.
+        """Make a diffusers pipeline or transformer sparse.
 
         Raises:
-            ValueError: nobody knows its family, or the profile is made for another model.
+            ValueError: the model has no supported transformer, or the profile is for another transformer class.
         """
         transformers = list(_transformers(model))
-        for _, part, _ in transformers if self._made_for else ():
-            if self._made_for.transformer not in (cls.__name__ for cls in type(part).__mro__):
-                raise ValueError(
-                    f"the profile {self._made_for.model} is made for a {self._made_for.transformer}, "
-                    f"not a {type(part).__name__}"
-                )
-        timesteps = lambda: getattr(getattr(model, "scheduler", None), "timesteps", None)  # it may be exchanged later
-        return Run(self.settings, timesteps, lambda: _guided(model), transformers)
+        if self._profile is not None:
+            for _, transformer, _ in transformers:
+                self._profile.check_transformer(transformer)
+        timesteps = lambda: getattr(getattr(model, "scheduler", None), "timesteps", None)  # users may swap schedulers
+        return Run(type(model).__name__, self.settings, timesteps, lambda: _is_guided(model), transformers)
+
+    def __repr__(self) -> str:
+        settings = self.settings
+        schedule = f"dense_steps {settings.schedule.dense_steps}, dense_layers {settings.schedule.dense_layers}"
+        return f"SparseAttnProcessor({settings}, {schedule}, executor {settings.executor})"
 
 
 def enable(
-    model: Any, method: str | Method = "radial", *, profile: str | Path | Profile | None = None, **settings: Any
+    model: Any,
+    method: str | Method = "radial",
+    *,
+    profile: str | Path | Profile | None = None,
+    density: float | None = None,
+    schedule: Schedule | None = None,
+    dense_steps: int | float | None = None,
+    dense_layers: int | float | None = None,
+    executor: str = "auto",
+    block: int | None = None,
+    min_tokens: int | None = None,
+    steps: int | None = None,
+    **settings: Any,
 ) -> Run:
     """Make a diffusers pipeline, or a bare transformer, sparse.
 
-    Takes the arguments of :class:`SparseAttnProcessor`, or a ``profile`` in the place of a method. The returned run
-    reports, and ``run.disable()`` (or leaving ``with``) restores the model bit for bit. A run that is active on the
-    model already is ended first.
+    ``run.disable()``, or the end of a ``with`` block, restores the model bit for bit. If the pipeline already has an
+    active run, that run ends first.
+
+    Args:
+        model: a diffusers pipeline or transformer of a supported family.
+        profile: name, path or value of a head profile, used instead of ``method``.
+
+    Returns:
+        The active run, which reports densities, times and reasons for dense calls.
+
+    Raises:
+        ValueError: an argument is unknown or out of range, or the model is not supported.
+
+    Example:
+        >>> pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers").to("cuda")
+        >>> with dit_sparse.enable(pipe, "radial", density=0.25) as run:
+        ...     video = pipe("a red circle moves to the right").frames[0]
+        >>> print(run.report())
     """
-    processor = (
-        SparseAttnProcessor(method, **settings)
-        if profile is None
-        else SparseAttnProcessor.from_profile(profile, **settings)
-    )
+    settings |= {"density": density, "schedule": schedule, "dense_steps": dense_steps, "dense_layers": dense_layers}
+    settings |= {"executor": executor, "block": block, "min_tokens": min_tokens, "steps": steps}
+    if profile is None:
+        processor = SparseAttnProcessor(method, **settings)
+    else:
+        processor = SparseAttnProcessor.from_profile(profile, **settings)
     if not hasattr(model, "components"):
         return processor.attach(model)
     prepare(model).set_attn_processor(processor)
     return model.sparse_run
 
 
+def _add_settings_to_docstring(function: Any) -> None:
+    """Add the arguments of `SparseAttnProcessor`, which documents them, to the docstring of a function."""
+    arguments = inspect.cleandoc(SparseAttnProcessor.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    before, separator, after = inspect.cleandoc(function.__doc__ or "").partition("\n\nReturns:")
+    function.__doc__ = f"{before}\n{arguments}{separator}{after}"
+
+
+_add_settings_to_docstring(enable)
+
+
 def prepare(pipe: Any) -> Any:
-    """Give this pipeline object ``set_attn_processor``; returns it."""
+    """Add ``set_attn_processor`` to a pipeline object and return the pipeline.
+
+    Raises:
+        ValueError: the pipeline has no supported transformer.
+    """
     _transformers(pipe)
     if not hasattr(pipe, "set_attn_processor"):
-        pipe.__dict__["set_attn_processor"] = MethodType(SetAttnProcessor.set_attn_processor, pipe)
+        pipe.__dict__["set_attn_processor"] = MethodType(SetAttnProcessorMixin.set_attn_processor, pipe)
         pipe.__dict__["sparse_run"] = None
     return pipe
 
 
 def _transformers(model: Any) -> Iterator[tuple[str, nn.Module, Family]]:
-    """Name, module and family of every transformer of a pipeline, or of the bare transformer itself.
+    """Return name, module and family of every transformer of a pipeline, or of the bare transformer.
 
     Raises:
-        ValueError: there is none, or nobody knows its family.
+        ValueError: there is no transformer, or no adapter for it.
     """
-    parts = model.components if hasattr(model, "components") else {"transformer": model}
-    found = [
-        (name, getattr(part, "_orig_mod", part))  # what torch.compile(part) wraps
-        for name, part in parts.items()
-        if name.startswith("transformer") and isinstance(part, nn.Module)
+    components = model.components if hasattr(model, "components") else {"transformer": model}
+    transformers = [
+        (name, getattr(component, "_orig_mod", component))  # the module that torch.compile wraps
+        for name, component in components.items()
+        if name.startswith("transformer") and isinstance(component, nn.Module)
     ]
-    if not found:
+    if not transformers:
         raise ValueError(f"{type(model).__name__} has no transformer to make sparse")
-    for _, part in found:
-        if family_of(part) is None:
+    for _, transformer in transformers:
+        if family_of(transformer) is None:
             raise ValueError(
-                f"no family in dit_sparse/pipelines knows {type(part).__name__}; use dit_sparse.attention, "
-                "or add a family (CONTRIBUTING: add a model)"
+                f"no adapter in dit_sparse/pipelines supports {type(transformer).__name__}; use dit_sparse.attention, "
+                "or add an adapter as CONTRIBUTING describes"
             )
-    return ((name, part, family_of(part)) for name, part in found)
+    return ((name, transformer, family_of(transformer)) for name, transformer in transformers)
 
 
-def _guided(model: Any) -> bool:
-    """Whether a pipeline that batches the branches of guidance computes both. CogVideoX tells its scale alone."""
+def _is_guided(model: Any) -> bool:
+    """Return whether a pipeline computes both branches of guidance. CogVideoX has only the guidance scale."""
     return bool(getattr(model, "do_classifier_free_guidance", getattr(model, "guidance_scale", 1) > 1))
 
 
-def _resolve(method: str | Method, density: float | None, settings: dict) -> Method:
+def _make_method(method: str | Method, density: float | None, settings: dict) -> Method:
+    """Return the method with the requested density and settings."""
     if isinstance(method, str):
         density = DEFAULT_DENSITY if density is None and not settings else density
         return method_named(method, **({} if density is None else {"density": density}), **settings)
     if not isinstance(method, Method):
-        raise ValueError(f"a method is a name or a dit_sparse.Method, not {type(method).__name__}")
+        raise ValueError(f"method must be a name or a dit_sparse.Method, got {type(method).__name__}")
     if settings:
-        raise ValueError(f"settings such as {next(iter(settings))!r} go with a method's name; a Method has its own")
+        raise ValueError(f"method settings such as {next(iter(settings))!r} need a method's name, got a Method")
     return method if density is None else replace(method, density=density)

@@ -1,8 +1,8 @@
-"""The plans of a run: made when they are due, kept, and shared by the branches of guidance.
+"""The plans of a run, cached between steps and shared by the branches of guidance.
 
-Guidance at scale g adds up g times what the branch of the prompt predicts and 1 - g times what the other one does. If
-both lose the same by leaving blocks out, so does the sum; if their losses have nothing to do with each other, it loses
-sqrt(g^2 + (1 - g)^2) times as much, five times at g = 4. Branches that compute the same blocks lose nearly the same.
+Guidance of scale g adds g times the conditional prediction and 1 - g times the unconditional one. If both branches lose
+the same by skipping blocks, their sum loses as much. If their losses are independent, it loses sqrt(g^2 + (1 - g)^2)
+times as much, five times at g = 4. Branches that compute the same blocks lose nearly the same.
 """
 
 from __future__ import annotations
@@ -21,22 +21,26 @@ from .report import Stopwatch
 
 @dataclass(frozen=True)
 class CachedPlan:
-    """A plan, and who asked for it when."""
+    """A plan, with the step and branch of the call it was made for."""
 
     plan: Plan | ClusterPlan | None
     step: int
     branch: str
 
     def is_shared_by(self, site: Site) -> bool:
-        """Whether it was made in this very step, for the other branch. Where the same one asks twice a step, as when a
-        long video is denoised window by window, that is another part of the video."""
+        """Whether the plan was made in the same step for the other branch. A second call of the same branch in a step
+        is about another part of the video, as in pipelines that denoise long videos in windows."""
         return self.step == site.step and self.branch != site.branch
 
 
 class Plans:
-    """What was planned and what methods remember, by layer, grid and branches; static plans by the grid alone.
+    """Plans and the memory of a method, by layer, grid and pair of branches; static plans by grid.
 
-    Plans stay on the device of the queries, or on the CPU between calls where ``aside`` says so.
+    Args:
+        method: makes the plans.
+        per_branch: whether each branch of guidance has its own plans.
+        stopwatch: measures the planning time.
+        offload: whether to keep plans on the CPU between calls.
     """
 
     def __init__(
@@ -44,35 +48,35 @@ class Plans:
     ) -> None:
         self.method, self._per_branch, self._offload = method, per_branch, offload
         self._stopwatch = stopwatch or Stopwatch()
-        self._made: dict[tuple, CachedPlan] = {}
+        self._cache: dict[tuple, CachedPlan] = {}
         self._memory: dict[tuple, dict] = defaultdict(dict)
 
     def plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | ClusterPlan | None:
-        """The plan for ``q, k [B, H, N, D]``, made anew where that is due."""
+        """Return the plan for ``q, k [B, H, N, D]``, a new one if there is none or the schedule asks for it."""
         method = self.method
         key = (site.grid, q.device) if method.static else (*self._key(q, site), len(q), q.device)
-        made = self._made.get(key)
-        due = not method.static and (method.manages_own_plans or site.needs_plan)
-        if made is None or (due and not made.is_shared_by(site)):
+        cached = self._cache.get(key)
+        may_be_stale = not method.static and (method.manages_own_plans or site.needs_plan)
+        if cached is None or (may_be_stale and not cached.is_shared_by(site)):
             with self._stopwatch.timing(q.device):
                 plan = self._make_plan(q, k, site)
-            kept = plan.to("cpu") if self._offload and plan is not None else plan
-            self._made[key] = CachedPlan(kept, site.step, site.branch)
+            stored = plan.to("cpu") if self._offload and plan is not None else plan
+            self._cache[key] = CachedPlan(stored, site.step, site.branch)
             return plan
-        return made.plan.to(q.device) if self._offload and made.plan is not None else made.plan
+        return cached.plan.to(q.device) if self._offload and cached.plan is not None else cached.plan
 
     def memory(self, q: Tensor, site: Site) -> dict:
-        """What the method remembers where q comes from."""
+        """Return the method's memory for a layer, grid and pair of branches."""
         return self._memory[self._key(q, site)]
 
-    def forget(self) -> None:
-        """A generation is over: what was learnt from its tokens goes; static plans know only the grid, and stay."""
+    def end_generation(self) -> None:
+        """Drop memory and plans, except static plans, which depend on the grid alone."""
         self._memory.clear()
         if not self.method.static:
-            self._made.clear()
+            self._cache.clear()
 
     def _make_plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | ClusterPlan | None:
-        """A new plan. Of a batch that holds both branches the second half, which is that of the prompt, decides."""
+        """Make a plan; if the batch holds both branches, from its second half, which is conditional."""
         memory, half = self.memory(q, site), len(q) // 2
         if not self._splits_batch(q, site):
             return self.method.plan(q, k, site, memory)

@@ -1,4 +1,4 @@
-"""What a run did: counted while it goes, printed when it is asked for."""
+"""What a run computed: counters, and the report made of them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..method import Method
+from ..methods import name_of
+
 
 @dataclass(frozen=True)
 class Report:
-    """What happened since the run began.
+    """What a run has computed since it began. ``print(report)`` shows it as text.
 
     Attributes:
-        method, settings: what decided.
-        executors: what computed the sparse calls, and how many each.
-        choices: what "auto" chose and why, and for how many layers and kinds of calls; again in every clip where the
-            density may be another one.
-        grids: the token grids of the sparse calls.
-        sparse_calls: self-attention calls that were computed sparsely.
-        dense_calls: those that were not, by reason.
-        density_asked: what was asked for; None where the method's own settings decided.
-        density_achieved: fraction of the pairs computed in sparse calls; None before the first.
-        density_run: the same over all self-attention calls, dense steps and layers counted in.
-        attention_seconds: time inside self-attention calls, planning included.
-        planning_seconds: the part of it that went into plans.
+        method, settings: name and settings of the method.
+        executors: number of sparse calls by executor.
+        choices: choices of the executor ``"auto"`` with their reasons, and the number of layers and call signatures for
+            which each was made. Methods whose density varies choose again for every clip.
+        grids: token grids of the sparse calls.
+        sparse_calls: number of self-attention calls computed sparsely.
+        dense_calls: number of self-attention calls computed densely, by reason.
+        density_asked: requested density, or None if the method's own settings decide.
+        density_achieved: fraction of the query-key pairs computed in sparse calls, or None before the first one.
+        density_run: the same for all self-attention calls, including dense steps and layers.
+        attention_seconds: time in self-attention calls, including planning.
+        planning_seconds: time spent on plans.
     """
 
     method: str
@@ -43,26 +46,30 @@ class Report:
     planning_seconds: float
 
     def as_dict(self) -> dict:
+        """Return the report as plain values for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        percent = lambda x: "-" if x is None else f"{x:.3f}"
-        lines = [
-            f"{self.method}: density asked {percent(self.density_asked)}, achieved {percent(self.density_achieved)}, "
-            f"whole run {percent(self.density_run)}",
-            f"  grid       {', '.join(self.grids) or '-'}",
-            f"  sparse     {self.sparse_calls} calls"
-            + "".join(f", {n} by {name}" for name, n in self.executors.items()),
-            *(f"  choice     {choice}" for choice in sorted(self.choices, key=self.choices.get, reverse=True)[:3]),
-            *(f"  dense      {n} calls: {reason}" for reason, n in self.dense_calls.items()),
-            f"  attention  {self.attention_seconds:.1f} s, of it {self.planning_seconds:.1f} s planning",
-        ]
-        return "\n".join(lines)
+        decimals = lambda value: "-" if value is None else f"{value:.3f}"
+        executors = ", ".join(f"{count} by {name}" for name, count in self.executors.items())
+        choices = sorted(self.choices, key=self.choices.get, reverse=True)[:3]
+        return "\n".join(
+            [
+                f"{self.method}: density requested {decimals(self.density_asked)}, "
+                f"achieved {decimals(self.density_achieved)}, whole run {decimals(self.density_run)}",
+                f"  grid             {', '.join(self.grids) or '-'}",
+                f"  sparse calls     {self.sparse_calls}" + (f": {executors}" if executors else ""),
+                *(f"  dense calls      {count}: {reason}" for reason, count in self.dense_calls.items()),
+                *(f"  executor choice  {choice}" for choice in choices),
+                f"  attention time   {self.attention_seconds:.1f} s",
+                f"  planning time    {self.planning_seconds:.1f} s, included in the attention time",
+            ]
+        )
 
 
 @dataclass
 class RunCounters:
-    """The counters behind a report."""
+    """The counters of a run."""
 
     executors: Counter = field(default_factory=Counter)
     choices: Counter = field(default_factory=Counter)
@@ -70,22 +77,24 @@ class RunCounters:
     grids: dict[str, None] = field(default_factory=dict)
     sparse_calls: int = 0
     sparse_pairs: int = 0
-    computed_in_sparse: float | torch.Tensor = 0.0  # a tensor while it grows: reading it would wait for a GPU
+    computed_in_sparse: float | torch.Tensor = 0.0  # pairs; a tensor, because reading it would wait for the GPU
     dense_pairs: int = 0
-    unseen_calls: int = 0
+    unsized_calls: int = 0
     attention: Stopwatch = field(default_factory=lambda: Stopwatch())
     planning: Stopwatch = field(default_factory=lambda: Stopwatch())
 
-    def count_sparse(self, grid: object, pairs: int, share: torch.Tensor) -> None:
+    def count_sparse(self, grid: object, pairs: int, density: torch.Tensor, executor: str) -> None:
+        """Count a sparse call of ``pairs`` query-key pairs."""
         self.sparse_calls += 1
+        self.executors[executor] += 1
         self.grids[str(grid)] = None
         self.sparse_pairs += pairs
-        self.computed_in_sparse += pairs * share
+        self.computed_in_sparse += pairs * density
 
     def count_dense(self, reason: str, pairs: int | None) -> None:
-        """``pairs`` None: a call that was not seen; it counts as much as the others on average."""
+        """Count a dense call. Without ``pairs`` it weighs as much as the average call."""
         self.dense[reason] += 1
-        self.unseen_calls += pairs is None
+        self.unsized_calls += pairs is None
         self.dense_pairs += pairs or 0
 
     @property
@@ -94,14 +103,31 @@ class RunCounters:
 
     @property
     def density_run(self) -> float | None:
-        seen_calls = self.sparse_calls + self.dense.total() - self.unseen_calls
-        unseen = self.unseen_calls * (self.sparse_pairs + self.dense_pairs) / max(seen_calls, 1)
-        pairs = self.sparse_pairs + self.dense_pairs + unseen
-        return (float(self.computed_in_sparse) + self.dense_pairs + unseen) / pairs if pairs else None
+        sized_calls = self.sparse_calls + self.dense.total() - self.unsized_calls
+        unsized_pairs = self.unsized_calls * (self.sparse_pairs + self.dense_pairs) / max(sized_calls, 1)
+        pairs = self.sparse_pairs + self.dense_pairs + unsized_pairs
+        return (float(self.computed_in_sparse) + self.dense_pairs + unsized_pairs) / pairs if pairs else None
+
+    def report(self, method: Method) -> Report:
+        """Return the report of a run with this method."""
+        return Report(
+            method=name_of(method),
+            settings=method.settings(),
+            executors=dict(self.executors),
+            choices=dict(self.choices),
+            grids=list(self.grids),
+            sparse_calls=self.sparse_calls,
+            dense_calls=dict(self.dense),
+            density_asked=method.density,
+            density_achieved=self.density_achieved,
+            density_run=self.density_run,
+            attention_seconds=self.attention.seconds,
+            planning_seconds=self.planning.seconds,
+        )
 
 
 class Stopwatch:
-    """Adds up durations: by the clock on a CPU, by events on a GPU, read only when the sum is asked for."""
+    """Sum of durations: CUDA events on a GPU, read only when the sum is needed, and the system clock elsewhere."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -109,6 +135,7 @@ class Stopwatch:
 
     @contextmanager
     def timing(self, device: torch.device):
+        """Add the duration of a ``with`` block."""
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -122,6 +149,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
+        """The sum so far. On a GPU it waits for the last event."""
         if self._events:
             self._events[-1][1].synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000

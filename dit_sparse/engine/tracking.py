@@ -1,8 +1,8 @@
-"""Where the pipeline is: grid, step and branch of the running transformer call, found without touching the pipeline.
+"""Tracks the step and branch of the running transformer call without touching the pipeline.
 
-One hook on the transformer's forward sees the latents and the timestep; diffusers' cache context names the branch and
-sometimes the step; the scheduler knows the step of a timestep. Nothing is counted by attention calls, so caches that
-skip blocks do no harm.
+One hook on the transformer's forward reads the latents and the timestep. diffusers' cache context names the branch and
+sometimes the step; the scheduler gives the step of a timestep. Attention calls are not counted, because caches skip
+blocks.
 """
 
 from __future__ import annotations
@@ -17,95 +17,128 @@ from diffusers.hooks.hooks import BaseState, HookRegistry, ModelHook, StateManag
 from torch import nn
 
 HOOK = "dit_sparse"
-BOTH = "cond_uncond"  # the cache context of a batch with both branches of guidance, and without guidance
+BOTH = "cond_uncond"  # cache context of a batch with both branches of guidance, and of a batch without guidance
 BRANCHES = {"cond", "uncond", "pred_cond", "pred_uncond", BOTH}
 
 
 class StepTracker:
-    """The clock of one run, shared by the transformers of a pipeline (Wan 2.2 has two that take turns)."""
+    """Step and branch of a run, shared by the transformers of a pipeline (Wan 2.2 has two, for different steps).
+
+    Args:
+        timesteps: returns the scheduler's timesteps, or None.
+        guided: returns whether a pipeline that batches both branches of guidance computes them.
+        steps: number of steps, if the user gives it.
+        end_generation: called when a generation ends, fails or restarts.
+
+    Attributes:
+        step, steps, branch, plan_group, both_branches: as in ``Site``.
+    """
 
     def __init__(
-        self, timesteps: Callable[[], Any], guided: Callable[[], bool], steps: int | None, forget: Callable[[], None]
+        self,
+        timesteps: Callable[[], Any],
+        guided: Callable[[], bool],
+        steps: int | None,
+        end_generation: Callable[[], None],
     ) -> None:
-        """``timesteps()`` gives the scheduler's timesteps or None; ``guided()`` says whether the pipeline that batches
-        both branches of guidance computes them now; ``forget()`` is called when a generation ends."""
-        self._timesteps, self._guided, self._given_steps, self._forget = timesteps, guided, steps, forget
+        self._timesteps, self._guided, self._user_steps = timesteps, guided, steps
+        self._end_generation = end_generation
         self.step, self.steps = 0, steps
-        self.branch, self.plan_group, self.both_branches = "", "", False  # as in Site
-        self._latents = lambda: None  # those of the last call, while they live
-        self._parts = 0  # of the video, as far as this step has come: windows, if there are several
-        self.calls = 0
-        self._first: float | None = None
-        self._doubled = False
-        self._last: float | None = None
-        self._in_flight = False
-        self._begin = 0  # where in the scheduler's timesteps the generation began: video-to-video leaves some out
-        self._read_from: Any = None
-        self._read: list[float] = []
+        self.branch, self.plan_group, self.both_branches = "", "", False
+        self._latents = lambda: None  # a weak reference to the latents of the last call
+        self._part = 0  # of the video in this step: pipelines for long videos denoise it in windows
+        self._call = 0  # transformer calls with this timestep so far
+        self._first_timestep: float | None = None
+        self._last_timestep: float | None = None
+        self._batches_branches = False
+        self._in_forward = False
+        self._first_index = 0  # in the scheduler's timesteps: video to video skips the first ones
+        self._scheduler_timesteps: Any = None
+        self._schedule: list[float] = []
+
+    @property
+    def generating(self) -> bool:
+        """Whether a generation has begun and was not reset."""
+        return self._last_timestep is not None
 
     def begin_forward(self, timestep: torch.Tensor | float | None, latents: torch.Tensor, context: Any) -> None:
-        """A transformer call begins. An earlier call that never left means that its generation failed."""
-        if self._in_flight:
+        """Update step and branch for a transformer call that begins.
+
+        Args:
+            timestep: the ``timestep`` argument of the call.
+            latents: the ``hidden_states`` argument of the call.
+            context: diffusers' cache context, or None.
+        """
+        if self._in_forward:  # the last call raised an error
             self.reset()
-        now, schedule = _scalar(timestep), self._schedule()
-        step = self._step(now, schedule, context)
-        if step < self.step:
+        timestep, schedule = _scalar(timestep), self._read_schedule()
+        step = self._find_step(timestep, schedule, context)
+        if step < self.step:  # a new generation
             self.reset()
-            step = self._step(now, schedule, context)
-        repeated = self._last is not None and step == self.step and now == self._last
-        self.calls = self.calls + 1 if repeated else 0
-        if self._last is None:
-            self._first, self._doubled = now, self._guided() and _doubled(latents)
+            step = self._find_step(timestep, schedule, context)
+        repeated = self._last_timestep is not None and step == self.step and timestep == self._last_timestep
+        self._call = self._call + 1 if repeated else 0
+        if self._last_timestep is None:
+            self._first_timestep, self._batches_branches = timestep, self._guided() and _is_repeated(latents)
         self._find_branch(getattr(context, "name", None), latents, repeated)
-        self.step, self._last = step, now
-        ahead = len(schedule) - self._begin
-        self.steps = self._given_steps or getattr(context, "num_inference_steps", None) or ahead or None
-        self._in_flight = True
+        self.step, self._last_timestep = step, timestep
+        remaining = len(schedule) - self._first_index
+        self.steps = self._user_steps or getattr(context, "num_inference_steps", None) or remaining or None
+        self._in_forward = True
 
     def end_forward(self) -> None:
-        self._in_flight = False
+        """Record that the transformer call ended without an error."""
+        self._in_forward = False
 
     def reset(self) -> None:
-        self.step, self.calls, self._last, self._in_flight, self._begin = 0, 0, None, False, 0
-        self._forget()
+        """Return to step 0 and end the generation."""
+        self.step, self._call, self._last_timestep, self._in_forward, self._first_index = 0, 0, None, False, 0
+        self._end_generation()
 
     def _find_branch(self, name: str | None, latents: torch.Tensor, repeated: bool) -> None:
-        """By the name of the cache context; without one, the other branch gets the very latents of the first."""
+        """Find the branch by the name of the cache context, or by the identity of the latents: both branches get the
+        same tensor."""
         if not repeated:
-            self._parts = 0
+            self._part = 0
         elif latents is not self._latents():
-            self._parts += 1
+            self._part += 1
         self._latents = weakref.ref(latents)
-        self.both_branches = self._doubled and name == BOTH
-        self.branch = name or f"call {self.calls}"
-        self.plan_group = "" if name in BRANCHES else name or f"part {self._parts}"
+        self.both_branches = self._batches_branches and name == BOTH
+        self.branch = name or f"call {self._call}"
+        self.plan_group = "" if name in BRANCHES else name or f"part {self._part}"
 
-    def _schedule(self) -> list[float]:
-        """The scheduler's timesteps, read once a generation: reading waits for a GPU. New ones begin a generation."""
+    def _read_schedule(self) -> list[float]:
+        """Return the scheduler's timesteps, read once a generation because reading waits for the GPU. A new tensor
+        starts a new generation."""
         timesteps = self._timesteps()
-        if timesteps is not self._read_from:
+        if timesteps is not self._scheduler_timesteps:
             self.reset()
-            self._read_from = timesteps
-            self._read = [] if timesteps is None else [float(t) for t in torch.as_tensor(timesteps).tolist()]
-        return self._read
+            self._scheduler_timesteps = timesteps
+            self._schedule = [] if timesteps is None else [float(t) for t in torch.as_tensor(timesteps).tolist()]
+        return self._schedule
 
-    def _step(self, now: float | None, schedule: list[float], context: Any) -> int:
-        given = getattr(context, "step_index", None)
-        if given is not None:
-            return int(given)
-        if now is not None and (nearest := _nearest(now, schedule)) is not None:
-            self._begin = nearest if self._last is None else self._begin
-            return nearest - self._begin
-        if self._last is None:
+    def _find_step(self, timestep: float | None, schedule: list[float], context: Any) -> int:
+        """Return the step from the cache context, else from the schedule, else from changes of the timestep."""
+        step = getattr(context, "step_index", None)
+        if step is not None:
+            return int(step)
+        if timestep is not None and (index := _nearest_index(timestep, schedule)) is not None:
+            self._first_index = index if self._last_timestep is None else self._first_index
+            return index - self._first_index
+        if self._last_timestep is None:
             return 0
-        if now is None or now == self._last:
+        if timestep is None or timestep == self._last_timestep:
             return self.step
-        return 0 if now == self._first else self.step + 1
+        return 0 if timestep == self._first_timestep else self.step + 1
 
 
 class RootHook(ModelHook):
-    """Tells the run where it is, before every call of one transformer. The state manager is there for diffusers to
-    leave its cache context in."""
+    """Updates a tracker before every call of a transformer. diffusers sets its cache context on the state manager.
+
+    Args:
+        tracker: shared by the transformers of a pipeline.
+        on_forward: called with the bound arguments of every transformer call.
+    """
 
     _is_stateful = True
 
@@ -131,15 +164,18 @@ class RootHook(ModelHook):
 
 
 def register_root_hook(transformer: nn.Module, hook: RootHook) -> Callable[[], None]:
-    """Put the hook on; returns the function that takes it off and leaves no trace.
+    """Register a hook on a transformer.
+
+    Returns:
+        A function that removes the hook and every attribute that registering it added.
 
     Raises:
-        ValueError: another run is watching this transformer already.
+        ValueError: the transformer has a hook of another run.
     """
-    fresh = not hasattr(transformer, "_diffusers_hook")
+    had_registry = hasattr(transformer, "_diffusers_hook")
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     if registry.get_hook(HOOK) is not None:
-        raise ValueError("this transformer is sparse already: disable() the earlier run first")
+        raise ValueError("this transformer is already sparse: call disable() on the earlier run first")
     own_forward = transformer.__dict__.get("forward")
     registry.register_hook(hook, HOOK)
 
@@ -148,28 +184,28 @@ def register_root_hook(transformer: nn.Module, hook: RootHook) -> Callable[[], N
         if not registry.hooks:
             if own_forward is None:
                 transformer.__dict__.pop("forward", None)
-            if fresh:
+            if not had_registry:
                 transformer.__dict__.pop("_diffusers_hook", None)
 
     return undo
 
 
 def _scalar(timestep: torch.Tensor | float | None) -> float | None:
-    """The step's noise level. The largest entry: conditioned first frames carry zeros (Wan 2.2 5B)."""
+    """Return the timestep as a number: the largest entry, because conditioned first frames have 0 (Wan 2.2 5B)."""
     return float(timestep.max()) if isinstance(timestep, torch.Tensor) else timestep
 
 
-def _doubled(latents: torch.Tensor) -> bool:
-    """Whether a batch is the same latents twice over, as both branches of guidance get them."""
+def _is_repeated(latents: torch.Tensor) -> bool:
+    """Return whether both halves of a batch are equal, as both branches of guidance start from the same latents."""
     half = len(latents) // 2
     return len(latents) % 2 == 0 and torch.equal(latents[:half], latents[half:])
 
 
-def _nearest(now: float, schedule: list[float]) -> int | None:
-    """The step whose timestep is nearest: half precision rounds what the scheduler gave. None: nothing is near, as
-    where a pipeline rescales its timesteps."""
+def _nearest_index(timestep: float, schedule: list[float]) -> int | None:
+    """Return the index of the nearest timestep of a schedule, because half precision rounds timesteps, or None if none
+    is near, as in pipelines that rescale them."""
     if not schedule:
         return None
-    step = min(range(len(schedule)), key=lambda i: abs(schedule[i] - now))
-    near = abs(schedule[step] - now) <= 0.005 * max(abs(t) for t in schedule)
-    return step if near else None
+    index = min(range(len(schedule)), key=lambda i: abs(schedule[i] - timestep))
+    is_near = abs(schedule[index] - timestep) <= 0.005 * max(abs(t) for t in schedule)
+    return index if is_near else None

@@ -1,1 +1,1 @@
-"""Head profiles: the JSON schema, the search for one, and its measurement on a pipeline."""
+"""Head profiles: their file format, the search for one, and measurements on a pipeline."""

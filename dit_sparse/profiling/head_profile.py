@@ -1,4 +1,4 @@
-"""Profiles: which method computes which head of one model, as JSON that people can read.
+"""Head profiles: a method for every head of a model, as readable JSON.
 
     {"schema": 1, "model": "...", "transformer": "WanTransformer3DModel", "source": "...",
      "schedule": {"dense_steps": 0.25, "dense_layers": 0, "replan_interval": 1},
@@ -6,8 +6,8 @@
      "layers": ["aab", "bba", ...],
      "measured": {...} or null}
 
-A string a layer, a letter a head. Settings are those of the methods, which are fractions, so a profile that was made at
-one size serves another.
+``layers`` has a string per layer with a letter per head. Settings of methods are fractions, so a profile made at one
+video size also fits others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..schedule import Schedule
 SCHEMA = 1
 
 
-class Entry(BaseModel):
+class MethodEntry(BaseModel):
     """A method by its name in ``dit_sparse.METHODS``, and its settings."""
 
     model_config = ConfigDict(extra="forbid")
@@ -34,16 +34,17 @@ class Entry(BaseModel):
 
 
 class Profile(BaseModel):
-    """One file of ``profiles/``.
+    """A head profile: one file of ``profiles/``.
 
     Attributes:
-        version: of this format.
-        model: what the profile is called and made for.
-        transformer: class name of the transformers that it fits.
-        source: how it came about: measured, or taken from a paper.
-        schedule: arguments of ``Schedule``.
-        methods, layers: see above.
-        measured: conditions and results of the search; None: nothing was measured.
+        version: version of the file format, ``schema`` in JSON.
+        model: name of the model and of the profile.
+        transformer: class name of the transformers that the profile fits.
+        source: origin of the profile: a measurement, or a paper.
+        schedule: keyword arguments of ``Schedule``.
+        methods: methods by letter.
+        layers: a string per layer, a letter per head.
+        measured: conditions and results of the search, or None if nothing was measured.
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -52,33 +53,34 @@ class Profile(BaseModel):
     transformer: str
     source: str
     schedule: dict[str, int | float] = Field(default_factory=dict)
-    methods: dict[str, Entry]
+    methods: dict[str, MethodEntry]
     layers: list[str]
     measured: dict[str, Any] | None = None
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Profile:
-        """A profile that ships with the library, by its name, or a file.
+        """Load a profile by its name in ``profiles/`` or from a file.
 
         Raises:
-            ValueError: there is none, it is damaged or newer than this library, or it names what does not exist.
+            ValueError: there is no such profile, the file is damaged or newer than this library, or it has an unknown
+                method or setting.
         """
         path = _find(name_or_path)
         try:
-            found = json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a profile: {error}") from None
-        version = found.get("schema") if isinstance(found, dict) else None
+        version = content.get("schema") if isinstance(content, dict) else None
         if not isinstance(version, int) or version < 1:
-            raise ValueError(f"{path} is no profile: it has no number under 'schema'")
+            raise ValueError(f"{path} is not a profile: it has no number under 'schema'")
         if version > SCHEMA:
             raise ValueError(
-                f"{path} has schema {version}, and this dit-sparse reads up to {SCHEMA}: install a newer one"
+                f"{path} has schema {version}, but this version of dit-sparse reads up to {SCHEMA}: upgrade it"
             )
         try:
-            profile = cls.model_validate(found)
-            profile.mixture()
-            profile.when()
+            profile = cls.model_validate(content)
+            profile.to_method()
+            profile.to_schedule()
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -87,48 +89,63 @@ class Profile(BaseModel):
         return profile
 
     def dumps(self) -> str:
-        """As text: one line for each layer, and one for each row of numbers."""
-        return _pretty(self.model_dump(by_alias=True)) + "\n"
+        """Return the profile as JSON, with a line per layer and per row of numbers."""
+        return _dump(self.model_dump(by_alias=True)) + "\n"
 
-    def mixture(self) -> PerHead:
-        """The method that follows this profile."""
-        made = ((letter, method(entry.method, **entry.settings)) for letter, entry in self.methods.items())
-        return PerHead(methods=tuple(made), layers=tuple(self.layers))
+    def to_method(self) -> PerHead:
+        """Return the method that applies the profile."""
+        methods = ((letter, method(entry.method, **entry.settings)) for letter, entry in self.methods.items())
+        return PerHead(methods=tuple(methods), layers=tuple(self.layers))
 
-    def when(self) -> Schedule:
-        """The schedule that goes with it."""
+    def to_schedule(self) -> Schedule:
+        """Return the schedule of the profile."""
         return Schedule(**self.schedule)
 
+    def check_transformer(self, transformer: object) -> None:
+        """Raise ValueError if the profile is for another transformer class."""
+        if self.transformer not in (cls.__name__ for cls in type(transformer).__mro__):
+            raise ValueError(
+                f"the profile {self.model} is for a {self.transformer}, got a {type(transformer).__name__}"
+            )
 
-def names() -> list[str]:
-    """The profiles that ship."""
+    def __repr__(self) -> str:
+        heads, methods = len(self.layers[0]) if self.layers else 0, len(self.methods)
+        plural = "s" if methods != 1 else ""
+        return f"Profile({self.model}: {len(self.layers)} layers x {heads} heads, {methods} method{plural})"
+
+    __str__ = __repr__
+
+
+def profile_names() -> list[str]:
+    """Return the names of the profiles in ``profiles/``."""
     return sorted(path.stem for path in _folder().glob("*.json"))
 
 
 def _folder() -> Path:
-    """Inside the package in a wheel, beside it in a checkout."""
+    """Return ``profiles/``, inside the package in a wheel and next to it in a checkout."""
     package = Path(__file__).parent.parent
     return next(folder for folder in (package / "profiles", package.parent / "profiles") if folder.is_dir())
 
 
 def _find(name_or_path: str | Path) -> Path:
+    """Return the file of a profile. Raises ValueError if there is none."""
     try:
         for path in (Path(name_or_path), _folder() / f"{name_or_path}.json"):
             if path.is_file():
                 return path
     except OSError:
-        pass  # a name too long for a file, or a folder that may not be read
-    raise ValueError(f"there is no profile {str(name_or_path)!r}, neither a file nor one of {', '.join(names())}")
+        pass  # a name too long for a file, or a folder without read permission
+    raise ValueError(f"no profile {str(name_or_path)!r}: give a file or one of {', '.join(profile_names())}")
 
 
-def _pretty(value: Any, indent: str = "") -> str:
-    """JSON with a line for every string of a list, and one for every list of numbers."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    words = isinstance(value, list) and len(value) > 1 and any(isinstance(part, str) for part in inside)
-    if not words and not any(isinstance(part, dict | list) for part in inside):
+def _dump(value: Any, indent: str = "") -> str:
+    """Return JSON with a line for every string of a list and for every list of numbers."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    has_strings = isinstance(value, list) and len(value) > 1 and any(isinstance(item, str) for item in items)
+    if not has_strings and not any(isinstance(item, dict | list) for item in items):
         return json.dumps(value)
     deeper = indent + " "
     if isinstance(value, dict):
-        lines = [f"{deeper}{json.dumps(key)}: {_pretty(part, deeper)}" for key, part in value.items()]
+        lines = [f"{deeper}{json.dumps(key)}: {_dump(item, deeper)}" for key, item in value.items()]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    return "[\n" + ",\n".join(deeper + _pretty(part, deeper) for part in value) + f"\n{indent}]"
+    return "[\n" + ",\n".join(deeper + _dump(item, deeper) for item in value) + f"\n{indent}]"

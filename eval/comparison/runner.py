@@ -24,7 +24,8 @@ from dit_sparse.generation.generate import Progress, generate, load
 from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.output.environment import device_name, sources, versions, weights
-from dit_sparse.profiling import search
+from dit_sparse.profiling import probe
+from dit_sparse.profiling.candidates import Candidate
 
 from .clip_store import ClipRecord, ClipStore
 
@@ -121,9 +122,10 @@ class ClipRunner:
         decides |= {"schedule": schedule, "executor": self.executor, "block": self.block}
         place = "errors", decides
         if (found := self.shelf.get(*place)) is None:
-            tried = [search.Candidate(*pair) for pair in judged.items()]
+            tried = [Candidate(*pair) for pair in judged.items()]
             clip = lambda: generate(self.pipe, prompt, seed, self.call, progress)
-            error = search.measure(self.pipe, clip, tried, self.schedule, self.block).error.mean((1, 2)).sqrt()
+            measurements = probe.measure_candidates(self.pipe, clip, tried, self.schedule, self.block)
+            error = measurements.error.mean((1, 2)).sqrt()
             found = ClipRecord(np.empty(0), dict(zip(judged, error.tolist(), strict=True)))
             self.shelf.put(*place, found)
         return found.note

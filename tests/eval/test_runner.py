@@ -195,7 +195,7 @@ def test_equal_latents_have_no_error_though_they_are_kept_rounded(tmp_path, made
 def test_errors_are_those_of_the_first_clip_and_the_executor(tmp_path, made, monkeypatch):
     asked = []
     found = SimpleNamespace(error=torch.full((1, 2, 2), 0.25))
-    monkeypatch.setattr(takes.search, "measure", lambda *_: asked.append(1) or found)
+    monkeypatch.setattr(takes.probe, "measure_candidates", lambda *_: asked.append(1) or found)
     same = {"call": {}, "folder": tmp_path, "schedule": Schedule(1)}
     setups = [{"prompts": ["a"], "seeds": [0]}, {"prompts": ["b"], "seeds": [0]}, {"prompts": ["a"], "seeds": [1]}]
     setups += [setups[0] | {"executor": "gather"}, setups[0] | {"block": 32}, setups[0] | {"schedule": Schedule(2)}]

@@ -1,0 +1,43 @@
+"""The validated settings of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..grid import Grid
+from ..method import Method
+from ..methods import name_of
+from ..schedule import Schedule
+
+SHORT_SEQUENCE = 32_768  # tokens; below it, blocks of 64 select more finely than 128 at little loss of speed
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run, documented in ``SparseAttnProcessor``."""
+
+    method: Method
+    schedule: Schedule
+    executor: str
+    block: int | None
+    min_tokens: int | None
+    steps: int | None
+
+    @property
+    def density_varies(self) -> bool:
+        """Whether the density can differ between clips."""
+        return not self.method.static and self.method.density is None
+
+    def block_for(self, grid: Grid) -> int:
+        """Return the number of tokens in a block."""
+        return self.block or (64 if grid.tokens < SHORT_SEQUENCE else 128)
+
+    def min_tokens_reason(self, grid: Grid) -> str | None:
+        """Return why a sequence is too short to be sparse, or None if it is long enough."""
+        min_tokens = self.min_tokens or 0
+        return f"fewer than {min_tokens} tokens" if grid.tokens < min_tokens else None
+
+    def __str__(self) -> str:
+        """The method and its density, for the ``repr`` of runs and processors."""
+        density = self.method.density
+        return name_of(self.method) + ("" if density is None else f", density {density:g}")

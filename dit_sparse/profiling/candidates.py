@@ -1,0 +1,77 @@
+"""Candidates: the methods that a profile search compares."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..composition import PerHead, nested_methods
+from ..method import Method
+from ..methods import method
+from ..methods.dense import Dense
+from ..methods.rettention import Rettention
+
+VDIT_MODES = ("svg.spatial", "svg.temporal", "vdit.vertical", "vdit.skip")
+SPREAD = (0.4, 0.7, 1.0, 1.5, 2.5)  # densities as multiples of the target, if heads may differ in density
+LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that a profile search compares, and its name."""
+
+    name: str
+    method: Method
+
+    @property
+    def settings(self) -> dict:
+        """The settings that a profile stores."""
+        return {} if self.method.density is None else {"density": self.method.density}
+
+
+def parse_candidates(names: str, density: float, spread: Sequence[float] = SPREAD) -> list[Candidate]:
+    """Return dense attention and the named methods at several densities.
+
+    Args:
+        names: methods separated by commas; ``vdit`` stands for its four modes.
+        density: the target density.
+        spread: densities to try, as multiples of ``density``. Those of 1 and above are skipped.
+
+    Raises:
+        ValueError: a name is unknown, a method cannot be compared by single calls or share a launch with others, or no
+            density is below 1.
+    """
+    if not spread or not all(factor * density > 0 for factor in spread) or min(spread) * density >= 1:
+        raise ValueError(
+            f"spread must be positive multiples of the density {density} with one below 1, such as 0.5,1,2, "
+            f"got {list(spread)}"
+        )
+    densities = [factor * density for factor in spread if factor * density < 1]
+    candidates = [Candidate("dense", Dense())]
+    for name in _expand(names):
+        _check(name)
+        if name == "vdit.skip":  # has no density
+            candidates.append(Candidate(name, method(name)))
+        elif name != "dense":
+            candidates += [Candidate(name, method(name, density=density)) for density in densities]
+    if len(candidates) > len(LETTERS):
+        raise ValueError(
+            f"a profile has {len(LETTERS)} letters for methods, got {len(candidates)} candidates: name fewer methods"
+        )
+    return candidates
+
+
+def _expand(names: str) -> list[str]:
+    """Return the names without repetitions, with the modes of ``vdit`` in its place."""
+    split = (name.strip() for name in names.split(",") if name.strip())
+    return list(dict.fromkeys(mode for name in split for mode in (VDIT_MODES if name == "vdit" else (name,))))
+
+
+def _check(name: str) -> None:
+    """Raise ValueError if a method cannot be a candidate."""
+    candidate = method(name)
+    if any(isinstance(part, Rettention | PerHead) for part in nested_methods(candidate)):
+        raise ValueError(f"{name} cannot be a candidate: single calls do not show its error")
+    if candidate.makes_cluster_plans:
+        raise ValueError(f"{name} cannot be a candidate: clusters cannot share a launch with blocks")
