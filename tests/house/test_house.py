@@ -36,7 +36,7 @@ ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it f
     "programs": Room("kernels.gpu kernels.gpu.*", "triton"),
     "executors": Room("kernels.*", "nouns programs platformdirs", lazily="triton xformers flash_attn flashinfer"),
     "adapters": Room("pipelines.*", "nouns", lazily="diffusers"),
-    "methods": Room("budget method scoring composition methods methods.*", "nouns planners"),
+    "methods": Room("budget method scoring composition notation notation.* methods methods.*", "nouns planners"),
     "profile": Room("profiling profiling.head_profile", "nouns methods pydantic"),
     "engine": Room("engine engine.* attention package", "nouns executors adapters methods profile diffusers"),
     "plotting": Room("plotting plotting.*", "nouns matplotlib numpy"),
