@@ -13,7 +13,9 @@ from torch import nn
 
 from ..kernels.executors import executor as executor_named
 from ..method import Method
-from ..methods import method as method_named
+from ..methods import REGISTRY
+from ..notation.parser import parse
+from ..notation.syntax import ProfileName, has_settings, write
 from ..pipelines.family import Family, SetAttnProcessorMixin, family_of
 from ..schedule import Schedule
 from .run import Run
@@ -29,9 +31,11 @@ class SparseAttnProcessor:
     """Settings of sparse attention, for ``pipe.set_attn_processor``.
 
     Args:
-        method: name of a method of ``dit_sparse.METHODS``, a composition such as ``"radial|sink"``, or a Method.
+        method: a Method, or its text: a name of ``dit_sparse.METHODS``, with settings as in
+            ``"radial(sink=true)"``, a composition such as ``"radial|sink"`` or ``"cached(svg2)"``, or ``"profile:NAME"``.
         density: fraction of the query-key pairs to compute, in (0, 1]. Default: 0.25 if the method has no settings.
-        schedule: which steps and layers stay dense, and how often plans are made. Default: ``Schedule()``.
+        schedule: which steps and layers stay dense, and how often plans are made. Default: that of the profile, or
+            ``Schedule()``.
         dense_steps: replaces ``schedule.dense_steps``: a count, or a fraction of all steps.
         dense_layers: replaces ``schedule.dense_layers``: a count, or a fraction of all layers.
         executor: name of the executor that computes the plans, which runs or raises, or ``"auto"`` for the fastest one
@@ -40,7 +44,7 @@ class SparseAttnProcessor:
         min_tokens: shorter sequences stay dense. Default: with ``"auto"``, calls stay dense where SDPA is faster as
             measured on this machine; with 0, no sequence is too short.
         steps: number of denoising steps, required for fractional ``dense_steps`` of a bare transformer.
-        settings: settings of the method, if it is given by name.
+        settings: further settings of the method, if it is given as text.
 
     Raises:
         ValueError: an argument is unknown or out of range.
@@ -67,14 +71,14 @@ class SparseAttnProcessor:
     ) -> None:
         overrides = {"dense_steps": dense_steps, "dense_layers": dense_layers}
         overrides = {name: value for name, value in overrides.items() if value is not None}
-        schedule = replace(schedule or Schedule(), **overrides)
+        method, self._profile = _make_method(method, density, settings)
+        default = Schedule() if self._profile is None else self._profile.to_schedule()
+        schedule = replace(schedule or default, **overrides)
         if executor != "auto":
             executor_named(executor)  # raises ValueError if there is none
         if block is not None and (block < 16 or block > 256 or block % 16):
             raise ValueError(f"block must be a multiple of 16 in [16, 256], got {block}")
-        method = _make_method(method, density, settings)
         self.settings = Settings(method, schedule, executor, block, min_tokens, steps)
-        self._profile: Profile | None = None
 
     @classmethod
     def from_profile(cls, profile: str | Path | Profile, **settings: Any) -> SparseAttnProcessor:
@@ -88,9 +92,8 @@ class SparseAttnProcessor:
         Raises:
             ValueError: there is no such profile, or it cannot be read.
         """
-        from ..profiling.head_profile import Profile
-
-        profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+        if isinstance(profile, str | Path):
+            return cls(write(ProfileName(str(profile))), **settings)
         if settings.get("schedule") is None:
             settings["schedule"] = profile.to_schedule()
         processor = cls(profile.to_method(), **settings)
@@ -215,13 +218,29 @@ def _is_guided(model: Any) -> bool:
     return bool(getattr(model, "do_classifier_free_guidance", getattr(model, "guidance_scale", 1) > 1))
 
 
-def _make_method(method: str | Method, density: float | None, settings: dict) -> Method:
-    """Return the method with the requested density and settings."""
+def _make_method(method: str | Method, density: float | None, settings: dict) -> tuple[Method, Profile | None]:
+    """Return the method with the requested density and settings, and the profile in its text."""
     if isinstance(method, str):
-        density = DEFAULT_DENSITY if density is None and not settings else density
-        return method_named(method, **({} if density is None else {"density": density}), **settings)
+        return _parse_method(method, density, settings)
     if not isinstance(method, Method):
-        raise ValueError(f"method must be a name or a dit_sparse.Method, got {type(method).__name__}")
+        raise ValueError(f"method must be a text or a dit_sparse.Method, got {type(method).__name__}")
     if settings:
         raise ValueError(f"method settings such as {next(iter(settings))!r} need a method's name, got a Method")
-    return method if density is None else replace(method, density=density)
+    return (method if density is None else replace(method, density=density)), None
+
+
+def _parse_method(text: str, density: float | None, settings: dict) -> tuple[Method, Profile | None]:
+    node, profiles = parse(text), []
+
+    def load_profile(name: str) -> Method:
+        from ..profiling.head_profile import Profile
+
+        profiles.append(Profile.load(name))
+        return replace(profiles[-1].to_method(), profile=name)
+
+    if density is None and not settings and not has_settings(node):
+        density = DEFAULT_DENSITY
+    method = REGISTRY.build(node, settings | ({} if density is None else {"density": density}), load_profile)
+    if len(profiles) > 1:
+        raise ValueError(f"a method can hold one profile, got {len(profiles)} in {text[:60]!r}")
+    return method, profiles[0] if profiles else None

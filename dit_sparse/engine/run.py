@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -107,13 +105,12 @@ class Run:
 
     def _repr_html_(self) -> str:
         """Show the report and the plot in a notebook."""
-        text = html.escape("\n".join([repr(self), str(self.report())]))
-        text = f"<pre>{text}</pre>"
+        text = f"<pre>{html.escape(repr(self))}\n{html.escape(str(self.report()))}</pre>"
         if self._dispatcher.last_plan is None:
             return text
-        png = io.BytesIO()
-        self.plot().savefig(png, format="png")
-        return f'{text}<img src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+        from ..plotting.style import figure_to_html
+
+        return text + figure_to_html(self.plot())
 
     def _attach(self, name: str, transformer: nn.Module, family: Family) -> None:
         """Hook a transformer and intercept its self-attention modules."""
