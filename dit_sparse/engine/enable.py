@@ -31,8 +31,8 @@ class SparseAttnProcessor:
     """Settings of sparse attention, for ``pipe.set_attn_processor``.
 
     Args:
-        method: a Method, or its text: a name of ``dit_sparse.METHODS``, with settings as in
-            ``"radial(sink=true)"``, a composition such as ``"radial|sink"`` or ``"cached(svg2)"``, or ``"profile:NAME"``.
+        method: a Method, or its text: a name of ``dit_sparse.METHODS``, with settings as in ``"radial(sink=true)"``,
+            a composition such as ``"radial|sink"`` or ``"cached(svg2)"``, or ``"profile:NAME"``.
         density: fraction of the query-key pairs to compute, in (0, 1]. Default: 0.25 if the method has no settings.
         schedule: which steps and layers stay dense, and how often plans are made. Default: that of the profile, or
             ``Schedule()``.

@@ -82,7 +82,7 @@ class Registry:
         name = node.name
         if name not in classes:
             kind, listed = ("budget", classes) if classes is BUDGETS else ("method", self.methods)
-            raise ValueError(f"there is no {kind} {name!r}; {alternatives_to(name, classes, listed)}")
+            raise ValueError(f"there is no {kind} {name[:60]!r}; {alternatives_to(name, classes, listed)}")
         cls = classes[name]
         positional = _positional(cls)
         if len(node.positional) > len(positional):

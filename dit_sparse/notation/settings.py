@@ -43,7 +43,7 @@ def check_settings(name: str, cls: type, settings: dict[str, Any], build: Build)
     checked = {}
     for key, value in settings.items():
         if key not in hints:
-            raise ValueError(f"{name} has no setting {key!r}; {alternatives_to(key, hints)}")
+            raise ValueError(f"{name} has no setting {key[:60]!r}; {alternatives_to(key, hints)}")
         try:
             checked[key] = _convert(value, hints[key], build)
         except _Mismatch:

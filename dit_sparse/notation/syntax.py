@@ -70,6 +70,11 @@ def nodes(value: Any) -> Iterator[Node]:
         yield from nodes(part)
 
 
+def has_settings(node: Node) -> bool:
+    """Return whether a text sets anything: it holds a setting or a profile."""
+    return any(isinstance(one, ProfileName) or (isinstance(one, Call) and one.settings) for one in nodes(node))
+
+
 def split_list(text: str, separator: str = ",") -> list[str]:
     """Split at separators outside parentheses and quotes; the parts are stripped."""
     parts, depth = [""], 0

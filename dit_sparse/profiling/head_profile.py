@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..composition import PerHead
 from ..methods import method
+from ..notation.settings import alternatives_to
 from ..schedule import Schedule
 
 SCHEMA = 1
@@ -135,7 +136,8 @@ def _find(name_or_path: str | Path) -> Path:
                 return path
     except OSError:
         pass  # a name too long for a file, or a folder without read permission
-    raise ValueError(f"no profile {str(name_or_path)!r}: give a file or one of {', '.join(profile_names())}")
+    name = str(name_or_path)
+    raise ValueError(f"no profile {name[:60]!r}, neither a file nor a name; {alternatives_to(name, profile_names())}")
 
 
 def _dump(value: Any, indent: str = "") -> str:
