@@ -5,7 +5,7 @@
     argument  = [ NAME "=" ] value
     value     = NUMBER | STRING | "true" | "false" | "none" | "(" [ value { "," value } ] ")" | method
 
-Examples: ``radial(sink=true)|sink``, ``rettention(svg2, refresh_interval=5)``, ``asa(budget=mass(0.9, min_ratio=0.1))``,
+Examples: ``radial(sink=true)|sink``, ``cached(svg2, replan_interval=3)``, ``asa(budget=mass(0.9, min_ratio=0.1))``,
 ``neighborhood(stride=(1, 2, 2))``, ``profile:wan2.1-14b``, ``profile:"my profiles/a, b.json"``.
 """
 
