@@ -1,6 +1,6 @@
-"""How many blocks survive: scores ``[B, H, Qb, Kb]`` in, a boolean map of the same shape out.
+"""Budgets: how many key blocks each query block keeps. Scores ``[B, H, Qb, Kb]`` in, a boolean mask of that shape out.
 
-A score of +inf is always kept. Every row keeps at least one block.
+A score of +inf is always kept, and every row keeps at least one block.
 """
 
 from __future__ import annotations
@@ -11,68 +11,80 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .kernels.planning.selection import select_best
+from .kernels.planning.selection import select_top
 
 
 def check_density(density: float) -> float:
-    """The density itself, or ValueError: it is a fraction of the query-key pairs, above 0 and at most 1."""
+    """Return the density. Raises ValueError unless it is in (0, 1]."""
     if not 0 < density <= 1:
-        raise ValueError(
-            f"density is the fraction of query-key pairs that is computed, above 0 and at most 1, not {density}"
-        )
+        raise ValueError(f"density must be in (0, 1], got {density}")
     return density
 
 
 @dataclass(frozen=True)
 class Top:
-    """The same number of best blocks in every row: ``density`` of them, rounded, at least one."""
+    """Top-k: every row keeps the same number of best blocks.
+
+    Attributes:
+        density: fraction of the blocks that a row keeps, rounded, at least one block.
+    """
 
     density: float
 
     def __post_init__(self) -> None:
         check_density(self.density)
 
-    def blocks_of(self, columns: int) -> int:
-        """How many of so many blocks a row keeps."""
+    def blocks_per_row(self, columns: int) -> int:
+        """Return the number of blocks that a row of ``columns`` blocks keeps."""
         return max(1, round(self.density * columns))
 
     def keep(self, scores: Tensor) -> Tensor:
-        return select_best(scores, self.blocks_of(scores.shape[-1]))
+        """Return the mask of the blocks to keep."""
+        return select_top(scores, self.blocks_per_row(scores.shape[-1]))
 
 
 @dataclass(frozen=True)
 class Mass:
-    """The fewest blocks whose softmax reaches ``share`` of each row; the block that crosses it is kept. But at least
-    the fraction ``least`` of the blocks, and at most ``most``."""
+    """Top-p: every row keeps the fewest best blocks whose softmax adds up to ``top_p``.
 
-    share: float
-    least: float = 0.0
-    most: float = 1.0
+    Attributes:
+        top_p: attention mass to reach; the block that crosses it is kept.
+        min_ratio, max_ratio: least and greatest fraction of the blocks that a row keeps.
+    """
+
+    top_p: float
+    min_ratio: float = 0.0
+    max_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"a share of the mass lies above 0 and at most 1, not {self.share}")
-        if not 0 <= self.least <= self.most <= 1:
-            raise ValueError(f"least and most are fractions of the blocks, not {self.least} and {self.most}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p, the attention mass to keep, must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_ratio <= self.max_ratio <= 1:
+            raise ValueError(
+                "min_ratio and max_ratio, fractions of the blocks, must satisfy 0 <= min_ratio <= max_ratio <= 1, "
+                f"got {self.min_ratio} and {self.max_ratio}"
+            )
 
     def keep(self, scores: Tensor) -> Tensor:
+        """Return the mask of the blocks to keep. Mass and bounds count only blocks with finite scores."""
         forced, blocks = scores.isposinf(), scores.shape[-1]
         mass = scores.masked_fill(forced, -torch.inf).softmax(-1).nan_to_num(0.0)
-        keep = select_best(scores, self.share if self.share < 1 else math.inf, mass)
-        if self == Mass(self.share):
+        keep = select_top(scores, self.top_p if self.top_p < 1 else math.inf, mass)
+        if self == Mass(self.top_p):
             return keep
-        found = (keep & ~forced).sum(-1, keepdim=True)
-        found = found.clamp(max=max(1, round(self.most * blocks))).clamp(min=math.ceil(self.least * blocks))
-        return select_best(scores, found, mass > 0)
+        count = (keep & ~forced).sum(-1, keepdim=True)
+        count = count.clamp(max=max(1, round(self.max_ratio * blocks))).clamp(min=math.ceil(self.min_ratio * blocks))
+        return select_top(scores, count, mass > 0)
 
 
 @dataclass(frozen=True)
 class Above:
-    """Every block whose score exceeds ``threshold``, and the best one of each row."""
+    """Threshold: every row keeps the blocks whose score exceeds ``threshold``, and its best block."""
 
     threshold: float
 
     def keep(self, scores: Tensor) -> Tensor:
+        """Return the mask of the blocks to keep."""
         return (scores > self.threshold) | (scores == scores.amax(-1, keepdim=True))
 
 
@@ -80,10 +92,11 @@ Budget = Top | Mass | Above
 
 
 def top_tokens(scores: Tensor, sizes: Tensor, tokens: float) -> Tensor:
-    """Of groups of any size the best of each row, up to so many tokens, to the nearest group; at least one.
+    """Return the mask of the best key groups of each row that hold ``tokens`` tokens, to the nearest group.
 
     Args:
-        scores: ``[B, H, Q, K]``; +inf is always kept.
-        sizes: tokens of each key group, ``[B, H, 1, K]``. An empty group is kept only where its score is +inf.
+        scores: ``[B, H, Q, K]``; +inf is always kept. Every row keeps at least one group.
+        sizes: tokens of each key group, ``[B, H, 1, K]``. An empty group is kept only if its score is +inf.
+        tokens: tokens to keep in a row.
     """
-    return select_best(scores, tokens, sizes, to_nearest=True)
+    return select_top(scores, tokens, sizes, to_nearest=True)

@@ -1,4 +1,4 @@
-"""Groups of tokens of any size, and plans between them: what semantic permutation makes of queries and keys."""
+"""Clusters of tokens of any size, and plans between them, as for semantic permutation (SVG2)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .plan import BasePlan, lists_from_mask, repeat_batch
 
 @dataclass(frozen=True)
 class Clusters:
-    """Tokens sorted into clusters; every batch item and head may have its own.
+    """Tokens sorted by cluster, for each batch item and head.
 
     Attributes:
-        order: int64 ``[B|1, H|1, N]``; place i of the sorted sequence holds token ``order[..., i]``.
-        edges: int32 ``[B|1, H|1, C + 1]``, from 0 to N: cluster c holds the places ``edges[..., c]`` up to
-            ``edges[..., c + 1]``. It may hold none.
+        order: int64 ``[B|1, H|1, N]``; position i of the sorted sequence holds token ``order[..., i]``.
+        edges: int32 ``[B|1, H|1, C + 1]``, from 0 to N; cluster c is ``order[..., edges[c] : edges[c + 1]]`` and may
+            be empty.
     """
 
     order: Tensor
@@ -26,23 +26,26 @@ class Clusters:
 
     @classmethod
     def from_labels(cls, labels: Tensor, clusters: int) -> Clusters:
-        """From the cluster of every token, integers ``[B|1, H|1, N]`` below ``clusters``. Tokens of one cluster keep
-        their order, so padding that has the highest label stays at the end."""
-        narrow = torch.int16 if clusters < 1 << 15 else torch.int32  # a GPU sorts two bytes in a fourth of the passes
+        """Sort tokens by their cluster, integers ``[B|1, H|1, N]`` below ``clusters``.
+
+        The sort is stable, so padding with the highest label stays at the end.
+        """
+        narrow = torch.int16 if clusters < 1 << 15 else torch.int32  # a GPU sorts int16 in a fourth of the passes
         labels, order = labels.to(narrow).sort(dim=-1, stable=True)
         bounds = torch.arange(clusters + 1, device=labels.device, dtype=labels.dtype).expand(*labels.shape[:-1], -1)
         return cls(order, torch.searchsorted(labels, bounds.contiguous(), out_int32=True))
 
     @classmethod
     def from_video_labels(cls, labels: Tensor, clusters: int, grid: Grid) -> Clusters:
-        """Return clusters from the labels of the video tokens alone, ``[B|1, H|1, F * h * w]``.
+        """Sort tokens by the cluster of the video tokens, ``[B|1, H|1, video]``.
 
-        All text tokens form one more cluster, the last one, so that padding stays at the end."""
+        All text tokens form one more cluster, the last one, so that padding stays at the end.
+        """
         if grid.tokens == grid.video:
             return cls.from_labels(labels, clusters)
-        of_all = labels.new_full((*labels.shape[:-1], grid.tokens), clusters)
-        of_all[..., grid.before : grid.before + grid.video] = labels
-        return cls.from_labels(of_all, clusters + 1)
+        all_labels = labels.new_full((*labels.shape[:-1], grid.tokens), clusters)
+        all_labels[..., grid.before : grid.before + grid.video] = labels
+        return cls.from_labels(all_labels, clusters + 1)
 
     @property
     def sizes(self) -> Tensor:
@@ -51,28 +54,35 @@ class Clusters:
 
     @property
     def labels(self) -> Tensor:
-        """The cluster of every token, int64 ``[B|1, H|1, N]``."""
-        places = torch.arange(self.order.shape[-1], device=self.order.device, dtype=torch.int32)
+        """Cluster of every token, int64 ``[B|1, H|1, N]``."""
+        positions = torch.arange(self.order.shape[-1], device=self.order.device, dtype=torch.int32)
         sorted_labels = torch.searchsorted(
-            self.edges[..., 1:].contiguous(), places.expand(*self.edges.shape[:-1], -1).contiguous(), right=True
+            self.edges[..., 1:].contiguous(), positions.expand(*self.edges.shape[:-1], -1).contiguous(), right=True
         )
         return torch.empty_like(self.order).scatter_(-1, self.order, sorted_labels.expand_as(self.order))
 
     def to(self, device: torch.device | str) -> Clusters:
+        """Return the clusters on another device."""
         return Clusters(self.order.to(device), self.edges.to(device))
 
     def repeat_batch(self) -> Clusters:
-        """The same clusters for a batch in which every item stands twice, in two equal halves."""
+        """Return the clusters for the batch repeated twice, ``[B, ...] -> [2 B, ...]``."""
         return Clusters(repeat_batch(self.order), repeat_batch(self.edges))
+
+    def __len__(self) -> int:
+        return self.edges.shape[-1] - 1
+
+    def __repr__(self) -> str:
+        return f"Clusters({self.order.shape[-1]} tokens in {len(self)} clusters)"
 
 
 @dataclass(frozen=True)
 class ClusterPlan(BasePlan):
-    """Lists of key clusters for every query cluster.
+    """Plan of clusters: which key clusters each query cluster attends to.
 
     Attributes:
-        queries, keys: the clusters of both sides; their numbers may differ.
-        lengths: as in `Plan`; padding stands at the end of ``keys.order``, so text that may be padding is sorted last.
+        queries, keys: clusters of the queries and of the keys; their numbers may differ.
+        lengths: as in `Plan`; padding must stay at the end of ``keys.order``, so text is sorted last.
     """
 
     queries: Clusters
@@ -81,23 +91,24 @@ class ClusterPlan(BasePlan):
 
     @classmethod
     def from_mask(cls, keep: Tensor, queries: Clusters, keys: Clusters) -> ClusterPlan:
-        """From a boolean map ``keep [B|1, H|1, Cq, Ck]``.
+        """Return the plan of a boolean mask ``keep [B|1, H|1, Cq, Ck]``.
 
         Raises:
-            ValueError: a row keeps nothing, or the map does not fit the clusters.
+            ValueError: the mask does not fit the clusters, or a row is empty.
         """
-        expected = [clusters.edges.shape[-1] - 1 for clusters in (queries, keys)]
-        if keep.ndim != 4 or list(keep.shape[-2:]) != expected:
-            raise ValueError(f"these clusters need a map [B, H, {expected[0]}, {expected[1]}], not {list(keep.shape)}")
+        if keep.ndim != 4 or keep.shape[-2:] != (len(queries), len(keys)):
+            shape = f"[B, H, {len(queries)}, {len(keys)}]"
+            raise ValueError(f"these clusters need a mask {shape}, got {list(keep.shape)}")
         return cls(*lists_from_mask(keep), queries, keys)
 
     @property
     def tokens(self) -> int:
+        """Length of the sequence, N."""
         return self.queries.order.shape[-1]
 
     @property
     def order(self) -> Tensor:
-        """The order of the keys, ``[B|1, H|1, N]``."""
+        """Order of the keys, ``[B|1, H|1, N]``."""
         return self.keys.order
 
     @property
@@ -115,3 +126,6 @@ class ClusterPlan(BasePlan):
     @property
     def key_group(self) -> Tensor:
         return self.keys.labels
+
+    def __repr__(self) -> str:
+        return self._repr(f"{len(self.queries)} x {len(self.keys)} clusters")

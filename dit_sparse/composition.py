@@ -1,9 +1,10 @@
-"""Methods made of methods: around one, from step to step, head by head."""
+"""Methods made of other methods: wrappers, plans kept over steps, and a method for each head."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,10 @@ from .scoring import pool
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(Method):
-    """A method that adds something to another one. A density given here is that of the inner one.
+    """Base class of methods around another one, which makes the plans. The density is that of the inner method.
 
     Attributes:
-        inner: the method that plans.
+        inner: the method that makes the plans.
     """
 
     inner: Method
@@ -28,10 +29,16 @@ class Wrapper(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.inner, Method):
-            raise ValueError(f"inner is a dit_sparse.Method, not {type(self.inner).__name__}")
+            raise ValueError(f"inner must be a dit_sparse.Method, got {type(self.inner).__name__}")
         density = self.inner.density if self.density is None else self.density
         object.__setattr__(self, "density", density)
         object.__setattr__(self, "inner", replace(self.inner, density=density))
+
+    def _changed_settings(self) -> Iterator[tuple[str, Any]]:
+        default = getattr(type(self), "inner", None)
+        is_default = isinstance(default, Method) and self.inner == replace(default, density=self.density)
+        redundant = "inner" if is_default else "density"
+        return (setting for setting in super()._changed_settings() if setting[0] != redundant)
 
     @property
     def static(self) -> bool:
@@ -42,8 +49,8 @@ class Wrapper(Method):
         return self.inner.manages_own_plans
 
     @property
-    def clusters(self) -> bool:
-        return self.inner.clusters
+    def makes_cluster_plans(self) -> bool:
+        return self.inner.makes_cluster_plans
 
     @property
     def needs_lse(self) -> bool:
@@ -61,13 +68,13 @@ class Wrapper(Method):
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
         return self.inner.plan(q, k, site, memory.setdefault("inner", {}))
 
-    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        return self.inner.correct(done, site, memory.setdefault("inner", {}))
+    def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        return self.inner.correct(result, site, memory.setdefault("inner", {}))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correction(Wrapper):
-    """A method that changes what the executor computed, by any plan."""
+    """Base class of wrappers that change the attention output, whatever the plan."""
 
     needs_lse = True
 
@@ -78,16 +85,16 @@ class Correction(Wrapper):
 
 
 def changes_output(method: Method) -> bool:
-    """Whether a method changes what the executor computed."""
+    """Return whether a method changes the attention output."""
     if isinstance(method, PerHead):
-        return any(changes_output(one) for _, one in method.methods)
+        return any(changes_output(part) for _, part in method.methods)
     if type(method).correct is Wrapper.correct:
         return changes_output(method.inner)
     return type(method).correct is not Method.correct
 
 
 def nested_methods(method: Method) -> Iterator[Method]:
-    """A method and all that it is made of."""
+    """Yield a method and all methods inside it."""
     yield method
     parts: tuple[Method, ...] = ()
     if isinstance(method, Wrapper):
@@ -95,73 +102,83 @@ def nested_methods(method: Method) -> Iterator[Method]:
     elif isinstance(method, Union):
         parts = method.parts
     elif isinstance(method, PerHead):
-        parts = tuple(one for _, one in method.methods)
+        parts = tuple(part for _, part in method.methods)
     for part in parts:
         yield from nested_methods(part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cached(Wrapper):
-    """Keeps a plan over several steps: for a fixed number of them, and as long as the queries stay what they were.
+    """Keeps the plan of another method over several steps, or until the queries drift.
 
-    Source of the second rule: W. Wu et al., "TokenSelect", arXiv:2411.02886, who reuse a selection while the cosine of
-    a query with the one that it was made for stays above a threshold. Here the queries are means of blocks.
+    Source of the drift rule: W. Wu et al., "TokenSelect", arXiv:2411.02886, who reuse a selection while the cosine
+    similarity to the query that it was made for exceeds a threshold. Here the queries are means of blocks.
 
     Attributes:
-        every: plan anew after so many steps at the latest; None: never for that reason.
-        drift: plan anew when 1 - cosine, averaged over blocks, exceeds it; None: never for that reason. Comparing
-            waits for the device once a call.
+        replan_interval: greatest number of steps between two plans; None: no limit.
+        drift: new plan if 1 - cosine similarity, averaged over blocks, exceeds this; None: no limit. Synchronizes with
+            the GPU once per call.
     """
 
     static = False
     manages_own_plans = True
-    every: int | None = None
+    replan_interval: int | None = None
     drift: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.every is not None and self.every < 1) or (self.drift is not None and not 0 <= self.drift <= 2):
-            raise ValueError(f"every is at least 1 and drift from 0 to 2, not {self.every} and {self.drift}")
+        if self.replan_interval is not None and self.replan_interval < 1:
+            raise ValueError(f"replan_interval must be at least 1, got {self.replan_interval}")
+        if self.drift is not None and not 0 <= self.drift <= 2:
+            raise ValueError(f"drift must be in [0, 2], got {self.drift}")
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
         means = None if self.drift is None else pool(q, site.block)
-        if "plan" not in memory or self._stale(means, site, memory):
+        if "plan" not in memory or self._is_stale(means, site, memory):
             memory.update(plan=super().plan(q, k, site, memory), step=site.step, means=means)
         return memory["plan"]
 
-    def _stale(self, means: Tensor | None, site: Site, memory: dict) -> bool:
-        if self.every is not None and site.step - memory["step"] >= self.every:
+    def _is_stale(self, means: Tensor | None, site: Site, memory: dict) -> bool:
+        if self.replan_interval is not None and site.step - memory["step"] >= self.replan_interval:
             return True
         return means is not None and float(1 - F.cosine_similarity(means, memory["means"], -1).mean()) > self.drift
 
 
 @dataclass(frozen=True, kw_only=True)
 class PerHead(Method):
-    """A method of its own for every head, all in one launch: what a profile says.
+    """A method for each head, computed in one launch, as a profile describes it.
 
     Attributes:
-        methods: letter and method, one pair for each. Those that make clusters cannot share a launch with others.
-        layers: a string a layer, a letter a head.
+        methods: pairs of a letter and a method. Methods that make cluster plans are not allowed, because clusters and
+            blocks cannot share a launch.
+        layers: for each layer a string with the letter of each head.
+        profile: name or path of the profile, for reports.
     """
 
     methods: tuple[tuple[str, Method], ...]
     layers: tuple[str, ...]
+    profile: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Method) for pair in self.methods):
-            raise ValueError("methods are pairs of a letter and a dit_sparse.Method")
-        known = [letter for letter, _ in self.methods]
-        if cluster := next((type(one).__name__ for _, one in self.methods if one.clusters), None):
+            raise ValueError("methods must be pairs of a letter and a dit_sparse.Method")
+        letters = [letter for letter, _ in self.methods]
+        if cluster := next((type(part).__name__ for _, part in self.methods if part.makes_cluster_plans), None):
             raise ValueError(f"{cluster} makes clusters, which cannot share a launch with the blocks of other heads")
         if self.density is not None:
-            raise ValueError("the methods of the heads have a density each; the mixture has none to give")
-        if len(set(known)) < len(known) or any(len(letter) != 1 for letter in known):
-            raise ValueError(f"every method has one letter of its own, not {known}")
-        if unknown := set("".join(self.layers)) - set(known):
-            raise ValueError(f"the layers name {sorted(unknown)}, but the methods are {known}")
+            raise ValueError("PerHead takes no density: set the density of its methods")
+        if len(set(letters)) < len(letters) or any(len(letter) != 1 for letter in letters):
+            raise ValueError(f"each method needs a letter of its own, got {letters}")
+        if unknown := set("".join(self.layers)) - set(letters):
+            raise ValueError(f"layers contain the unknown letters {sorted(unknown)}; the methods are {letters}")
         if not self.layers:
-            raise ValueError("a mixture has at least one layer")
+            raise ValueError("layers must hold at least one layer")
+
+    def __repr__(self) -> str:
+        name = f"{self.profile}: " if self.profile else ""
+        heads = len(self.layers[0])
+        return f"PerHead({name}{len(self.methods)} methods, {len(self.layers)} layers of {heads} heads)"
 
     @property
     def manages_own_plans(self) -> bool:
@@ -173,53 +190,50 @@ class PerHead(Method):
 
     def check_model(self, layers: int, heads: int) -> None:
         if layers != len(self.layers):
-            raise ValueError(f"this is made for {len(self.layers)} layers of self-attention; the model has {layers}")
+            raise ValueError(f"made for {len(self.layers)} layers of self-attention, but the model has {layers}")
         if wrong := [len(line) for line in self.layers if len(line) != heads]:
-            raise ValueError(f"this is made for {wrong[0]} heads a layer; the model has {heads}")
+            raise ValueError(f"made for {wrong[0]} heads per layer, but the model has {heads}")
         for _, method in self.methods:
             method.check_model(layers, heads)
 
     def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
-        before = reserved_bytes
+        own_bytes = 0
         for _, method in self.methods:
-            reserved_bytes += method.begin_generation(q, site, reserved_bytes)
-        return reserved_bytes - before
+            own_bytes += method.begin_generation(q, site, reserved_bytes + own_bytes)
+        return own_bytes
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        line = self._line(q, site)
+        letters = self._letters(q, site)
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        plans, choice = [], torch.zeros(1, len(line), dtype=torch.long, device=q.device)
-        for letter, method in self._used(line):
-            heads = _places(line, letter, q.device)
-            plan = self._part(method, q[:, heads], k[:, heads], site, memory.setdefault(letter, {}))
+        plans, choice = [], torch.zeros(1, len(letters), dtype=torch.long, device=q.device)
+        for letter, method in self._methods_in(letters):
+            heads = torch.tensor([head for head, own in enumerate(letters) if own == letter], device=q.device)
+            plan = self._plan_heads(method, q[:, heads], k[:, heads], site, memory.setdefault(letter, {}))
             choice[:, heads] = len(plans)
-            plans.append(plan.expand_heads(heads, len(line)))
+            plans.append(plan.expand_heads(heads, len(letters)))
         return Plan.by_head(plans, choice)
 
-    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        line, (out, lse) = self._line(done.q, site), (done.out, done.lse)
-        for letter, method in self._used(line):
+    def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        letters, (out, lse) = self._letters(result.q, site), (result.out, result.lse)
+        for letter, method in self._methods_in(letters):
             if changes_output(method):
-                mine = torch.tensor([one == letter for one in line], device=out.device)[:, None]
-                better, its_lse = method.correct(done, site, memory[letter])
-                out = torch.where(mine[..., None], better, out)
-                lse = lse if lse is None or its_lse is None else torch.where(mine, its_lse, lse)
+                mine = torch.tensor([own == letter for own in letters], device=out.device)[:, None]
+                corrected, corrected_lse = method.correct(result, site, memory[letter])
+                out = torch.where(mine[..., None], corrected, out)
+                lse = lse if lse is None or corrected_lse is None else torch.where(mine, corrected_lse, lse)
         return out, lse
 
-    def _part(self, method: Method, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        """The plan of the heads of one letter, new where it is due."""
+    def _plan_heads(self, method: Method, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+        """Return the plan of the heads of one letter, a new one if the schedule asks for it."""
         if "part" not in memory or method.manages_own_plans or site.needs_plan:
             plan = method.plan(q, k, site, memory)
             memory["part"] = Plan.dense(site.grid.tokens, site.block, q.device) if plan is None else plan
         return memory["part"]
 
-    def _used(self, line: str) -> list[tuple[str, Method]]:
-        return [(letter, method) for letter, method in self.methods if letter in line]
+    def _methods_in(self, letters: str) -> list[tuple[str, Method]]:
+        return [(letter, method) for letter, method in self.methods if letter in letters]
 
-    def _line(self, q: Tensor, site: Site) -> str:
+    def _letters(self, q: Tensor, site: Site) -> str:
+        """Return the letter of each head of the layer."""
         self.check_model(site.layers, q.shape[1])
         return self.layers[site.layer]
-
-
-def _places(line: str, letter: str, device: torch.device) -> Tensor:
-    return torch.tensor([place for place, one in enumerate(line) if one == letter], device=device)

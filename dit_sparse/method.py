@@ -1,15 +1,15 @@
-"""A method decides which blocks of attention are computed. One file of ``methods/`` holds one paper.
+"""Base classes of sparse-attention methods: a method decides which blocks of attention are computed.
 
-Methods are frozen values: comparable, hashable, shareable between pipelines, and without state. What they want to
-remember from step to step goes into the ``memory`` they are handed, which belongs to the run: one for every layer and
-pair of branches of guidance.
+Each file of ``methods/`` implements one paper. Methods are frozen dataclasses: comparable, hashable and without state,
+so pipelines can share them. State between steps lives in the ``memory`` dict, which the run keeps for each layer and
+pair of guidance branches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,19 +17,22 @@ from torch import Tensor
 
 from .budget import Budget, Top, check_density
 from .clusters import ClusterPlan
+from .density import meet_density, pair_weights
 from .grid import Blocks, Grid, Site
-from .plan import Plan, num_blocks
+from .plan import Plan
 
 
 @dataclass(frozen=True)
 class AttentionOutput:
-    """A sparse call as an executor computed it, for a method that wants the last word.
+    """Inputs and output of one sparse attention call, for methods that correct the output.
 
     Attributes:
-        q, k, v: ``[B, H, N, D]``, and ``[B, Hkv, N, D]`` twice.
-        plan, scale: what the executor was told.
-        out, lse: what it returned, ``[B, H, N, D]`` and float32 ``[B, H, N]``; lse None where it has none.
-        dense: computes the same call densely, by the same executor: ``(out, lse)``. A run counts these pairs too.
+        q, k, v: ``[B, H, N, D]``, ``[B, Hkv, N, D]``, ``[B, Hkv, N, D]``.
+        plan: the blocks that were computed.
+        scale: factor of the scores; None: ``1 / sqrt(D)``.
+        out: output, ``[B, H, N, D]``.
+        lse: natural log-sum-exp of the scores, float32 ``[B, H, N]``; None if the executor returns none.
+        dense: computes all pairs by the same executor and returns ``(out, lse)``; a run counts these pairs, too.
     """
 
     q: Tensor
@@ -44,32 +47,52 @@ class AttentionOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What every method answers. Subclass :class:`Pattern` (geometry alone) or :class:`Scorer` (looks at q and k)
-    where one of them fits; they reduce a method to one function.
+    """Base class of all methods.
+
+    Subclass :class:`Pattern` (depends on geometry alone) or :class:`Scorer` (ranks blocks by q and k) where possible:
+    both reduce a method to one function.
 
     Attributes:
         density: fraction of the query-key pairs to compute. None: the method's own settings decide.
+        static: whether the plan depends on the grid alone, so that all layers and steps share it.
+        depends_on_shape: for static plans, whether frames, height and width matter, or the number of tokens alone.
+        manages_own_plans: whether the method is called at every sparse step, instead of when the schedule asks for a
+            plan, and decides itself when to make a new one.
+        makes_cluster_plans: whether plans are a ``ClusterPlan``.
+        keeps_model_attention: whether the model's own attention call runs in all steps.
+        needs_lse: whether :meth:`correct` reads the log-sum-exp, which not all executors return.
     """
 
-    static: ClassVar[bool] = False  # the plan depends on the grid alone: made once, shared by all layers and steps
-    manages_own_plans: ClassVar[bool] = False  # it keeps plans itself, and is asked at every step, not by the schedule
-    clusters: ClassVar[bool] = False  # its plans are between clusters of any size
-    keeps_model_attention: ClassVar[bool] = (
-        False  # the model's own call runs in all steps: what others are compared with
-    )
-    needs_lse: ClassVar[bool] = False  # the correction asks for the log-sum-exp, which not all executors return
+    static: ClassVar[bool] = False
+    depends_on_shape: ClassVar[bool] = True
+    manages_own_plans: ClassVar[bool] = False
+    makes_cluster_plans: ClassVar[bool] = False
+    keeps_model_attention: ClassVar[bool] = False
+    needs_lse: ClassVar[bool] = False
     density: float | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = cls.__repr__  # @dataclass generates one unless the class itself has it
 
     def __post_init__(self) -> None:
         if self.density is not None:
             check_density(self.density)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._changed_settings())})"
+
+    def _changed_settings(self) -> Iterator[tuple[str, Any]]:
+        """Yield name and value of the settings that differ from their defaults."""
+        settings = ((f, getattr(self, f.name)) for f in fields(self))
+        return ((f.name, value) for f, value in settings if value != f.default)
+
     def order(self, grid: Grid, block: int) -> Tensor | None:
-        """The token order the blocks are cut from, ``[N]``; None: as given."""
+        """Return the token order that blocks are cut from, ``[N]``; None: the order of the input."""
         return None
 
     def check_model(self, layers: int, heads: int) -> None:
-        """Called when a model is made sparse. Raises ValueError where the method is made for another one."""
+        """Raise ValueError if the method is made for another model. Called when a model is made sparse."""
 
     def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
         """Prepare for a generation. Called at the first attention call of each branch, dense or sparse.
@@ -81,82 +104,85 @@ class Method:
             Bytes that the method will keep for this branch.
 
         Raises:
-            RuntimeError: the generation would fail later, for example for lack of memory."""
+            RuntimeError: the generation would fail later, for example for lack of memory.
+        """
         return 0
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | ClusterPlan | None:
-        """The blocks to visit for ``q, k [B, H, N, D]`` (after RoPE); None: compute this call densely."""
+        """Return the plan for ``q, k [B, H, N, D]`` (after RoPE), or None to compute all pairs."""
         raise NotImplementedError
 
-    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        """A last word on what was computed: out ``[B, H, N, D]`` and lse ``[B, H, N]``; by default none."""
-        return done.out, done.lse
+    def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        """Return the final output ``[B, H, N, D]`` and log-sum-exp ``[B, H, N]``; by default those of the executor."""
+        return result.out, result.lse
 
     def settings(self) -> dict:
-        """The method as plain values, for JSON: its fields, nothing else. A budget becomes ``{"Top": {...}}``, a
-        method inside it likewise."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        """Return the fields as JSON values; a budget or an inner method becomes ``{"Top": {...}}``."""
+        return {f.name: _to_json(getattr(self, f.name)) for f in fields(self)}
 
     def __or__(self, other: Method) -> Union:
-        """All that either of two patterns keeps."""
+        """Unite two patterns: keep every block that either keeps."""
         return Union(density=self.density, parts=(replace(self, density=None), other))
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, tuple):
-        return [_plain(part) for part in value]
+        return [_to_json(part) for part in value]
     if is_dataclass(value):
-        return {type(value).__name__: {f.name: _plain(getattr(value, f.name)) for f in fields(value)}}
+        return {type(value).__name__: {f.name: _to_json(getattr(value, f.name)) for f in fields(value)}}
     return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern(Method):
-    """A method that depends on the geometry alone. A subclass writes :meth:`keep`; one knob makes it denser.
+    """A method that depends on geometry alone. Subclasses implement :meth:`keep` and name the setting that widens it.
 
-    With ``density`` the knob is found by bisection, and of the last ring of blocks that the knob would add as one, the
-    nearest are taken, evenly over the rows, until the density is met.
+    With ``density`` the knob is found by bisection, see :func:`dit_sparse.density.meet_density`.
+
+    Attributes:
+        knob: name of the field that widens the pattern.
+        knob_range: least and greatest value of the knob, from almost no blocks to all.
     """
 
     static: ClassVar[bool] = True
-    knob: ClassVar[str]  # the field that widens the pattern
-    knob_range: ClassVar[tuple[float, float]]  # the knob's range: from almost nothing to everything
+    knob: ClassVar[str]
+    knob_range: ClassVar[tuple[float, float]]
 
     def keep(self, grid: Grid, block: int) -> Tensor:
-        """The pattern itself: which key blocks each query block visits, bool ``[Qb, Qb]``."""
+        """Return which key blocks each query block attends to, bool ``[Qb, Qb]``."""
         raise NotImplementedError
 
     def narrower(self) -> Pattern | None:
-        """A sparser relative for densities below the knob's range, or None."""
+        """Return a variant for densities below the range of the knob, or None."""
         return None
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        return _planned(self, site.grid, site.block).to(q.device)
+        return _cached_plan(self, site.grid, site.block).to(q.device)
 
-    def block_map(self, grid: Grid, block: int) -> Tensor:
-        """The pattern with what is always kept, at the density asked for, bool ``[Qb, Qb]``."""
-        always = required_blocks(Blocks.from_grid(grid, block, self.order(grid, block)))
+    def block_mask(self, grid: Grid, block: int) -> Tensor:
+        """Return the pattern with the required blocks, at the density if one is given, bool ``[Qb, Qb]``."""
+        required = required_blocks(Blocks.from_grid(grid, block, self.order(grid, block)))
         if self.density is None:
-            return self.keep(grid, block) | always
-        weight = _pair_weight(grid, block)
-        measure = lambda keep: float(weight[keep].sum())
-        family, low = self, self.knob_range[0]
-        while measure(family._at(low, grid, block) | always) > self.density and (relative := family.narrower()):
-            family = relative
-        inner, outer = _bracket(lambda x: family._at(x, grid, block) | always, measure, self.density, self.knob_range)
-        return _fill(inner if inner is not None else always, outer, weight, self.density)
+            return self.keep(grid, block) | required
+        weights = pair_weights(grid, block)
+        keep_at = lambda pattern, value: pattern._at(value, grid, block) | required
+        pattern, low = self, self.knob_range[0]
+        while weights[keep_at(pattern, low)].sum() > self.density and (variant := pattern.narrower()):
+            pattern = variant
+        return meet_density(partial(keep_at, pattern), self.knob_range, required, weights, self.density)
 
     def _at(self, value: float, grid: Grid, block: int) -> Tensor:
+        """Return the pattern with another value of the knob."""
         return replace(self, density=None, **{self.knob: value}).keep(grid, block)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer(Method):
-    """A method that ranks the key blocks of each query block by looking at q and k. A subclass writes :meth:`score`.
+    """A method that ranks the key blocks of each query block by q and k. Subclasses implement :meth:`score`.
 
     Attributes:
-        budget: how many of the ranked blocks survive; None: ``Top(density)``; without a density the authors', or
-            ``Top(0.25)``.
+        budget: how many of the ranked blocks to keep. None: ``Top(density)``, or ``default_budget`` without a density.
+        default_budget: the authors' budget.
     """
 
     default_budget: ClassVar[Budget] = Top(0.25)
@@ -165,35 +191,42 @@ class Scorer(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None and not isinstance(self.budget, Budget):
-            raise ValueError(f"a budget is Top, Mass or Above, not {self.budget!r}")
+            raise ValueError(f"budget must be Top, Mass or Above, got {self.budget!r}")
         if self.density is not None and self.budget is not None:
-            raise ValueError("give a density or a budget, not both: a density is short for the budget Top(density)")
+            raise ValueError("give a density or a budget, not both: density=0.2 means budget=Top(0.2)")
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
-        """Float32 scores ``[B, H, Qb, Qb]`` of ``q, k [B, H, N, D]``, which stand in the method's order. Logits: their
-        softmax is what a budget of mass adds up. +inf is kept whatever the budget."""
+        """Return float32 scores ``[B, H, Qb, Qb]`` of ``q, k [B, H, N, D]``, which are in the method's order.
+
+        Scores are logits, because ``Mass`` takes their softmax. +inf is always kept.
+        """
         raise NotImplementedError
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        order, always = _cut(self, site.grid, site.block, q.device)
+        order, required = _cached_order(self, site.grid, site.block, q.device)
         if order is not None:
             q, k = (x.index_select(2, order) for x in (q, k))
         scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
         budget = self.budget or (self.default_budget if self.density is None else Top(self.density))
-        return Plan.from_mask(budget.keep(scores.masked_fill(always, torch.inf)), site.grid.tokens, site.block, order)
+        return Plan.from_mask(budget.keep(scores.masked_fill(required, torch.inf)), site.grid.tokens, site.block, order)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Union(Pattern):
-    """All that any of some patterns keeps: ``Radial() | Sink()``. A density widens the first one, and the others stay
-    where they leave room for it."""
+    """Union of patterns, ``Radial() | Sink()``: keeps every block that any of them keeps.
+
+    A density widens the first pattern; the others keep their settings.
+
+    Attributes:
+        parts: the patterns; all must use the same token order.
+    """
 
     parts: tuple[Pattern, ...] = field(default=())
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.parts or not all(isinstance(part, Pattern) for part in self.parts):
-            raise ValueError("only patterns, which know the geometry alone, can be united with |")
+            raise ValueError("only patterns, which depend on geometry alone, can be united with |")
         self.order(Grid(2, 2, 2), 16)
 
     @property
@@ -204,92 +237,46 @@ class Union(Pattern):
         first, *others = (part.order(grid, block) for part in self.parts)
         same = lambda other: other is first or (first is not None and other is not None and first.equal(other))
         if not all(map(same, others)):
-            raise ValueError("patterns that cut their blocks from different token orders cannot be united")
+            raise ValueError("patterns with different token orders cannot be united")
         return first
 
     def keep(self, grid: Grid, block: int) -> Tensor:
-        return self._with_others(self.parts[0].block_map(grid, block), grid, block)
+        return self._with_others(self.parts[0].block_mask(grid, block), grid, block)
 
     def narrower(self) -> Union | None:
-        relative = self.parts[0].narrower()
-        return relative and replace(self, parts=(relative, *self.parts[1:]))
+        variant = self.parts[0].narrower()
+        return variant and replace(self, parts=(variant, *self.parts[1:]))
 
     def _at(self, value: float, grid: Grid, block: int) -> Tensor:
         return self._with_others(self.parts[0]._at(value, grid, block), grid, block)
 
     def _with_others(self, first: Tensor, grid: Grid, block: int) -> Tensor:
-        others = (_mapped(part, grid, block) for part in self.parts[1:])
+        others = (_cached_mask(part, grid, block) for part in self.parts[1:])
         return torch.stack([first, *others]).any(0)
 
 
 @lru_cache(maxsize=4)
-def _mapped(pattern: Pattern, grid: Grid, block: int) -> Tensor:
-    """The fixed parts of a union, which bisecting its knob asks for again and again."""
-    return pattern.block_map(grid, block)
+def _cached_mask(pattern: Pattern, grid: Grid, block: int) -> Tensor:
+    """Mask of a fixed part of a union, which every step of the bisection needs."""
+    return pattern.block_mask(grid, block)
 
 
 @lru_cache(maxsize=16)
-def _planned(pattern: Pattern, grid: Grid, block: int) -> Plan:
-    """One for all layers, also where a pattern is a part of something that is planned layer by layer."""
-    keep = pattern.block_map(grid, block)
+def _cached_plan(pattern: Pattern, grid: Grid, block: int) -> Plan:
+    """Plan of a pattern, shared by all layers even if the pattern is part of a method that is not static."""
+    keep = pattern.block_mask(grid, block)
     return Plan.from_mask(keep[None, None], grid.tokens, block, pattern.order(grid, block))
 
 
 @lru_cache(maxsize=16)
-def _cut(scorer: Scorer, grid: Grid, block: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
-    """The order that a scorer cuts its blocks from, and which of them are always kept: the same at every plan, so they
-    are copied to the device once."""
+def _cached_order(scorer: Scorer, grid: Grid, block: int, device: torch.device) -> tuple[Tensor | None, Tensor]:
+    """Order and required blocks of a scorer, so that they are copied to the device once."""
     order = scorer.order(grid, block)
-    always = required_blocks(Blocks.from_grid(grid, block, order)).to(device)
-    return order if order is None else order.to(device), always
+    required = required_blocks(Blocks.from_grid(grid, block, order)).to(device)
+    return order if order is None else order.to(device), required
 
 
 def required_blocks(blocks: Blocks) -> Tensor:
-    """Text rows and columns and each block's own block, bool ``[Qb, Qb]``: what no method may drop."""
+    """Return the blocks that every method keeps, bool ``[Qb, Qb]``: rows and columns with text, and the diagonal."""
     text = blocks.text
     return text[:, None] | text | torch.eye(len(text), dtype=torch.bool)
-
-
-def _pair_weight(grid: Grid, block: int) -> Tensor:
-    """Share of all token pairs that lies in each block pair, float64 ``[Qb, Qb]``, in sum 1."""
-    starts = torch.arange(num_blocks(grid.tokens, block)) * block
-    size = (grid.tokens - starts).clamp(max=block).double() / grid.tokens
-    return size[:, None] * size
-
-
-def _bracket(
-    keep: Callable[[float], Tensor],
-    measure: Callable[[Tensor], float],
-    density: float,
-    knob_range: tuple[float, float],
-) -> tuple[Tensor | None, Tensor]:
-    """The densest pattern within ``density`` (None: even the sparsest exceeds it) and the next one beyond."""
-    low, high = knob_range
-    inner, outer = keep(low), keep(high)
-    if measure(inner) > density:
-        return None, inner
-    if measure(outer) <= density:
-        return outer, torch.ones_like(outer)
-    while measure(outer) - density > 1e-3 and high / low > 1 + 1e-6:
-        middle = (low * high) ** 0.5
-        candidate = keep(middle)
-        if measure(candidate) <= density:
-            low, inner = middle, candidate
-        else:
-            high, outer = middle, candidate
-    return inner, outer
-
-
-def _fill(inner: Tensor, outer: Tensor, weight: Tensor, density: float) -> Tensor:
-    """``inner`` and as many pairs of ``outer`` as the density allows: nearest first, evenly over the rows."""
-    extra = outer & ~inner
-    place = torch.arange(len(inner))
-    distance = (place[:, None] - place).abs().masked_fill(~extra, len(inner))
-    turn = distance.argsort(dim=1, stable=True).argsort(dim=1)
-    candidates = extra.nonzero()
-    first = candidates[turn[extra].argsort(stable=True)]
-    rows, columns = first.unbind(1)
-    fits = weight[rows, columns].cumsum(0) <= density - float(weight[inner].sum()) + 1e-9
-    keep = inner.clone()
-    keep[rows[fits], columns[fits]] = True
-    return keep

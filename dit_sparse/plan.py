@@ -1,4 +1,4 @@
-"""The one currency between methods and executors: which key blocks each query block visits."""
+"""Plans: the key blocks that each query block attends to, made by methods and computed by executors."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_UNTRIMMED_BYTES = 16 << 20  # below this, index lists are not trimmed: that would synchronize with the GPU
+MAX_UNTRIMMED_BYTES = 16 << 20  # smaller index lists are not trimmed, because trimming synchronizes with the GPU
 
 
 def num_blocks(tokens: int, block: int) -> int:
-    """Number of blocks that cover ``tokens``; the last one may be ragged."""
+    """Return the number of blocks that cover ``tokens``; the last one may be shorter."""
     return -(-tokens // block)
 
 
 @dataclass(frozen=True)
 class BasePlan:
-    """Which groups of keys every group of queries visits, whatever the groups are.
+    """Block-sparse attention mask as lists: the key groups (blocks or clusters) that each query group attends to.
 
-    Leading sizes of 1 mean "the same for every batch item / head".
+    A leading size of 1 means "the same for every batch item / head".
 
     Attributes:
-        index: int32 ``[B|1, H|1, Q, K]``, numbers of key groups, ascending; the first ``count`` of a row are live, the
-            rest are any legal number. K is the fullest row's count, or more where learning it would wait for a GPU.
-        count: int32 ``[B|1, H|1, Q]``.
+        index: numbers of key groups, int32 ``[B|1, H|1, Q, K]``, ascending. Only the first ``count`` of a row are
+            valid; the others hold any existing number. K is the largest count, or more if trimming would synchronize
+            with a GPU.
+        count: length of each list, int32 ``[B|1, H|1, Q]``.
     """
 
     index: Tensor
@@ -35,94 +36,102 @@ class BasePlan:
 
     @property
     def valid(self) -> Tensor:
-        """Which entries of ``index`` count, bool, its shape."""
+        """Which entries of ``index`` are valid, bool ``[B|1, H|1, Q, K]``."""
         return torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
 
     @cached_property
     def density_by_head(self) -> Tensor:
-        """Fraction of the query-key token pairs that each head computes, groups weighing what they hold: float64
-        ``[B|1, H|1]``."""
+        """Fraction of the query-key token pairs that each head computes, float64 ``[B|1, H|1]``."""
         kept_sizes = torch.take_along_dim(self.key_sizes[:, :, None], self.index.long(), -1)
         keys = (kept_sizes * self.valid).sum(-1)
         return (keys * self.query_sizes).sum(-1).double() / self.tokens**2
 
     @property
     def mean_density(self) -> Tensor:
-        """The mean over the heads, a scalar on the plan's device, so that counting it waits for nothing."""
+        """Mean over the heads as a scalar tensor: unlike :attr:`density` it does not synchronize with a GPU."""
         return self.density_by_head.mean()
 
     @property
     def density(self) -> float:
-        """The share as a number."""
+        """Fraction of the query-key token pairs that is computed, mean over the heads."""
         return float(self.mean_density)
 
     def block_mask(self) -> Tensor:
-        """The boolean map of groups again, ``[B|1, H|1, Q, Qk]``."""
+        """Return the mask of groups, bool ``[B|1, H|1, Q, Qk]``."""
         groups = self.key_sizes.shape[-1]
-        empty = torch.zeros(*self.index.shape[:-1], groups, dtype=torch.bool, device=self.index.device)
-        return empty.scatter_reduce(-1, self.index.long(), self.valid, "amax")
+        mask = torch.zeros(*self.index.shape[:-1], groups, dtype=torch.bool, device=self.index.device)
+        return mask.scatter_reduce(-1, self.index.long(), self.valid, "amax")
 
     def token_mask(self, queries: Tensor) -> Tensor:
-        """Which keys some queries ``[R]`` see, padding or not: bool ``[B|1, H|1, R, N]``."""
-        kept = torch.take_along_dim(self.block_mask(), self.query_group[..., queries, None], 2)
-        return torch.take_along_dim(kept, self.key_group[..., None, :], 3)
+        """Return the mask of tokens for the queries ``[R]``, bool ``[B|1, H|1, R, N]``; padding is not masked."""
+        rows = torch.take_along_dim(self.block_mask(), self.query_group[..., queries, None], 2)
+        return torch.take_along_dim(rows, self.key_group[..., None, :], 3)
 
     def full(self) -> BasePlan:
-        """The same groups, each visiting all of them: dense attention, as a plan."""
+        """Return a plan of the same groups that computes all pairs."""
         rows, columns = self.query_sizes.shape[-1], self.key_sizes.shape[-1]
         index = torch.arange(columns, dtype=torch.int32, device=self.index.device)
         count = torch.full((), columns, dtype=torch.int32, device=self.index.device)
         return replace(self, index=index.expand(1, 1, rows, -1), count=count.expand(1, 1, rows))
 
     def repeat_batch(self) -> BasePlan:
-        """The same plan for a batch in which every item stands twice, in two equal halves."""
+        """Return the plan for the batch repeated twice, ``[B, ...] -> [2 B, ...]``."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         lengths = None if self.lengths is None else self.lengths.repeat(2)
         return replace(self, **{name: repeat_batch(value) for name, value in values}).with_lengths(lengths)
 
     def with_lengths(self, lengths: Tensor | None) -> BasePlan:
-        """The same plan for a batch whose items end in padding: ``lengths [B]`` real tokens each."""
+        """Return the plan with ``lengths [B]``, the tokens of each item before its padding; None: no padding."""
         return self if lengths is None else replace(self, lengths=lengths.to(self.index.device, torch.int32))
 
     def to(self, device: torch.device | str) -> BasePlan:
-        """The same plan on another device."""
+        """Return the plan on another device."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: value.to(device) for name, value in values if hasattr(value, "to")})
 
+    def _repr(self, groups: str) -> str:
+        try:
+            density = f"{self.density:.2f}"
+        except RuntimeError:  # meta and fake tensors hold no numbers
+            density = "unknown"
+        return f"{type(self).__name__}({self.tokens} tokens, {groups}, density {density})"
+
 
 def repeat_batch(value: Any) -> Any:
-    """A part of a plan for a batch in which every item stands twice; what is one for all items stays so."""
+    """Return a field of a plan for the batch repeated twice; a value that all items share is returned as it is."""
     if hasattr(value, "repeat_batch"):
         return value.repeat_batch()
-    one_for_all = not isinstance(value, Tensor) or value.ndim < 3 or len(value) == 1
-    return value if one_for_all else torch.cat([value, value])
+    shared = not isinstance(value, Tensor) or value.ndim < 3 or len(value) == 1
+    return value if shared else torch.cat([value, value])
 
 
 def lists_from_mask(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Index and count of a boolean map ``[B|1, H|1, Q, Qk]``. Raises as `check_rows` does."""
-    place = keep.cumsum(-1)
-    count = place[..., -1].int()
+    """Return the index and count of a boolean mask ``[B|1, H|1, Q, Qk]``. Raises as :func:`check_rows` does."""
+    position = keep.cumsum(-1)
+    count = position[..., -1].int()
     check_rows(count)
     width = list_width(count, keep.shape[-1])
     index = torch.zeros(*keep.shape[:-1], 1 + width, dtype=torch.int32, device=keep.device)
     number = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device).expand(keep.shape)
-    index.scatter_(-1, place.mul_(keep), number)  # what is not kept goes to place 0
+    index.scatter_(-1, position.mul_(keep), number)  # numbers that are not kept go to position 0, which is cut off
     return index[..., 1:].contiguous(), count
 
 
 def check_rows(count: Tensor) -> None:
-    """Raises ValueError when a row keeps nothing. On a GPU, where nobody waits to look, the device is to assert it:
-    what waits for it next fails."""
-    wrong = "a query block keeps no key block; every row must keep at least one"
+    """Raise ValueError if a row is empty. On a GPU this is a device-side assert, so that nothing synchronizes."""
+    message = "a query block keeps no key block; every row must keep at least one"
     if count.is_cuda:
-        torch._assert_async((count > 0).all(), wrong)
+        torch._assert_async((count > 0).all(), message)
     elif (count == 0).any():
-        raise ValueError(wrong)
+        raise ValueError(message)
 
 
 def list_width(count: Tensor, columns: int) -> int:
-    """How wide lists of ``count`` entries a row have to be: as the fullest row. On a GPU, where finding it waits for
-    the device, as wide as they could ever be, unless that takes much memory; then attention takes much longer."""
+    """Return the width of the index lists: the largest count.
+
+    On a GPU the largest count synchronizes with the device, so lists below `MAX_UNTRIMMED_BYTES` keep all ``columns``.
+    Larger ones are trimmed: attention over that many blocks takes much longer than the wait.
+    """
     if count.is_cuda and count.numel() * columns * torch.int32.itemsize <= MAX_UNTRIMMED_BYTES:
         return columns
     return int(count.max())
@@ -130,16 +139,16 @@ def list_width(count: Tensor, columns: int) -> int:
 
 @dataclass(frozen=True)
 class Plan(BasePlan):
-    """Lists of equal blocks, and the token order that the blocks are cut from.
+    """Plan of equal blocks: which key blocks each query block attends to, and the token order they are cut from.
 
-    Q = ceil(N / block), for queries and keys alike.
+    Queries and keys are cut into the same ceil(N / block) blocks.
 
     Attributes:
-        tokens: N, the length of the sequence.
-        block: tokens in a block; the last block holds what is left.
-        order: int64 ``[N]`` or ``[B|1, H|1, N]``; place i of the blocked sequence holds token ``order[..., i]``.
-            None: as given. Padding must stay at the end.
-        lengths: int32 ``[B]``, tokens of each batch item that are no padding (padding is a tail). None: all.
+        tokens: N, length of the sequence.
+        block: tokens in a block; the last block may hold fewer.
+        order: int64 ``[N]`` or ``[B|1, H|1, N]``; position i of the reordered sequence holds token ``order[..., i]``.
+            None: the order of the input. Padding must stay at the end.
+        lengths: tokens of each batch item before its padding, int32 ``[B]``. None: no padding.
     """
 
     tokens: int
@@ -149,51 +158,57 @@ class Plan(BasePlan):
 
     @classmethod
     def from_mask(cls, keep: Tensor, tokens: int, block: int, order: Tensor | None = None) -> Plan:
-        """From a boolean block map ``keep [B|1, H|1, Qb, Qb]``. Raises ValueError when a row keeps nothing."""
+        """Return the plan of a boolean block mask ``keep [B|1, H|1, Qb, Qb]``.
+
+        Raises:
+            ValueError: the mask has another shape, or a row is empty.
+        """
         blocks = num_blocks(tokens, block)
         if keep.ndim != 4 or keep.shape[-2:] != (blocks, blocks):
-            raise ValueError(
-                f"{tokens} tokens in blocks of {block} need a map [B, H, {blocks}, {blocks}], not {list(keep.shape)}"
-            )
+            shape = f"[B, H, {blocks}, {blocks}]"
+            raise ValueError(f"{tokens} tokens in blocks of {block} need a mask {shape}, got {list(keep.shape)}")
         return cls(*lists_from_mask(keep), tokens, block, order)
 
     @classmethod
     def by_head(cls, plans: Sequence[Plan], choice: Tensor) -> Plan:
-        """One plan out of several for the same blocks: head h of item b follows ``plans[choice[b, h]]``.
+        """Combine plans of the same blocks: head h of item b follows ``plans[choice[b, h]]``.
 
         Args:
-            plans: each for one head or for all, of one item or of all.
+            plans: plans for one head or for all, for one item or for all.
             choice: int64 ``[B|1, H]``.
         """
         batches = [x.shape[0] for plan in plans for x in (plan.index, plan.order) if x is not None and x.ndim > 1]
         lead = (max(choice.shape[0], *batches), choice.shape[1])
         width = max(plan.index.shape[-1] for plan in plans)
-        fill = lambda index: torch.cat([index, index[..., :1].expand(*index.shape[:-1], width - index.shape[-1])], -1)
-        index = _chosen([fill(plan.index) for plan in plans], choice, lead)
-        count = _chosen([plan.count for plan in plans], choice, lead)
+        pad = lambda index: torch.cat([index, index[..., :1].expand(*index.shape[:-1], width - index.shape[-1])], -1)
+        index = _select_by_head([pad(plan.index) for plan in plans], choice, lead)
+        count = _select_by_head([plan.count for plan in plans], choice, lead)
         order = None
         if any(plan.order is not None for plan in plans):
-            given = torch.arange(plans[0].tokens, device=choice.device)
-            orders = (given if plan.order is None else plan.order for plan in plans)
-            order = _chosen([o.expand(1, 1, -1) if o.ndim == 1 else o for o in orders], choice, lead)
+            identity = torch.arange(plans[0].tokens, device=choice.device)
+            orders = (identity if plan.order is None else plan.order for plan in plans)
+            order = _select_by_head([o.expand(1, 1, -1) if o.ndim == 1 else o for o in orders], choice, lead)
         return cls(index, count, plans[0].tokens, plans[0].block, order)
 
     def expand_heads(self, heads: Tensor, total: int) -> Plan:
-        """The same plan for all ``total`` heads of a layer, where it was made for some of them: ``heads [H']``. What
-        the others get is not meant to be used."""
-        place = torch.zeros(total, dtype=torch.long, device=self.index.device)
-        place[heads] = torch.arange(len(heads), device=place.device)
-        lift = lambda x: x if x is None or x.ndim == 1 or x.shape[1] == 1 else x.index_select(1, place)
-        return replace(self, index=lift(self.index), count=lift(self.count), order=lift(self.order))
+        """Return the plan of some heads, ``heads [H']``, for all ``total`` heads of a layer.
+
+        The other heads get the lists of the first one, as a filler.
+        """
+        source = torch.zeros(total, dtype=torch.long, device=self.index.device)
+        source[heads] = torch.arange(len(heads), device=source.device)
+        expand = lambda x: x if x is None or x.ndim == 1 or x.shape[1] == 1 else x.index_select(1, source)
+        return replace(self, index=expand(self.index), count=expand(self.count), order=expand(self.order))
 
     @classmethod
     def dense(cls, tokens: int, block: int, device: torch.device | str = "cpu") -> Plan:
-        """Every block visits every block: dense attention, as a plan."""
+        """Return the plan that computes all pairs."""
         first = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
         return cls(first, first[..., 0] + 1, tokens, block).full()
 
     @property
     def blocks(self) -> int:
+        """Number of blocks, Qb."""
         return num_blocks(self.tokens, self.block)
 
     @property
@@ -206,25 +221,28 @@ class Plan(BasePlan):
 
     @property
     def query_group(self) -> Tensor:
-        """The block of every token, int64 ``[B|1, H|1, N]``."""
-        place = torch.arange(self.tokens, device=self.index.device)
+        """Block of every token, int64 ``[B|1, H|1, N]``."""
+        position = torch.arange(self.tokens, device=self.index.device)
         if self.order is not None:
-            place = self.order.argsort(-1)
-        return (place // self.block).expand(1, 1, -1) if place.ndim == 1 else place // self.block
+            position = self.order.argsort(-1)
+        return (position // self.block).expand(1, 1, -1) if position.ndim == 1 else position // self.block
 
     key_group = query_group
 
     def arrange(self, x: Tensor) -> Tensor:
-        """``x [B, H, N, ...]`` in the plan's order."""
+        """Return ``x [B, H, N, ...]`` in the plan's order."""
         return reorder(x, self.order)
 
     def restore(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`arrange`."""
+        """Return ``x [B, H, N, ...]`` in the order of the input: the inverse of :meth:`arrange`."""
         return x if self.order is None else reorder(x, self.order.argsort(-1))
 
+    def __repr__(self) -> str:
+        return self._repr(f"{self.blocks} blocks of {self.block}")
 
-def _chosen(values: Sequence[Tensor], choice: Tensor, lead: tuple[int, int]) -> Tensor:
-    """Item and head ``[b, h]`` of ``values[choice[b, h]]``, each ``[B|1, H|1, ...]``."""
+
+def _select_by_head(values: Sequence[Tensor], choice: Tensor, lead: tuple[int, int]) -> Tensor:
+    """Return head h of item b from ``values[choice[b, h]]``, each ``[B|1, H|1, ...]``."""
     shape = (*lead, *values[0].shape[2:])
     number = choice.view(*choice.shape, *(1,) * (len(shape) - 2))
     result = values[0].expand(shape)
@@ -234,7 +252,10 @@ def _chosen(values: Sequence[Tensor], choice: Tensor, lead: tuple[int, int]) -> 
 
 
 def reorder(x: Tensor, order: Tensor | None) -> Tensor:
-    """``x [B, H, N, ...]`` in an order ``[N]`` or ``[B|1, H|1, N]``; fewer heads than there are orders are repeated."""
+    """Return ``x [B, H, N, ...]`` in an order ``[N]`` or ``[B|1, H|1, N]``.
+
+    If the order has more heads than x, the heads of x are repeated (grouped queries).
+    """
     if order is None:
         return x
     if order.ndim == 1:

@@ -68,7 +68,8 @@ def method(text: str, /, **settings: Any) -> Method:
     """Return the method that a text describes.
 
     Args:
-        text: such as ``radial(sink=true)|sink`` or ``cached(svg2, every=3)``, see `dit_sparse.notation.parser`.
+        text: such as ``radial(sink=true)|sink`` or ``cached(svg2, replan_interval=3)``, see
+            `dit_sparse.notation.parser`.
         settings: further settings of the outermost method; of a union, of its first pattern.
 
     Raises:

@@ -1,17 +1,19 @@
-"""Adaptive block-sparse attention (ASA): a few tokens sampled from every block find where attention goes.
+"""Adaptive block-sparse attention (ASA, Video-BLADE): block scores from a few sampled tokens of each block.
 
 Source: Y. Gu et al., "Video-BLADE: Block-Sparse Attention Meets Step Distillation for Efficient Video Generation",
-arXiv:2508.10774, sec. 3.2. Tokens stand along the generalised Hilbert curve. From every block the same few places are
-sampled, of queries and of keys alike, and with l_rc the scores between the samples, m_rj the best of sample r in key
-block j and m_r the best of all,
+arXiv:2508.10774, sec. 3.2. Tokens are ordered along the generalized Hilbert curve. From every block the same few
+positions are sampled, for queries and keys. With the scores l_rc between the samples, m_rj the largest score of sample
+r in key block j, and m_r its largest score of all,
 
     s_ij = max over the samples r of block i of  exp(m_rj - m_r)
 
-The fewest blocks that make up .95 of a row's scores are kept, between a least and a greatest number.
+Each row keeps the fewest blocks that make up .95 of its scores, within a least and a greatest number.
 
-Differs from the authors: the places are drawn once from a fixed seed, not anew each time, so that equal inputs give
-equal plans. Their branch of pooled keys and values counts selected blocks twice, which their students learn to live
-with; it is not part of the method here. Inference only: no distillation.
+Differs from the authors:
+- The positions are drawn once from a fixed seed, not each time, so that equal inputs give equal plans.
+- Their branch of pooled keys and values is left out: it counts selected blocks twice, which only their distilled models
+  have learned to compensate.
+- Inference only, no distillation.
 """
 
 from __future__ import annotations
@@ -32,21 +34,21 @@ from ..scoring import score_in_chunks
 
 @dataclass(frozen=True, kw_only=True)
 class ASA(Scorer):
-    """Scores of sampled tokens.
+    """Block scores from sampled tokens.
 
     Attributes:
-        samples: tokens that are sampled from each block (the paper: 16, its code: 32).
-        seed: of the places.
+        samples: tokens sampled from each block; the paper uses 16, its code 32.
+        seed: of the sampled positions.
     """
 
-    default_budget: ClassVar[Budget] = Mass(0.95, least=0.05, most=0.17)
+    default_budget: ClassVar[Budget] = Mass(0.95, min_ratio=0.05, max_ratio=0.17)
     samples: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 1:
-            raise ValueError(f"samples is how many tokens of a block are looked at, at least 1, not {self.samples}")
+            raise ValueError(f"samples, the number of tokens of a block, must be at least 1, got {self.samples}")
 
     def order(self, grid: Grid, block: int) -> Tensor:
         return order.gilbert(grid)
@@ -55,13 +57,13 @@ class ASA(Scorer):
         tokens, dim = q.shape[2:]
         blocks, samples = num_blocks(tokens, site.block), min(self.samples, site.block)
         within = torch.randperm(site.block, generator=torch.Generator().manual_seed(self.seed))[:samples]
-        places = (torch.arange(blocks)[:, None] * site.block + within).clamp(max=tokens - 1).flatten().to(q.device)
-        queries, keys = (x[:, :, places].float().unflatten(2, (blocks, samples)) for x in (q, k))
+        positions = (torch.arange(blocks)[:, None] * site.block + within).clamp(max=tokens - 1).flatten().to(q.device)
+        queries, keys = (x[:, :, positions].float().unflatten(2, (blocks, samples)) for x in (q, k))
 
-        def best(part: slice) -> Tensor:
-            logits = queries[:, :, part].flatten(2, 3) @ keys.flatten(2, 3).mT * dim**-0.5
-            of_block = logits.unflatten(-1, (blocks, samples)).amax(-1)
-            relative = of_block - of_block.amax(-1, keepdim=True)
+        def score_rows(rows: slice) -> Tensor:
+            logits = queries[:, :, rows].flatten(2, 3) @ keys.flatten(2, 3).mT * dim**-0.5
+            best = logits.unflatten(-1, (blocks, samples)).amax(-1)
+            relative = best - best.amax(-1, keepdim=True)
             return relative.unflatten(2, (-1, samples)).amax(3)
 
-        return score_in_chunks(best, blocks, q.shape[0] * q.shape[1] * samples**2 * blocks)
+        return score_in_chunks(score_rows, blocks, q.shape[0] * q.shape[1] * samples**2 * blocks)

@@ -1,7 +1,8 @@
-"""Dense attention, the baseline of every comparison.
+"""Dense attention: all query-key pairs, the baseline of every comparison.
 
 Source: scaled dot-product attention; A. Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, eq. 1.
-Differs from the authors: nothing. The model's own attention call runs untouched, bit for bit.
+
+Differs from the authors: not at all. The model's own attention call runs unchanged, so results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..method import Method
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(Method):
-    """Every pair is computed. It takes a density so that loops over methods need no special case, and achieves 1."""
+    """Computes all pairs. Accepts a density, so that loops over methods need no special case, and ignores it."""
 
     static: ClassVar[bool] = True
     keeps_model_attention: ClassVar[bool] = True

@@ -1,22 +1,25 @@
-"""Radial attention: the spatial window halves each time the temporal distance doubles.
+"""Radial attention: a spatial window that halves as the temporal distance doubles.
 
 Source: X. Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation",
 arXiv:2506.19852, sec. 4. Attention between token k of frame i and token l of frame j decays exponentially in both
 |i - j| and |k - l|, so a window of width ~ 2^-log2|i-j| loses little, and O(n log n) pairs remain.
 
 The rule is that of the authors' released masks, which made the published numbers, not the paper's eq. 4. With s
-tokens a frame, P the power of two above s, d = |i - j|, g the bit length of d (0, 1, 2, 2, 3, 3, 3, 3, ...):
+tokens per frame, P the power of two above s, d = |i - j|, g the bit length of d (0, 1, 2, 2, 3, 3, 3, 3, ...):
 
-    window     keep |k - l| <= w,  w = s where d <= near,  else max(decay * P / 2^g, floor)
+    window     keep |k - l| <= w, with w = s if d <= dense_distance, else max(decay * P / 2^g, min_width * block)
     thinning   where L = P / 2^g < block, keep a frame pair only if d is a multiple of block / L
     sink       every query keeps frame 0
     blocks     keep a block pair if, of its columns with any kept token, over .6 are kept in over 1/3 of its rows
 
-Differs from the authors: they draw each s x s frame pair as a mask and demand s to be a multiple of 128; here the same
-rule is evaluated in closed form for every pair of "block cut by frame" segments, so any s, any text before or after,
-and no N x N tensor; ``near``, the sink and the block size are parameters instead of model names; the cut-off of the
-thinning is the block size instead of 128. ``density`` solves for ``decay``; where even the narrowest windows exceed it,
-as they do when a frame is only a few blocks, the whole near frames are given up first, then the windows' floor.
+Differs from the authors:
+- They draw each pair of frames as an s x s mask and require s to be a multiple of 128. Here the same rule is evaluated
+  in closed form for the runs of tokens that blocks cut from frames, so any s and any text before or after the video
+  work, and no N x N tensor is needed.
+- Dense distance, sink and block size are settings instead of depending on the name of the model.
+- Thinning starts below the block size instead of below 128.
+- ``density`` solves for ``decay``. If even the narrowest windows exceed it, which happens if a frame is only a few
+  blocks, first the dense distance and then the least width is reduced.
 """
 
 from __future__ import annotations
@@ -38,55 +41,57 @@ class Radial(Pattern):
 
     Attributes:
         decay: width of the windows; the authors use 0.2 for Wan 2.1, 0.8 for Wan 2.2, 0.95 for HunyuanVideo.
-        near: frames at most this far apart attend to each other whole; -1: not even a frame to itself.
-        floor: the narrowest window, in blocks (the authors: 1).
-        sink: every query keeps frame 0 (the authors: HunyuanVideo no, like the default decay; Wan yes).
+        dense_distance: frames at most this far apart attend to each other fully; -1: no frame, not even to itself.
+        min_width: least width of a window, in blocks; the authors use 1.
+        sink: whether every query attends to frame 0; the authors: yes for Wan, no for HunyuanVideo.
     """
 
     knob: ClassVar[str] = "decay"
     knob_range: ClassVar[tuple[float, float]] = (1e-4, 1e4)
 
     decay: float = 0.95
-    near: int = 1
-    floor: float = 1.0
+    dense_distance: int = 1
+    min_width: float = 1.0
     sink: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.decay > 0 and self.near >= -1 and self.floor >= 0):
-            raise ValueError(
-                f"decay is positive, near at least -1, floor at least 0, not {self.decay}, {self.near}, {self.floor}"
-            )
+        if not self.decay > 0:
+            raise ValueError(f"decay must be greater than 0, got {self.decay}")
+        if not self.dense_distance >= -1:
+            raise ValueError(f"dense_distance must be at least -1, got {self.dense_distance}")
+        if not self.min_width >= 0:
+            raise ValueError(f"min_width must be at least 0, got {self.min_width}")
 
     def narrower(self) -> Radial | None:
-        if self.near >= 0:
-            return replace(self, near=self.near - 1)
-        return replace(self, floor=0.0) if self.floor else None
+        if self.dense_distance >= 0:
+            return replace(self, dense_distance=self.dense_distance - 1)
+        return replace(self, min_width=0.0) if self.min_width else None
 
     def keep(self, grid: Grid, block: int) -> Tensor:
-        segment = _Segments.from_grid(grid, block)
-        distance = (segment.frame[:, None] - segment.frame).abs()
+        runs = _FrameRuns.from_grid(grid, block)
+        distance = (runs.frame[:, None] - runs.frame).abs()
         width, survives = self._window(distance, grid.frame, block)
-        kept = segment.columns_seen(width, rows=block // 3 + 1)
-        touched = segment.columns_seen(width, rows=1)
-        pair = survives & (kept > 0.6 * touched)
+        kept_columns = runs.columns_within(width, rows=block // 3 + 1)
+        touched_columns = runs.columns_within(width, rows=1)
+        pairs = survives & (kept_columns > 0.6 * touched_columns)
         if self.sink:
-            pair = pair | (segment.frame == 0)
-        return segment.merge(pair, num_blocks(grid.tokens, block))
+            pairs = pairs | (runs.frame == 0)
+        return runs.to_blocks(pairs, num_blocks(grid.tokens, block))
 
     def _window(self, distance: Tensor, frame: int, block: int) -> tuple[Tensor, Tensor]:
-        """Half-width of the window for every temporal distance, in tokens, and whether the frame pair survives."""
+        """Return the half-width of the window in tokens and whether thinning keeps the frame pair, by distance."""
         octave = torch.where(distance > 0, distance.clamp(min=1).double().log2().floor() + 1, 0)
         length = 2 ** frame.bit_length() / 2**octave
-        width = (length * self.decay).clamp(min=self.floor * block)
-        width = torch.where(distance <= self.near, frame, width).floor().long()
+        width = (length * self.decay).clamp(min=self.min_width * block)
+        width = torch.where(distance <= self.dense_distance, frame, width).floor().long()
         stride = (block / length).floor().clamp(min=1).long()
         return width, distance % stride == 0
 
 
 @dataclass(frozen=True)
-class _Segments:
-    """Blocks cut at the frame borders: the run ``low..high`` of positions of one frame that one block holds."""
+class _FrameRuns:
+    """Runs of tokens of one frame in one block: positions ``low`` to ``high`` of frame ``frame`` in block ``block``."""
 
     block: Tensor
     frame: Tensor
@@ -94,7 +99,7 @@ class _Segments:
     high: Tensor
 
     @classmethod
-    def from_grid(cls, grid: Grid, block: int) -> _Segments:
+    def from_grid(cls, grid: Grid, block: int) -> _FrameRuns:
         token = torch.arange(grid.before, grid.before + grid.video)
         frame = (token - grid.before) // grid.frame
         starts = torch.cat([torch.ones(1, dtype=torch.bool), (token // block).diff().bool() | frame.diff().bool()])
@@ -102,16 +107,16 @@ class _Segments:
         last = torch.cat([first[1:], torch.tensor([grid.video])]) - 1
         return cls(token[first] // block, frame[first], first % grid.frame, last % grid.frame)
 
-    def columns_seen(self, width: Tensor, rows: int) -> Tensor:
-        """For every pair of segments: how many columns l have at least ``rows`` rows k with |k - l| <= width."""
+    def columns_within(self, width: Tensor, rows: int) -> Tensor:
+        """Return for each pair of runs how many columns l have at least ``rows`` rows k with |k - l| <= width."""
         first = torch.maximum(self.low, self.low[:, None] - width + rows - 1)
         last = torch.minimum(self.high, self.high[:, None] + width - rows + 1)
         possible = (self.high - self.low + 1 >= rows)[:, None] & (2 * width + 1 >= rows)
         return torch.where(possible, (last - first + 1).clamp(min=0), 0)
 
-    def merge(self, pair: Tensor, blocks: int) -> Tensor:
-        """A block pair is kept if any of its segments is, bool ``[Qb, Qb]``."""
-        place = self.block[:, None] * blocks + self.block
-        kept = torch.zeros(blocks * blocks, dtype=torch.bool)
-        kept[place[pair]] = True
-        return kept.view(blocks, blocks)
+    def to_blocks(self, pairs: Tensor, blocks: int) -> Tensor:
+        """Return the block mask of a mask of runs, bool ``[Qb, Qb]``: a block pair is kept if any of its runs is."""
+        number = self.block[:, None] * blocks + self.block
+        keep = torch.zeros(blocks * blocks, dtype=torch.bool)
+        keep[number[pairs]] = True
+        return keep.view(blocks, blocks)

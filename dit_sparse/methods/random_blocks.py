@@ -1,8 +1,9 @@
-"""Random blocks, the floor of every comparison: a method that does not beat it has found nothing.
+"""Random block-sparse attention: a baseline that any useful method must beat.
 
 Source: the random part of M. Zaheer et al., "Big Bird: Transformers for Longer Sequences", arXiv:2007.14062, sec. 2.
-Differs from the authors: nothing but randomness is kept (no window, no global tokens besides the text), and every
-layer and head draws its own blocks.
+
+Differs from the authors: only random blocks, text and the diagonal are kept, without their window and global tokens.
+Every layer and head draws its own blocks.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from ..plan import Plan, num_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class RandomBlocks(Method):
-    """The same number of random key blocks for every query block.
+    """The same number of random key blocks for each query block.
 
     Attributes:
-        density: fraction of the pairs to compute.
-        seed: another seed, other blocks; the same seed, the same blocks in every step.
+        density: fraction of the query-key pairs to compute.
+        seed: of the random blocks, which are the same in every step.
     """
 
     density: float = 0.25
@@ -32,7 +33,7 @@ class RandomBlocks(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.density is None:
-            raise ValueError("random_blocks needs a density: it has no other setting that could decide it")
+            raise ValueError("random_blocks needs a density, for example density=0.25")
 
     def plan(self, q, k, site: Site, memory: dict) -> Plan:
         grid, block = site.grid, site.block

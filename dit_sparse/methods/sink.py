@@ -1,11 +1,13 @@
-"""Attention sink: every query keeps the first frames.
+"""Attention sink: every query attends to the first frames.
 
 Source: G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453, who keep the first
-tokens of a text; Radial Attention (arXiv:2506.19852) keeps the first frame of Wan's videos, whose first latent frame
-stands for one frame of pixels while the others stand for four. Meant for unions: ``Radial() | Sink()``, or
-``radial|sink`` where a name is asked for.
+tokens of a text. Radial Attention (arXiv:2506.19852) keeps the first frame of Wan's videos. There the first latent
+frame stands for one pixel frame, and each other latent frame for four.
 
-Differs from the authors: the sink is measured in frames; alone, with only its own block beside it, it is a baseline.
+Meant for unions: ``Radial() | Sink()``, or ``radial|sink`` as a name.
+
+Differs from the authors: the sink is measured in frames instead of tokens, and no window is added. Without a union it
+keeps only the sink, the text and the diagonal, and serves as a baseline.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from ..plan import num_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class Sink(Pattern):
-    """The first frames, as keys of every query.
+    """The first frames as keys of every query.
 
     Attributes:
-        frames: how many; fractions of a frame are allowed.
+        frames: size of the sink in frames; fractions are allowed.
     """
 
+    depends_on_shape: ClassVar[bool] = False
     knob: ClassVar[str] = "frames"
     knob_range: ClassVar[tuple[float, float]] = (1e-6, 1e6)
 
@@ -37,9 +40,9 @@ class Sink(Pattern):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.frames > 0:
-            raise ValueError(f"the sink holds more than 0 frames, not {self.frames}")
+            raise ValueError(f"frames, the size of the sink, must be greater than 0, got {self.frames}")
 
     def keep(self, grid: Grid, block: int) -> Tensor:
         starts = torch.arange(num_blocks(grid.tokens, block)) * block
-        kept = (starts + block > grid.before) & (starts < grid.before + self.frames * grid.frame)
-        return kept.expand(len(starts), -1).clone()
+        sink = (starts + block > grid.before) & (starts < grid.before + self.frames * grid.frame)
+        return sink.expand(len(starts), -1).clone()

@@ -1,17 +1,20 @@
-"""SpargeAttn: block means predict the attention map, where a block is alike enough for a mean to speak for it.
+"""SpargeAttn: block scores from mean queries and keys along a Hilbert curve, with dissimilar blocks always kept.
 
 Source: J. Zhang et al., "SpargeAttn: Accurate Sparse Attention Accelerating Any Model Inference", arXiv:2502.18137,
-sec. 3.2-3.3. A block's self-similarity is the mean cosine between its tokens. Key blocks that are alike compete by
+sec. 3.2-3.3. The self-similarity of a block is the mean cosine between its tokens. Blocks with a high self-similarity
+are represented by their means; key blocks j compete by
 
     softmax_j(mean(Q_i) . mean(K_j) / sqrt(D))
 
-and those that are not, as rows and as columns, are computed anyway. Tokens stand along a Hilbert curve (sec. 3.7),
-which makes blocks alike.
+Rows and columns of blocks with a low self-similarity are always computed. Tokens are ordered along a Hilbert curve
+(sec. 3.7), which increases the self-similarity of blocks.
 
-Differs from the authors: the first of their two filters only; the second skips products inside a computed block, and
-8-bit products are a kernel's business. One block size for queries and keys (they: 128 and 64). By default nothing is
-forced, as in the rule they recommend (top-k with a threshold of -0.1, below what a mean cosine can be), so that a
-density is met.
+Differs from the authors:
+- Only the first of their two filters. The second skips products inside a computed block, and 8-bit products are a
+  matter of the kernel.
+- One block size for queries and keys; theirs are 128 and 64.
+- By default no block counts as dissimilar, so that a density is met. This is also the rule they recommend: top-k with a
+  threshold of -0.1, below what a mean cosine can be.
 """
 
 from __future__ import annotations
@@ -33,29 +36,31 @@ class Sparge(Scorer):
     """Products of block means.
 
     Attributes:
-        similarity: blocks whose tokens have a mean cosine below this are computed anyway; 0: none is.
-        curve: cut the blocks along a Hilbert curve.
+        similarity_threshold: blocks with a self-similarity below this are always computed; 0: none.
+        hilbert: whether blocks are cut along a Hilbert curve.
     """
 
-    similarity: float = 0.0
-    curve: bool = True
+    similarity_threshold: float = 0.0
+    hilbert: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.similarity <= 1:
-            raise ValueError(f"similarity is a mean cosine between 0 and 1, not {self.similarity}")
+        if not 0 <= self.similarity_threshold <= 1:
+            raise ValueError(f"similarity_threshold, a mean cosine, must be in [0, 1], got {self.similarity_threshold}")
 
     def order(self, grid: Grid, block: int) -> Tensor | None:
-        return order.hilbert(grid) if self.curve else None
+        return order.hilbert(grid) if self.hilbert else None
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         scores = pool(q, site.block) @ pool(k, site.block).mT * q.shape[-1] ** -0.5
-        anyway = [self_similarity(x, site.block) < self.similarity for x in (q, k)]
-        return scores.masked_fill(anyway[0][..., None] | anyway[1][..., None, :], torch.inf)
+        rows, columns = (self_similarity(x, site.block) < self.similarity_threshold for x in (q, k))
+        return scores.masked_fill(rows[..., None] | columns[..., None, :], torch.inf)
 
 
 def self_similarity(x: Tensor, block: int) -> Tensor:
-    """Mean cosine between the tokens of each block, themselves counted in: ``[B, H, N, D] -> [B, H, Qb]``. It is the
-    square of the length of the mean of the tokens' directions."""
+    """Return the mean cosine between all pairs of tokens of each block, ``[B, H, N, D] -> [B, H, Qb]``.
+
+    It equals the squared length of the mean of the normalized tokens.
+    """
     directions = pool(F.normalize(x.float(), dim=-1), block)
     return directions.square().sum(-1)

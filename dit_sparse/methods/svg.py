@@ -1,15 +1,18 @@
-"""Sparse VideoGen: every head is spatial or temporal, and a few sampled queries tell which.
+"""Sparse VideoGen (SVG): each head attends to nearby frames or to the same place in all frames, chosen online.
 
 Source: H. Xi, S. Yang et al., "Sparse VideoGen: Accelerating Video Diffusion Transformers with Spatial-Temporal
-Sparsity", arXiv:2502.01776, sec. 3-4. A spatial head attends within its frame and the frames beside it: a band around
-the diagonal while tokens stand frame by frame. A temporal head attends to its own place in all frames: a band again,
-once tokens stand place by place. So the two patterns are one band in two orders. Online, each head takes the pattern
-that serves ``samples`` of its queries better.
+Sparsity", arXiv:2502.01776, sec. 3-4. A spatial head attends within its frame and adjacent frames: a band around the
+diagonal in frame-by-frame order. A temporal head attends to its own place in all frames: a band around the diagonal in
+place-by-place order. So both patterns are one band in two token orders. Online, each head takes the order in which the
+band serves ``samples`` random queries better.
 
-Differs from the authors: a pattern serves a query by the attention it keeps, not by the error of its output, because
-plans are made from queries and keys; the queries are sampled from the whole sequence (their code: its first 10,000
-tokens); they are judged under the band that is then computed (their code: one of fixed width); the density is met to a
-block pair, text and all. No sink: what their code keeps for Wan as the first frame is that only in the spatial order.
+Differs from the authors:
+- The better pattern is the one that keeps more attention mass, not the one with the smaller output error, because plans
+  are made from queries and keys alone.
+- Queries are sampled from the whole sequence; their code samples the first 10,000 tokens.
+- Patterns are compared at the width that is then computed; their code compares at a fixed width.
+- The density is met to a block pair, including text.
+- No sink: the first frame that their code keeps for Wan is the first frame only in the spatial order.
 """
 
 from __future__ import annotations
@@ -30,21 +33,28 @@ from ..scoring import sampled_attention
 
 @dataclass(frozen=True, kw_only=True)
 class Band(Pattern):
-    """Blocks at most ``width`` of the sequence away, in whatever order it stands."""
+    """Band around the diagonal in frame-by-frame order: the spatial heads.
 
+    Attributes:
+        width: half-width of the band as a fraction of the sequence.
+    """
+
+    depends_on_shape: ClassVar[bool] = False
     knob: ClassVar[str] = "width"
     knob_range: ClassVar[tuple[float, float]] = (1e-4, 1.0)
 
     width: float = 0.25
 
     def keep(self, grid: Grid, block: int) -> Tensor:
-        place = torch.arange(num_blocks(grid.tokens, block))
-        return (place[:, None] - place).abs() * block <= self.width * grid.tokens
+        position = torch.arange(num_blocks(grid.tokens, block))
+        return (position[:, None] - position).abs() * block <= self.width * grid.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Temporal(Band):
-    """The band of the temporal heads."""
+    """Band around the diagonal in place-by-place order: the temporal heads."""
+
+    depends_on_shape: ClassVar[bool] = True
 
     def order(self, grid: Grid, block: int) -> Tensor:
         return order.frame_last(grid)
@@ -55,8 +65,8 @@ class SVG(Method):
     """Spatial and temporal heads.
 
     Attributes:
-        density: the authors use .25 for HunyuanVideo, .3 for Wan.
-        samples: queries that choose.
+        density: the authors use 0.25 for HunyuanVideo, 0.3 for Wan.
+        samples: number of random queries that compare the two patterns.
         seed: of the sample.
     """
 
@@ -66,24 +76,19 @@ class SVG(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 1:
-            raise ValueError(f"samples is how many queries choose a pattern, at least 1, not {self.samples}")
+            raise ValueError(f"samples, the number of queries, must be at least 1, got {self.samples}")
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         grid, block = site.grid, site.block
-        plan = _band(0.25 if self.density is None else self.density, grid, block).to(q.device)
+        plan = _band_plan(0.25 if self.density is None else self.density, grid, block).to(q.device)
         orders = torch.stack([order.row_major(grid), order.frame_last(grid)]).to(q.device)
-        spatial, temporal = self._kept_mass(q, k, plan.block_mask()[0, 0], orders, grid, block)
-        choice = orders[(temporal > spatial).long()]  # [B, H, N]
-        return replace(plan, order=choice)
-
-    def _kept_mass(self, q: Tensor, k: Tensor, keep: Tensor, orders: Tensor, grid: Grid, block: int) -> list[Tensor]:
-        """Attention that the sampled queries of each head keep in either order, ``[B, H]`` each."""
         rows, weights = sampled_attention(q, k, grid, self.samples, self.seed)
-        blocks = [one.argsort() // block for one in orders]
-        return [(weights * keep[at[rows]][:, at]).sum((-2, -1)) for at in blocks]
+        mask, blocks = plan.block_mask()[0, 0], orders.argsort(-1) // block
+        spatial, temporal = ((weights * mask[at[rows]][:, at]).sum((-2, -1)) for at in blocks)  # [B, H]
+        return replace(plan, order=orders[(temporal > spatial).long()])
 
 
 @cache
-def _band(density: float, grid: Grid, block: int) -> Plan:
-    """Made once: only the orders differ from head to head and step to step."""
-    return Plan.from_mask(Band(density=density).block_map(grid, block)[None, None], grid.tokens, block)
+def _band_plan(density: float, grid: Grid, block: int) -> Plan:
+    """Plan of the band, which all heads and steps share up to the order."""
+    return Plan.from_mask(Band(density=density).block_mask(grid, block)[None, None], grid.tokens, block)

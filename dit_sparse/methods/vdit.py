@@ -1,21 +1,22 @@
-"""Sparse-vDiT: every head of every layer has one of a few shapes, found once.
+"""Sparse-vDiT: a fixed mask shape for each head, diagonal, multi-diagonal or vertical, chosen once.
 
 Source: P. Chen et al., "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Video Diffusion
-Transformers", arXiv:2506.03065, sec. 3. The modes of a head:
+Transformers", arXiv:2506.03065, sec. 3. Each head has one of these modes:
 
-    diagonal        a band while tokens stand frame by frame (`svg.spatial`)
-    multi-diagonal  a band while they stand place by place (`svg.temporal`): diagonals one frame apart
-    vertical        a fixed set of keys for all queries
+    diagonal        a band around the diagonal in frame-by-frame order (`svg.spatial`)
+    multi-diagonal  a band in place-by-place order (`svg.temporal`): diagonals one frame apart
+    vertical        the same keys for all queries
     skip            no output at all
     full            dense
 
-They choose offline, a few prompts, the mode with the least error + lambda (1 - work saved). That search is `dit-sparse
-profile` with the candidates `vdit`, under a density or an error to keep instead of the two constants; its result is a
-profile. The method of this file needs none: at the first sparse step each head takes the band or the columns that keep
-most of the attention of ``samples`` of its queries, and stays with it, because the shapes hardly depend on the prompt.
+The authors search offline, on a few prompts, for the mode with the least error + lambda (1 - work saved). Here that
+search is `dit-sparse profile` with the candidates `vdit`, which keeps to a density or an error instead of the two
+constants and writes a profile. The method in this file needs no search: at the first sparse step each head takes the
+band or the columns that keep most of the attention of ``samples`` random queries, and keeps this choice, because shapes
+hardly depend on the prompt.
 
-Differs from the authors: online choice by kept attention, without `skip` and `full`, at one density for all heads; the
-columns are the blocks that receive most (they do not say which).
+Differs from the authors: the choice is made online, by attention mass, without `skip` and `full`, and all heads have
+the same density. The columns are the blocks that receive most attention; the authors do not say which they take.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..grid import Site
@@ -35,10 +37,10 @@ from .svg import Band, Temporal
 
 @dataclass(frozen=True, kw_only=True)
 class Vertical(Scorer):
-    """The blocks of keys that receive most attention, the same for all queries.
+    """The key blocks that receive most attention, the same for all queries.
 
     Attributes:
-        samples: queries that are asked.
+        samples: number of random queries that measure the attention.
         seed: of the sample.
     """
 
@@ -48,33 +50,33 @@ class Vertical(Scorer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 1:
-            raise ValueError(f"samples is how many queries are asked, at least 1, not {self.samples}")
+            raise ValueError(f"samples, the number of queries, must be at least 1, got {self.samples}")
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         _, weights = sampled_attention(q, k, site.grid, self.samples, self.seed)
-        received = torch.nn.functional.pad(weights.sum(2), (0, -weights.shape[-1] % site.block))
-        columns = received.unflatten(-1, (-1, site.block)).sum(-1).log()
+        weights = F.pad(weights.sum(2), (0, -weights.shape[-1] % site.block))
+        columns = weights.unflatten(-1, (-1, site.block)).sum(-1).log()
         return columns[:, :, None].expand(-1, -1, columns.shape[-1], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skip(Method):
-    """A head that is left out: its output is zero. What is computed for it is its own blocks, and the text."""
+    """Skips a head: its output is zero. The plan holds only text and the diagonal."""
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         return Band(width=1e-6).plan(q, k, site, memory)
 
-    def correct(self, done: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        return torch.zeros_like(done.out), done.lse
+    def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        return torch.zeros_like(result.out), result.lse
 
 
 @dataclass(frozen=True, kw_only=True)
 class VDiT(Method):
-    """Diagonal, multi-diagonal or vertical, a head at a time.
+    """Diagonal, multi-diagonal or vertical, for each head.
 
     Attributes:
-        density: of each of the three; .25 where none is given.
-        samples: queries that choose.
+        density: of each of the three modes; 0.25 if None.
+        samples: number of random queries that compare the modes.
         seed: of the sample.
     """
 
@@ -94,6 +96,6 @@ class VDiT(Method):
             modes = (Band(density=density), Temporal(density=density), vertical)
             plans = [mode.plan(q, k, site, memory) for mode in modes]
             rows, weights = sampled_attention(q, k, site.grid, self.samples, self.seed)
-            kept = torch.stack([(weights * plan.token_mask(rows)).sum((-2, -1)) for plan in plans])
-            memory["plan"] = Plan.by_head(plans, kept.argmax(0))
+            mass = torch.stack([(weights * plan.token_mask(rows)).sum((-2, -1)) for plan in plans])
+            memory["plan"] = Plan.by_head(plans, mass.argmax(0))
         return memory["plan"]

@@ -46,7 +46,7 @@ WISH = {"prompt": "a red circle moves right", "steps": 2, "frames": 3, "height":
         ({"density": "a"}, "density|settings"),
         ({"dense_steps": 1.5}, "dense_steps"),
         ({"dense_steps": None}, "settings"),
-        ({"options": {"near": (1, 2)}}, "settings|near"),
+        ({"options": {"dense_distance": (1, 2)}}, "settings|dense_distance"),
         ({"options": {"nope": 1}}, "no setting 'nope'"),
     ],
 )
@@ -63,27 +63,35 @@ def test_other_models_may_be_larger():
 
 
 def test_options_are_the_fields_of_the_method():
-    assert [option.name for option in options_of("radial")] == ["decay", "near", "floor", "sink"]
-    assert [option.name for option in options_of("radial|sink")] == ["decay", "near", "floor", "sink"]
+    assert [option.name for option in options_of("radial")] == ["decay", "dense_distance", "min_width", "sink"]
+    assert [option.name for option in options_of("radial|sink")] == ["decay", "dense_distance", "min_width", "sink"]
     assert [option.name for option in options_of("pooled(subblock)")] == ["variance"]
     assert [option.name for option in options_of("sol")] == options_of("nope") == []
 
 
 def test_options_are_read_from_what_a_form_gives():
-    assert options_from("radial", {"near": 1, "decay": 0.5, "sink": True}) == {"decay": 0.5, "sink": True}
-    assert options_from("radial", {"near": 2.0}) == {"near": 2} and options_from("radial", {"other": 1}) == {}
+    assert options_from("radial", {"dense_distance": 1, "decay": 0.5, "sink": True}) == {"decay": 0.5, "sink": True}
+    assert (
+        options_from("radial", {"dense_distance": 2.0}) == {"dense_distance": 2}
+        and options_from("radial", {"other": 1}) == {}
+    )
     assert options_from("neighborhood", {"tile": "(1, 4, 4)"}) == {"tile": (1, 4, 4)}
-    assert options_from("adaspa", {"every": "3", "rows": ""}) == {"every": 3, "rows": None}
-    with pytest.raises(ValueError, match="every is int"):
-        options_from("adaspa", {"every": "__import__('os')"})
+    assert options_from("adaspa", {"search_interval": "3", "queries_per_block": ""}) == {
+        "search_interval": 3,
+        "queries_per_block": None,
+    }
+    with pytest.raises(ValueError, match="search_interval is int"):
+        options_from("adaspa", {"search_interval": "__import__('os')"})
 
 
 def test_the_script_makes_the_video(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wish = GenerationRequest(**WISH | {"prompt": "a 'red' \\ circle\n\"moves\" right", "options": {"near": 2}})
+    wish = GenerationRequest(
+        **WISH | {"prompt": "a 'red' \\ circle\n\"moves\" right", "options": {"dense_distance": 2}}
+    )
     known = {}
     exec(compile(wish.snippet(), "snippet", "exec"), known)
-    assert known["run"].report().settings["near"] == 2 and (tmp_path / "video.mp4").stat().st_size > 1000
+    assert known["run"].report().settings["dense_distance"] == 2 and (tmp_path / "video.mp4").stat().st_size > 1000
     known["run"].disable()
     compile(GenerationRequest(**WISH | {"model": "a/b"}).snippet(), "snippet", "exec")
 
@@ -126,7 +134,7 @@ def test_density_may_be_left_to_the_method(app):
     page = app.Page(["shapes-wan"], any_model=False)
     form = ["shapes-wan", "a circle", 0, 2, "radial", 0.25, True, 0.25, None, None, None, {"decay": 0.3}]
     assert page._wish(*form).processor.settings.method.settings() == {
-        "density": None, "decay": 0.3, "near": 1, "floor": 1.0, "sink": False,
+        "density": None, "decay": 0.3, "dense_distance": 1, "min_width": 1.0, "sink": False,
     }  # fmt: skip
 
 

@@ -31,20 +31,26 @@ class Room:
 
 
 ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it fits
-    "nouns": Room("grid order plan clusters schedule", lazily="plotting"),
+    "nouns": Room("grid curves order plan clusters schedule", lazily="plotting"),
     "planners": Room("kernels.planning kernels.planning.*", "nouns executors programs"),
     "programs": Room("kernels.gpu kernels.gpu.*", "triton"),
     "executors": Room("kernels.*", "nouns programs platformdirs", lazily="triton xformers flash_attn flashinfer"),
     "adapters": Room("pipelines.*", "nouns", lazily="diffusers"),
-    "methods": Room("budget method scoring composition notation notation.* methods methods.*", "nouns planners"),
+    "methods": Room(
+        "budget density method scoring composition notation notation.* methods methods.*", "nouns planners"
+    ),
     "profile": Room("profiling profiling.head_profile", "nouns methods pydantic"),
-    "engine": Room("engine engine.* attention package", "nouns executors adapters methods profile diffusers"),
+    "engine": Room(
+        "engine engine.* attention package",
+        "nouns executors adapters methods profile diffusers",
+        lazily="plotting matplotlib",
+    ),
     "plotting": Room("plotting plotting.*", "nouns matplotlib numpy"),
-    "bundled": Room("bundled bundled.*", "engine diffusers transformers safetensors"),
-    "output": Room("output output.*", "engine bundled imageio numpy PIL", lazily="diffusers"),
+    "bundled": Room("bundled bundled.*", "engine diffusers transformers safetensors jinja2"),
+    "output": Room("output output.*", "engine bundled imageio numpy PIL", lazily="diffusers matplotlib"),
     "generation": Room(
         "generation generation.* profiling.*",
-        "nouns engine methods executors adapters output bundled plotting numpy pydantic",
+        "nouns profile engine methods executors adapters output bundled plotting numpy pydantic",
         lazily="diffusers transformers",
     ),
     "eval": Room(
@@ -83,10 +89,11 @@ def fits(name: str, patterns: str) -> bool:
 
 
 def imports(module: str) -> set[tuple[str, bool]]:
-    """What a module imports, as a module of ours or a top-level package, and whether inside a function."""
+    """The modules and packages that a module imports, and whether lazily: inside a function or for type checkers."""
     tree = ast.parse(FILES[module].read_text())
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    inside = {id(node) for function in functions for node in ast.walk(function)}
+    not_run = lambda node: isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    is_lazy = lambda node: isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not_run(node)
+    inside = {id(node) for block in filter(is_lazy, ast.walk(tree)) for node in ast.walk(block)}
     return {
         (name, id(node) in inside) for node in ast.walk(tree) for name in imported_by(node, module) if name != "stdlib"
     }
@@ -178,7 +185,10 @@ def test_kernels_of_hugging_face_is_not_shadowed(tmp_path):
 
 def test_importing_is_free():
     """No optional or heavy package is imported, and nothing of torch is patched."""
-    heavy = ["diffusers", "transformers", "gradio", "xformers", "triton", "skimage", "PIL", "torch._inductor"]
+    heavy = [
+        "diffusers", "transformers", "accelerate", "gradio", "xformers", "triton", "torch._inductor", "pydantic",
+        "matplotlib", "PIL", "skimage", "scipy", "imageio", "jinja2", "typer", "rich",
+    ]  # fmt: skip
     code = f"""
 import sys, torch, torch.nn.functional as F
 state = lambda: [dict(vars(x)) for x in (F, torch, torch.Tensor, torch.nn.Module)]
@@ -209,7 +219,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_the_files_on_disk(wheel):
     shipped = re.compile(
-        r".*\.(py|cpp|h)|profiles/.*\.json|eval/comparison/recipes/.*\.toml|dit_sparse/(py\.typed|assets/.*)"
+        r".*\.(py|cpp|h|j2)|profiles/.*\.json|eval/comparison/recipes/.*\.toml|dit_sparse/(py\.typed|assets/.*)"
     )
     relative = (
         path.relative_to(ROOT)

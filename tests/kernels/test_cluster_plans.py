@@ -96,7 +96,7 @@ def test_the_density_counts_token_pairs(seed, density):
 
 def test_a_map_that_does_not_fit_is_refused():
     queries, keys = random_clusters(50, 5), random_clusters(50, 9)
-    with pytest.raises(ValueError, match=r"these clusters need a map \[B, H, 5, 9\], not \[1, 1, 9, 5\]"):
+    with pytest.raises(ValueError, match=r"these clusters need a mask \[B, H, 5, 9\], got \[1, 1, 9, 5\]"):
         ClusterPlan.from_mask(torch.ones(1, 1, 9, 5, dtype=torch.bool), queries, keys)
     with pytest.raises(ValueError, match="every row must keep at least one"):
         ClusterPlan.from_mask(torch.zeros(1, 1, 5, 9, dtype=torch.bool), queries, keys)

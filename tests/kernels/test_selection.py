@@ -94,7 +94,7 @@ def test_of_equals_the_first_are_kept_and_negative_zero_is_zero():
         Top(0.3).keep,
         Mass(0.7).keep,
         Mass(1.0).keep,
-        Mass(0.9, least=0.2, most=0.4).keep,
+        Mass(0.9, min_ratio=0.2, max_ratio=0.4).keep,
         lambda table: top_tokens(table, 1 + 8 * eighths(60, 1).to(table.device), 70),
     ],
     ids=["top", "mass", "all mass", "mass within bounds", "tokens"],

@@ -152,8 +152,8 @@ def test_wrong_compositions_are_named():
         ("per_head", {"methods": [["a", 3]], "layers": ["a"]}, "methods of per_head must be a tuple"),
         ("per_head", {"methods": [["a", {"SVG2": {}}]], "layers": ["a"]}, "SVG2 makes clusters"),
         ("per_head", {"methods": [], "layers": []}, "at least one layer"),
-        ("sink", {"frames": float("nan")}, "more than 0 frames"),
-        ("sparsed", {"rows": -1}, "rows is at least 1"),
+        ("sink", {"frames": float("nan")}, "greater than 0"),
+        ("sparsed", {"queries_per_block": -1}, "queries_per_block must be at least 1"),
         ("vdit.vertical", {"samples": 0}, "at least 1"),
     ],
 )
@@ -166,15 +166,15 @@ def test_wrong_settings_are_one_sentence(name, given, words):
 @pytest.mark.parametrize("name", ["adaspa", "sparsed"])
 def test_rows_that_do_not_divide_the_block_are_refused_at_the_beginning(name):
     q, _, _ = qkv(GRID.tokens)
-    with pytest.raises(ValueError, match="rows must divide the block of 16 tokens, not 5"):
-        method(name, rows=5).begin_generation(q, Site(GRID, BLOCK))
+    with pytest.raises(ValueError, match="queries_per_block must divide the block of 16, got 5"):
+        method(name, queries_per_block=5).begin_generation(q, Site(GRID, BLOCK))
 
 
 # --- plans kept over steps
 
 
 def test_cached_plans_anew_after_so_many_steps():
-    what, memory = Cached(inner=method("adaspa", every=1, density=0.3), every=3), {}
+    what, memory = Cached(inner=method("adaspa", search_interval=1, density=0.3), replan_interval=3), {}
     plans = []
     for step in range(2, 9):
         q, k, _ = qkv(GRID.tokens, seed=step)
@@ -240,7 +240,7 @@ def test_every_item_of_a_batch_follows_its_own_orders():
 
 
 def test_heads_keep_their_pace_in_a_mixture():
-    asked, paced = Asked(), Rettention(inner=Asked(), every=3)
+    asked, paced = Asked(), Rettention(inner=Asked(), refresh_interval=3)
     what = PerHead(methods=(("a", asked), ("p", paced)), layers=("ap",) * 2)
     with enable(ALL["wan"]().pipe, what, dense_steps=0, min_tokens=0, block=16) as run:
         assert what.manages_own_plans and run
@@ -266,10 +266,10 @@ def test_only_its_own_heads_are_corrected():
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"layers": ("rq",)}, r"the layers name \['q'\]"),
-        ({"methods": (("r", Radial()), ("r", Window()))}, "one letter of its own"),
-        ({"methods": (("rx", Radial()),), "layers": ()}, "one letter of its own"),
-        ({"density": 0.3}, "has none to give"),
+        ({"layers": ("rq",)}, r"unknown letters \['q'\]"),
+        ({"methods": (("r", Radial()), ("r", Window()))}, "needs a letter of its own"),
+        ({"methods": (("rx", Radial()),), "layers": ()}, "needs a letter of its own"),
+        ({"density": 0.3}, "takes no density"),
     ],
 )
 def test_wrong_mixtures_are_named(given, words):
@@ -279,8 +279,8 @@ def test_wrong_mixtures_are_named(given, words):
 
 def test_a_mixture_knows_which_model_it_is_for():
     tiny = ALL["wan"]()
-    for layers, words in ((("rr",) * 3, "made for 3 layers of self-attention; the model has 2"),
-                          (("rrr",) * 2, "made for 3 heads a layer; the model has 2")):  # fmt: skip
+    for layers, words in ((("rr",) * 3, "made for 3 layers of self-attention, but the model has 2"),
+                          (("rrr",) * 2, "made for 3 heads per layer, but the model has 2")):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             enable(tiny.pipe, mixture(layers=layers))
         assert not any(hasattr(m, "_sparse") for m in tiny.pipe.transformer.modules())
@@ -312,7 +312,11 @@ def test_rettention_is_dense_while_nothing_changes(inner, offload):
 
 
 def test_rettention_between_refreshes_is_the_formula():
-    what, first, other = Rettention(density=0.2, every=4, ramp=0.3), qkv(GRID.tokens), qkv(GRID.tokens, seed=1)
+    what, first, other = (
+        Rettention(density=0.2, refresh_interval=4, ramp=0.3),
+        qkv(GRID.tokens),
+        qkv(GRID.tokens, seed=1),
+    )
     outs = steps_of(what, [(3, first), (4, other), (5, other), (6, other), (7, other)])
     (at_refresh, _), *later, (_, (last, _)) = outs
     full, full_lse = reference.attend(*first, at_refresh.plan.full())
@@ -331,12 +335,12 @@ def test_rettention_says_what_it_keeps_and_refuses_what_does_not_fit(monkeypatch
     with caplog.at_level("INFO", "dit_sparse"):
         Rettention().begin_generation(q, Site(GRID, layers=4))
     assert "4 layers" in caplog.text
-    monkeypatch.setattr(rettention, "_free", lambda device: need)
+    monkeypatch.setattr(rettention, "_free_bytes", lambda device: need)
     Rettention().begin_generation(q, Site(GRID, layers=4))
-    monkeypatch.setattr(rettention, "_free", lambda device: need - 1)
+    monkeypatch.setattr(rettention, "_free_bytes", lambda device: need - 1)
     with pytest.raises(RuntimeError, match="offload=True"):
         Rettention().begin_generation(q, Site(GRID, layers=4))
-    monkeypatch.setattr(rettention, "_free", lambda device: 2 * need - 1)
+    monkeypatch.setattr(rettention, "_free_bytes", lambda device: 2 * need - 1)
     assert Rettention().begin_generation(q, Site(GRID, layers=4)) == need
     with pytest.raises(RuntimeError, match="for other branches"):
         Rettention().begin_generation(q, Site(GRID, layers=4), reserved_bytes=need)
@@ -345,7 +349,7 @@ def test_rettention_says_what_it_keeps_and_refuses_what_does_not_fit(monkeypatch
 def test_rettention_refuses_before_the_dense_steps(monkeypatch):
     from dit_sparse.methods import rettention
 
-    monkeypatch.setattr(rettention, "_free", lambda device: 0)
+    monkeypatch.setattr(rettention, "_free_bytes", lambda device: 0)
     tiny, calls = ALL["wan"](), []
     with enable(tiny.pipe, "rettention", density=0.3, dense_steps=1, min_tokens=0, block=16):
         tiny.pipe.transformer.blocks[0].register_forward_hook(lambda *_: calls.append(1))
@@ -356,7 +360,9 @@ def test_rettention_refuses_before_the_dense_steps(monkeypatch):
 
 def test_a_run_counts_the_dense_refreshes():
     tiny = ALL["wan"]()
-    with enable(tiny.pipe, "rettention", density=0.3, dense_steps=0, min_tokens=0, block=16, every=100) as run:
+    with enable(
+        tiny.pipe, "rettention", density=0.3, dense_steps=0, min_tokens=0, block=16, refresh_interval=100
+    ) as run:
         tiny.pipe(**tiny.kwargs())
         once = run.report().density_achieved
     with enable(tiny.pipe, "window", density=0.3, dense_steps=0, min_tokens=0, block=16) as run:

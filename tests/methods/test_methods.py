@@ -147,7 +147,7 @@ def test_settings_travel_as_json(name):
 
 def test_settings_of_a_scorer_travel_as_json():
     settings = json.loads(json.dumps(Pooled(budget=Mass(0.9)).settings()))
-    budget = {"Mass": {"share": 0.9, "least": 0.0, "most": 1.0}}
+    budget = {"Mass": {"top_p": 0.9, "min_ratio": 0.0, "max_ratio": 1.0}}
     assert settings == {"density": None, "budget": budget, "curve": False}
 
 
@@ -158,7 +158,7 @@ def test_a_scorer_takes_a_density_or_a_budget():
 @every_method
 @pytest.mark.parametrize("density", [0, -0.5, 1.5, float("nan")])
 def test_density_is_a_fraction(name, density):
-    refuses(lambda: make(name, density=density), "density is the fraction")
+    refuses(lambda: make(name, density=density), "density must be in")
 
 
 @every_method
@@ -178,17 +178,17 @@ def test_unknown_settings_are_named(name):
 
 
 def test_unknown_method_is_named():
-    refuses(lambda: method("radail"), "no method 'radail'; there are dense,")
+    refuses(lambda: method("radail"), "no method 'radail'; did you mean 'radial'?")
 
 
 @pytest.mark.parametrize(
     "name, bad",
     [
         ("radial", {"decay": 0.0}),
-        ("radial", {"near": -2}),
-        ("radial", {"floor": -1.0}),
-        ("window", {"size": 0.0}),
-        ("window", {"size": 1.5}),
+        ("radial", {"dense_distance": -2}),
+        ("radial", {"min_width": -1.0}),
+        ("window", {"radius": 0.0}),
+        ("window", {"radius": 1.5}),
     ],
     ids=lambda value: str(value),
 )
@@ -207,7 +207,7 @@ def refuses(call, words: str) -> None:
 # --- radial: the released rule drawn token by token (facts: radial_attn/attn_mask.py)
 
 
-def drawn(grid: Grid, block: int, decay: float, near: int, floor: float, sink: bool) -> torch.Tensor:
+def drawn(grid: Grid, block: int, decay: float, dense_distance: int, min_width: float, sink: bool) -> torch.Tensor:
     """Every frame pair as an s x s mask, pasted into a canvas of whole blocks, each block rounded, all or-ed."""
     size, blocks = grid.frame, -(-grid.tokens // block)
     power, place = 2 ** size.bit_length(), torch.arange(size)
@@ -217,7 +217,7 @@ def drawn(grid: Grid, block: int, decay: float, near: int, floor: float, sink: b
         for j in range(grid.frames):
             distance = abs(i - j)
             length = power / 2 ** distance.bit_length()
-            width = size if distance <= near else max(decay * length, floor * block)
+            width = size if distance <= dense_distance else max(decay * length, min_width * block)
             thinned = length < block and distance % int(block / length)
             mask = torch.ones_like(apart, dtype=torch.bool) if sink and j == 0 else (apart <= width) & (not thinned)
             (top, y), (left, x) = divmod(grid.before + i * size, block), divmod(grid.before + j * size, block)
@@ -251,7 +251,7 @@ RADIAL_GRIDS = [
 @pytest.mark.parametrize("sink", [True, False], ids=["sink", "no_sink"])
 @pytest.mark.parametrize("decay, near, floor", [(0.95, 1, 1.0), (0.2, 1, 1.0), (0.8, 0, 0.5), (3.0, -1, 0.0)])
 def test_radial_is_the_released_rule(grid, block, sink, decay, near, floor):
-    settings = dict(decay=decay, near=near, floor=floor, sink=sink)
+    settings = dict(decay=decay, dense_distance=near, min_width=floor, sink=sink)
     expected = drawn(grid, block, **settings)
     if sink:  # every query keeps frame 0, also where rounding a small frame to blocks would lose it
         expected |= video_blocks(grid, block, grid.frames)[:, None] & video_blocks(grid, block, 1)
@@ -267,7 +267,7 @@ def test_radial_is_the_released_rule(grid, block, sink, decay, near, floor):
 )
 def test_radial_is_the_released_rule_anywhere(grid, block, decay, near, floor):
     assert (
-        Radial(decay=decay, near=near, floor=floor, sink=False)
+        Radial(decay=decay, dense_distance=near, min_width=floor, sink=False)
         .keep(grid, block)
         .equal(drawn(grid, block, decay, near, floor, sink=False))
     )
@@ -276,7 +276,7 @@ def test_radial_is_the_released_rule_anywhere(grid, block, decay, near, floor):
 @pytest.mark.parametrize("grid", [Grid(12, 8, 16), Grid(7, 10, 13, after=20), Grid(5, 17, 19)], ids=str)
 def test_sink_needs_no_help_where_frames_fill_blocks(grid):
     block = 32
-    rule = dict(decay=0.5, near=1, floor=1.0, sink=True)
+    rule = dict(decay=0.5, dense_distance=1, min_width=1.0, sink=True)
     ragged = torch.arange(-(-grid.tokens // block)) < grid.tokens // block  # the tail may hold too few rows
     assert Radial(**rule).keep(grid, block)[ragged].equal(drawn(grid, block, **rule)[ragged])
 
@@ -287,7 +287,7 @@ def test_sink_needs_no_help_where_frames_fill_blocks(grid):
 @given(grids(), st.sampled_from([8, 16]), st.floats(0.01, 1) | st.sampled_from([0.25, 0.5, 1.0]))
 def test_window_is_a_box_around_every_block(grid, block, size):
     """Kept is what the boxes around two blocks allow: never less than the distances of their tokens do."""
-    what = Window(size=size)
+    what = Window(radius=size)
     *axes, _ = (part.split(block) for part in grid.coordinates(what.order(grid, block)))
     limits = [size * length for length in (grid.frames, grid.height, grid.width)]
     blocks = range(len(axes[0]))
@@ -306,7 +306,7 @@ def test_window_is_a_box_around_every_block(grid, block, size):
 @pytest.mark.parametrize("size", [0.05, 0.125, 0.5, 1.0])
 def test_window_is_exact_where_blocks_are_cubes(size):
     grid, block = Grid(8, 8, 8), 64
-    what = Window(size=size)
+    what = Window(radius=size)
     places = torch.stack(grid.coordinates(what.order(grid, block))[:3], -1).split(block)
     near = lambda a, b: ((a[:, None] - b).abs() <= size * 8).all(-1).any()
     assert what.keep(grid, block).equal(torch.tensor([[near(a, b) for b in places] for a in places]))

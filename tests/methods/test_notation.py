@@ -28,7 +28,7 @@ def numbers(low: float, high: float) -> st.SearchStrategy[float]:
 
 BUDGETS = st.one_of(
     st.builds(Top, numbers(0.01, 1)),
-    st.builds(Mass, numbers(0.01, 1), least=numbers(0, 0.3), most=numbers(0.4, 1)),
+    st.builds(Mass, numbers(0.01, 1), min_ratio=numbers(0, 0.3), max_ratio=numbers(0.4, 1)),
     st.builds(Above, st.floats(allow_nan=False)),
 )
 SMALL = {int: st.integers(1, 2**40), float: numbers(0.01, 1), bool: st.booleans(), type(None): st.none()}
@@ -75,9 +75,9 @@ UNIONS = st.recursive(ORDERED_ALIKE, unions, max_leaves=5) | st.builds(
     Union, parts=st.tuples(ORDERED_ALIKE, ORDERED_ALIKE, ORDERED_ALIKE), density=st.none() | numbers(0.1, 1)
 )
 SIMPLE = plain_methods(PLAIN) | UNIONS
-CACHED = st.builds(Cached, inner=SIMPLE, every=st.none() | st.integers(1, 9), drift=st.none() | numbers(0, 2))
+CACHED = st.builds(Cached, inner=SIMPLE, replan_interval=st.none() | st.integers(1, 9), drift=st.none() | numbers(0, 2))
 WRAPPED = CACHED | st.builds(Pooled, inner=SIMPLE | CACHED, variance=st.booleans(), density=st.none())
-BLOCKS = SIMPLE.filter(lambda one: not one.clusters)
+BLOCKS = SIMPLE.filter(lambda one: not one.makes_cluster_plans)
 PER_HEAD = st.builds(lambda a, b: PerHead(methods=(("a", a), ("b", b)), layers=("ab", "ba")), BLOCKS, BLOCKS)
 
 
@@ -113,20 +113,26 @@ def test_any_text_is_a_method_or_one_sentence(text):
     ("text", "expected"),
     [
         ("radial( sink = true ,decay=0.2,)", Radial(sink=True, decay=0.2)),
-        ("radial(sink=True, floor=2)", Radial(sink=True, floor=2.0)),
+        ("radial(sink=True, min_width=2)", Radial(sink=True, min_width=2.0)),
         ("radial|sink", Radial() | Sink()),
         ("radial(density=0.3)|sink(frames=2)", Radial(density=0.3) | Sink(frames=2.0)),
         ("(radial|sink)|sink", (Radial() | Sink()) | Sink()),
         ("radial|sink|sink", Radial() | (Sink() | Sink())),
-        ("cached(svg2, every=3)", Cached(inner=method("svg2"), every=3)),
-        ("cached(inner=svg2, every=3)", Cached(inner=method("svg2"), every=3)),
-        ("rettention(svg2(first=4), every=7)", method("rettention", inner=method("svg2", first=4), every=7)),
+        ("cached(svg2, replan_interval=3)", Cached(inner=method("svg2"), replan_interval=3)),
+        ("cached(inner=svg2, replan_interval=3)", Cached(inner=method("svg2"), replan_interval=3)),
+        (
+            "rettention(svg2(init_iterations=4), refresh_interval=7)",
+            method("rettention", inner=method("svg2", init_iterations=4), refresh_interval=7),
+        ),
         ("asa(budget=top(0.2))", method("asa", budget=Top(0.2))),
-        ("asa(budget=mass(0.9, least=0.1))", method("asa", budget=Mass(0.9, least=0.1))),
-        ("asa(budget=mass(share=0.9))", method("asa", budget=Mass(0.9))),
+        ("asa(budget=mass(0.9, min_ratio=0.1))", method("asa", budget=Mass(0.9, min_ratio=0.1))),
+        ("asa(budget=mass(top_p=0.9))", method("asa", budget=Mass(0.9))),
         ("sol(budget=above(0))", method("sol", budget=Above(0.0))),
         ("neighborhood(stride=(1,2,2))", method("neighborhood", stride=(1, 2, 2))),
-        ("adaspa(every=3, rows=none)", method("adaspa", every=3, rows=None)),
+        (
+            "adaspa(search_interval=3, queries_per_block=none)",
+            method("adaspa", search_interval=3, queries_per_block=None),
+        ),
         ("svg.temporal(width=1e-1)", method("svg.temporal", width=0.1)),
     ],
 )
@@ -140,9 +146,9 @@ def test_texts_of_methods(text, expected):
         ("radial()", "radial"),
         ("radial(decay=0.95, sink=true)", "radial(sink=true)"),
         ("pooled(radial)", "pooled"),
-        ("cached(svg2(density=0.2),every=3)", "cached(svg2, density=0.2, every=3)"),
+        ("cached(svg2(density=0.2),replan_interval=3)", "cached(svg2, density=0.2, replan_interval=3)"),
         ("(radial)|sink(frames=2)", "radial|sink(frames=2.0)"),
-        ("asa(budget=mass(share=.9, most=1))", "asa(budget=mass(0.9))"),
+        ("asa(budget=mass(top_p=.9, max_ratio=1))", "asa(budget=mass(0.9))"),
     ],
 )
 def test_equal_methods_have_one_text(text, canonical):
@@ -159,15 +165,21 @@ def test_settings_may_be_given_next_to_the_text():
 
 
 def test_numbers_become_the_type_of_the_field():
-    assert type(method("radial(decay=1)").decay) is float and type(method("radial(near=2)").near) is int
-    assert type(method("adaspa(every=3)").every) is int
+    assert (
+        type(method("radial(decay=1)").decay) is float
+        and type(method("radial(dense_distance=2)").dense_distance) is int
+    )
+    assert type(method("adaspa(search_interval=3)").search_interval) is int
 
 
 def test_lists_are_split_outside_parentheses_and_quotes():
-    text = 'radial|sink@0.3, rettention(svg2(first=4), every=5), profile:"a, b.json", neighborhood(stride=(1,2,2))@own'
+    text = (
+        "radial|sink@0.3, rettention(svg2(init_iterations=4), refresh_interval=5), "
+        'profile:"a, b.json", neighborhood(stride=(1,2,2))@own'
+    )
     assert split_list(text) == [
         "radial|sink@0.3",
-        "rettention(svg2(first=4), every=5)",
+        "rettention(svg2(init_iterations=4), refresh_interval=5)",
         'profile:"a, b.json"',
         "neighborhood(stride=(1,2,2))@own",
     ]
@@ -179,7 +191,9 @@ def test_lists_are_split_outside_parentheses_and_quotes():
 )
 def test_profiles_have_a_text(path):
     (node,) = nodes(parse(write(parse(f"profile:{write(path)}"))))
-    assert node.name == path and write(parse(f"cached(profile:{write(path)}, every=3)")).startswith("cached(profile:")
+    assert node.name == path and write(parse(f"cached(profile:{write(path)}, replan_interval=3)")).startswith(
+        "cached(profile:"
+    )
 
 
 # --- what is refused
@@ -195,8 +209,8 @@ def test_profiles_have_a_text(path):
         ("radial sink", "expected the end of the text (character 8)"),
         ("radial(decay=1, decay=2)", "decay is given twice (character 17)"),
         ("radial(sink=true, 3)", "expected NAME=VALUE (character 19)"),
-        ("radial(near=99999999999999999999)", "does not fit into 64 bits"),
-        (f"radial(near={'9' * 5000})", "does not fit into 64 bits"),
+        ("radial(dense_distance=99999999999999999999)", "does not fit into 64 bits"),
+        (f"radial(dense_distance={'9' * 5000})", "does not fit into 64 bits"),
         ('per_head(layers="', "unclosed string (character 17)"),
         ("radial\n\0", "unexpected character"),
         ("ünicode", "unexpected character"),
@@ -211,21 +225,21 @@ def test_profiles_have_a_text(path):
         ("zzz", "no method 'zzz'; there are dense, random_blocks"),
         ("radial(dekay=1)", "radial has no setting 'dekay'; did you mean 'decay'?"),
         ("asa(budget=masss(0.9))", "no budget 'masss'; did you mean 'mass'?"),
-        ("asa(budget=mass(0.9, leest=0.1))", "mass has no setting 'leest'; did you mean 'least'?"),
+        ("asa(budget=mass(0.9, min_ratoi=0.1))", "mass has no setting 'min_ratoi'; did you mean 'min_ratio'?"),
         ("asa(budget=radial)", "no budget 'radial'; there are top, mass, above"),
         ("asa(budget=0.3)", "budget of asa must be a budget such as top(0.2) or none, got 0.3"),
-        ("asa(budget=mass)", "mass needs share: write mass(share=VALUE)"),
+        ("asa(budget=mass)", "mass needs top_p: write mass(top_p=VALUE)"),
         ("cached", "cached needs inner: write cached(METHOD)"),
         ("cached(svg(density=0.2), density=0.3)", "density is given twice: 0.3 for cached and 0.2 inside it"),
         ("radial(0.2)", "settings of radial are written NAME=VALUE, got '0.2' without a name"),
         ("radial(decay='x')", "decay of radial must be a number, got 'x'"),
         ("radial(decay=x)", "decay of radial must be a number, got 'x'"),
         ("radial(decay=true)", "decay of radial must be a number, got True"),
-        ("radial(near=1.5)", "near of radial must be a whole number, got 1.5"),
+        ("radial(dense_distance=1.5)", "dense_distance of radial must be a whole number, got 1.5"),
         ("radial(sink=1)", "sink of radial must be true or false, got 1"),
         ("neighborhood(stride=(1,2))", "stride of neighborhood must be a tuple of 3 values (each a whole number)"),
-        ("adaspa(every=x)", "every of adaspa must be a number, got 'x'"),
-        ("adaspa(rows=2.5)", "rows of adaspa must be a whole number or none, got 2.5"),
+        ("adaspa(search_interval=x)", "search_interval of adaspa must be a number, got 'x'"),
+        ("adaspa(queries_per_block=2.5)", "queries_per_block of adaspa must be a whole number or none, got 2.5"),
         ("profile:shapes-wan", "a profile needs the model that it is made for"),
     ],
 )

@@ -71,14 +71,14 @@ def test_xattention_sums_antidiagonals():
 def test_subblock_with_a_part_a_token_is_the_exact_mass():
     q, k, _ = qkv(TOKENS, batch=2)
     logits = q.double() @ k.double().mT * q.shape[-1] ** -0.5
-    assert_near(scores(SubBlock(parts=16), q, k), block_sums(logits.exp(), 16).log(), 1e-5)
+    assert_near(scores(SubBlock(subblocks=16), q, k), block_sums(logits.exp(), 16).log(), 1e-5)
 
 
 def test_subblock_with_one_part_is_the_product_of_means():
     q, k, _ = qkv(96)
     means = [x.unflatten(2, (-1, 16)).mean(3) for x in (q, k)]
     expected = means[0] @ means[1].mT * q.shape[-1] ** -0.5 + torch.tensor(256.0).log()
-    assert_near(scores(SubBlock(parts=1), q, k, grid=Grid(4, 4, 6)), expected, 1e-5)
+    assert_near(scores(SubBlock(subblocks=1), q, k, grid=Grid(4, 4, 6)), expected, 1e-5)
 
 
 def test_asa_of_every_token_is_the_best_of_every_block():
@@ -91,7 +91,7 @@ def test_asa_of_every_token_is_the_best_of_every_block():
 def test_asa_keeps_no_fewer_and_no_more_than_it_may():
     q, k, _ = qkv(400, dim=8)
     for share in (0.01, 0.999):
-        plan = plan_of(ASA(budget=Mass(share, least=0.2, most=0.4)), Grid(4, 10, 10), 16, 0.01 * q, k)
+        plan = plan_of(ASA(budget=Mass(share, min_ratio=0.2, max_ratio=0.4)), Grid(4, 10, 10), 16, 0.01 * q, k)
         assert ((plan.count >= 5) & (plan.count <= 10 + 1)).all()  # 25 blocks, and their own
 
 
@@ -117,9 +117,11 @@ def test_what_is_not_alike_is_computed_anyway():
     generator = torch.Generator().manual_seed(0)
     x = torch.ones(1, 1, 96, 8) + 0.01 * torch.randn(1, 1, 96, 8, generator=generator)
     x[:, :, 32:48] = torch.randn(16, 8, generator=generator)
-    keep = plan_of(Sparge(similarity=0.9, curve=False, density=0.3), Grid(4, 4, 6), 16, x, x).block_mask()[0, 0]
+    keep = plan_of(Sparge(similarity_threshold=0.9, hilbert=False, density=0.3), Grid(4, 4, 6), 16, x, x).block_mask()[
+        0, 0
+    ]
     assert keep[2].all() and keep[:, 2].all() and not keep.all()
-    assert not plan_of(Sparge(curve=False, density=0.3), Grid(4, 4, 6), 16, x, x).block_mask()[0, 0, 2].all()
+    assert not plan_of(Sparge(hilbert=False, density=0.3), Grid(4, 4, 6), 16, x, x).block_mask()[0, 0, 2].all()
 
 
 # --- adaspa
@@ -140,7 +142,7 @@ def test_adaspa_ranks_by_the_exact_map():
     found = block_mass(q, k, log_sum_exp(q, k), 16)
     assert_near(found, exact / 16, 1e-5)
     assert_near(found.sum(-1), torch.ones_like(found[..., 0]), 1e-5)
-    keep = plan_of(AdaSpa(density=0.5, levels=False), Grid(4, 4, 6), 16, q, k).block_mask()
+    keep = plan_of(AdaSpa(density=0.5, head_adaptive=False), Grid(4, 4, 6), 16, q, k).block_mask()
     own = torch.eye(6, dtype=torch.bool)
     best = exact.masked_fill(own, torch.inf).topk(3, dim=-1).indices
     assert keep.equal(torch.zeros_like(exact, dtype=torch.bool).scatter(-1, best, True))
@@ -200,7 +202,7 @@ def test_svg_sees_which_heads_are_temporal():
     plan = SVG(density=0.25).plan(90 * heads, heads, Site(grid, block), {})
     assert plan.order.shape == (1, 2, grid.tokens)
     assert plan.order[0, 0].equal(order.row_major(grid)) and plan.order[0, 1].equal(order.frame_last(grid))
-    assert plan.block_mask().equal(Band(density=0.25).block_map(grid, block)[None, None])
+    assert plan.block_mask().equal(Band(density=0.25).block_mask(grid, block)[None, None])
     kept = torch.take_along_dim(plan.block_mask().expand(1, 2, -1, -1), plan.query_group[..., None], 2)
     kept = torch.take_along_dim(kept, plan.key_group[..., None, :], 3)
     assert ((weights(90 * heads, heads) * kept).sum(-1) > 0.9).all()
@@ -224,7 +226,7 @@ def test_svg_samples_the_whole_sequence():
 def test_svg2_with_a_cluster_a_token_is_dense():
     """Every token its own cluster and all of the mass: nothing is left out, and the estimate is the attention map."""
     q, k, v = qkv(TOKENS, batch=2, dim=16)
-    what = SVG2(queries=10**6, keys=10**6, share=1.0)
+    what = SVG2(query_clusters=10**6, key_clusters=10**6, top_p=1.0)
     out, lse = attention(q, k, v, grid=GRID, method=what, executor="gather")
     assert_near(out, F.scaled_dot_product_attention(q, k, v), 1e-3)
     assert_near(lse, log_sum_exp(q, k), 1e-3)
@@ -234,7 +236,7 @@ def test_svg2_with_a_cluster_a_token_is_dense():
 @pytest.mark.parametrize("density", [0.15, 0.25, 0.5])
 def test_svg2_meets_the_density_to_a_cluster(grid, density):
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
-    plan = SVG2(first=5, density=density).plan(q, k, Site(grid), {})
+    plan = SVG2(init_iterations=5, density=density).plan(q, k, Site(grid), {})
     text = grid.before + grid.after
     asked = density + (1 - density) * text / grid.tokens  # rows of text are dense
     assert plan.density == pytest.approx(asked, abs=0.01)
@@ -244,7 +246,9 @@ def test_svg2_keeps_the_fewest_clusters_that_reach_the_share():
     q, k, _ = qkv(GRID.tokens, dim=16)
     grid = Grid(4, 29, 1)
     memory = {}
-    plan = SVG2(queries=150, keys=281, share=0.7, least=0.0, first=5).plan(q, k, Site(grid), memory)
+    plan = SVG2(query_clusters=150, key_clusters=281, top_p=0.7, min_ratio=0.0, init_iterations=5).plan(
+        q, k, Site(grid), memory
+    )
     centers = [memory[f"{side} centroids"].double() for side in ("query", "key")]
     mass = (centers[0] @ centers[1].mT / 4).exp() * plan.keys.sizes[..., None, :]
     mass = mass / mass.sum(-1, keepdim=True)
@@ -257,7 +261,11 @@ def test_svg2_keeps_the_fewest_clusters_that_reach_the_share():
 
 def test_svg2_starts_from_the_centroids_of_the_step_before():
     q, k, _ = qkv(GRID.tokens, batch=2, dim=16)
-    grid, memory, what = Grid(4, 29, 1), {}, SVG2(queries=150, keys=281, first=3, then=1, density=0.3)
+    grid, memory, what = (
+        Grid(4, 29, 1),
+        {},
+        SVG2(query_clusters=150, key_clusters=281, init_iterations=3, iterations=1, density=0.3),
+    )
     first = what.plan(q, k, Site(grid), memory)
     before = {name: x.clone() for name, x in memory.items()}
     again = what.plan(q, k, Site(grid, step=1), memory)
@@ -286,7 +294,7 @@ def test_pbs_brings_the_keys_together_that_everyone_wants():
     wanted = torch.randperm(320, generator=generator)[:16]
     q[..., 0], k[..., 0] = 8.0, 0.0
     k[:, :, wanted, 0] = 8.0
-    plan = PBS(share=0.9, segment=20).plan(q, k, Site(Grid(5, 8, 8), 16), {})
+    plan = PBS(top_p=0.9, segment_blocks=20).plan(q, k, Site(Grid(5, 8, 8), 16), {})
     assert plan.keys.order[..., :16].sort(-1).values.equal(wanted.sort().values.expand(1, 2, -1))
     assert plan.queries.order.flatten().equal(torch.arange(320))
 
@@ -294,7 +302,7 @@ def test_pbs_brings_the_keys_together_that_everyone_wants():
 def test_pbs_sorts_inside_segments_and_ranks_exactly():
     grid = Grid(4, 8, 10)  # 20 blocks of 16, in five segments of four
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
-    plan = PBS(density=0.3, segment=4, probes=320, rows=16).plan(q, k, Site(grid, 16), {})
+    plan = PBS(density=0.3, segment_blocks=4, probe_queries=320, queries_per_block=16).plan(q, k, Site(grid, 16), {})
     segment = torch.arange(320) // 64
     assert (plan.keys.order // 64).equal(segment.expand(2, 2, -1))
     received = weights(q, k).mean(2)
@@ -311,14 +319,14 @@ def test_pbs_counts_its_own_segment_in_the_share():
     places = F.one_hot(torch.arange(320) // 32, 10).float()
     noise = 0.3 * torch.randn(2, 1, 2, 320, 22, generator=torch.Generator().manual_seed(0))
     q, k = (torch.cat([7 * places.expand(1, 2, -1, -1), part], -1) for part in noise)
-    assert PBS(share=0.9).plan(q, k, Site(Grid(5, 8, 8), 16), {}).density == pytest.approx(0.1)
+    assert PBS(top_p=0.9).plan(q, k, Site(Grid(5, 8, 8), 16), {}).density == pytest.approx(0.1)
 
 
 def test_pbs_sorts_long_sequences_exactly():
     """An importance is about one over the length, and has to count beside the number of a segment."""
     grid = Grid(30, 32, 32)
     q, k, _ = qkv(grid.tokens, heads=1, dim=8)
-    plan = PBS(density=0.05, probes=16).plan(q, k, Site(grid, 128), {})
+    plan = PBS(density=0.05, probe_queries=16).plan(q, k, Site(grid, 128), {})
     received = (q[:, :, :: grid.tokens // 16].double() @ k.double().mT * 8**-0.5).softmax(-1).mean(2)
     ranked = torch.take_along_dim(received, plan.keys.order, -1).unflatten(-1, (-1, 2, 128))
     assert (ranked[..., 0, :].amin(-1) >= ranked[..., 1, :].amax(-1) * (1 - 1e-5)).all()
@@ -377,7 +385,7 @@ def test_sliding_tiles_that_divide_the_grid_give_whole_blocks():
         kept &= neighbors(size, int(0.75 * size), tile)[places[axis][:, None], places[axis]]
     sums = block_sums(kept.float()[None], 32)[0]
     assert ((sums == 0) | (sums == 32 * 32)).all() and what.keep(grid, 32).equal(sums > 0)
-    assert what.wanted(grid, 32) == pytest.approx(plan_of(what, grid, 32).density) == 0.75**3
+    assert what.window_density(grid, 32) == pytest.approx(plan_of(what, grid, 32).density) == 0.75**3
 
 
 @given(grids(), st.floats(0.1, 1), st.integers(1, 2))
@@ -390,8 +398,8 @@ def test_what_windows_want_is_what_they_hold(grid, window, dilation):
     for place, size, apart in axes:
         near = neighbors(size, math.ceil(window * size), 1, apart)
         kept &= near[place[inside][:, None], place[inside]]
-    assert what.wanted(grid, 16) == pytest.approx(float(kept.double().mean()))
-    assert plan_of(what, grid, 16).density >= what.wanted(grid, 16) * grid.video**2 / grid.tokens**2 - 1e-9
+    assert what.window_density(grid, 16) == pytest.approx(float(kept.double().mean()))
+    assert plan_of(what, grid, 16).density >= what.window_density(grid, 16) * grid.video**2 / grid.tokens**2 - 1e-9
 
 
 # --- settings
@@ -401,15 +409,15 @@ def test_what_windows_want_is_what_they_hold(grid, window, dilation):
     "name, bad",
     [
         ("xattention", {"stride": 0}),
-        ("subblock", {"parts": 0}),
+        ("subblock", {"subblocks": 0}),
         ("asa", {"samples": 0}),
         ("svg", {"samples": 0}),
-        ("svg2", {"then": 0}),
-        ("pbs", {"probes": 0}),
+        ("svg2", {"iterations": 0}),
+        ("pbs", {"probe_queries": 0}),
         ("sparsed", {"groups": 0}),
-        ("pbs", {"share": 0.0}),
-        ("svg2", {"share": 1.5}),
-        ("sparge", {"similarity": 1.5}),
+        ("pbs", {"top_p": 0.0}),
+        ("svg2", {"top_p": 1.5}),
+        ("sparge", {"similarity_threshold": 1.5}),
         ("neighborhood", {"window": 0.0}),
         ("neighborhood", {"stride": (-1, 1, 1)}),
         ("neighborhood", {"dilation": (1, 0, 1)}),
@@ -422,8 +430,8 @@ def test_values_out_of_range_are_named(name, bad):
 
 
 @pytest.mark.parametrize(
-    "name, bad", [("xattention", {"stride": 5}), ("subblock", {"parts": 5}), ("adaspa", {"rows": 5})]
+    "name, bad", [("xattention", {"stride": 5}), ("subblock", {"subblocks": 5}), ("adaspa", {"queries_per_block": 5})]
 )
 def test_what_must_divide_the_block_says_so(name, bad):
-    with pytest.raises(ValueError, match=f"{next(iter(bad))} must divide the block of 16 tokens, not 5"):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must divide the block of 16, got 5"):
         plan_of(method(name, **bad), GRID, 16)

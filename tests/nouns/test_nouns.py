@@ -189,7 +189,7 @@ def test_plan_refuses_an_empty_row_and_a_wrong_map():
     with pytest.raises(ValueError, match="keeps no key block"):
         Plan.from_mask(keep & (torch.arange(3) < 2), 33, 16)
     for tokens, block, shape in [(32, 16, keep), (49, 16, keep), (33, 16, keep[0])]:
-        with pytest.raises(ValueError, match="need a map"):
+        with pytest.raises(ValueError, match="need a mask"):
             Plan.from_mask(shape, tokens, block)
 
 
@@ -275,7 +275,7 @@ def test_mass_keeps_no_fewer_and_no_more_than_it_may(seed, share, bounds):
     """Row by row: of what is not forced, and weighs something."""
     (scores, must), (least, most) = scores_with_forced(seed), bounds
     scores[..., 3] = torch.where(must[..., 3], torch.inf, -torch.inf)
-    keep = Mass(share, least=least, most=most).keep(scores)
+    keep = Mass(share, min_ratio=least, max_ratio=most).keep(scores)
     for row, forced, kept in zip(scores.flatten(0, 2), must.flatten(0, 2), keep.flatten(0, 2), strict=True):
         free = row.masked_fill(forced, -torch.inf)
         wanted, before = forced.tolist(), 0.0
@@ -310,7 +310,7 @@ def test_everything_may_be_kept(budget):
 @pytest.mark.parametrize("value", [0, -0.1, 1.01, float("nan"), float("inf")])
 def test_budgets_are_fractions(value):
     for refuse in (check_density, Top, Mass):
-        with pytest.raises(ValueError, match="above 0 and at most 1"):
+        with pytest.raises(ValueError, match="must be in"):
             refuse(value)
 
 
@@ -345,7 +345,9 @@ def test_fraction_of_unknown_steps_is_an_error():
         Schedule(dense_steps=0.2).is_dense(Site(Grid(1, 1, 1), step=0, steps=None))
 
 
-@pytest.mark.parametrize("bad", [{"dense_steps": -1}, {"dense_steps": 1.5}, {"dense_layers": -0.1}, {"replan_interval": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"dense_steps": -1}, {"dense_steps": 1.5}, {"dense_layers": -0.1}, {"replan_interval": 0}]
+)
 def test_schedule_refuses(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Schedule(**bad)
