@@ -111,7 +111,7 @@ def bench_scaling(
     with one_sentence():
         from dit_sparse import Grid
         from dit_sparse.eval.bench import scaling
-        from dit_sparse.output.files import save_json, save_picture, writable_file
+        from dit_sparse.output.files import save_figure, save_json, writable_file
 
         grid = Grid.parse(f"1x{frame}")
         try:
@@ -126,7 +126,7 @@ def bench_scaling(
             result = task.run(stage("plans"))
         save_json(out, result)
         for setting, what in (("own", "density"), ("fixed", "modelled_seconds")):
-            save_picture(out.with_name(f"{out.stem}-{setting}.png"), scaling.cost_chart(result, what, setting))
+            save_figure(out.with_name(f"{out.stem}-{setting}.png"), scaling.cost_chart(result, what, setting))
     _print_exponents(result["exponents"])
     console.print(f"{len(result['rows'])} rows in {escape(str(out))}, pictures beside it")
 

@@ -58,7 +58,7 @@ def reproduce(
 ) -> None:
     """Measure what a paper published, in its own setting, and set the two side by side."""
     with one_sentence():
-        from dit_sparse.eval.comparison.reproduce import Recipe, beside, recipes
+        from dit_sparse.eval.comparison.reproduce import Recipe, published_and_measured, recipes
         from dit_sparse.eval.report.page import write_page
 
         if recipe is None:
@@ -73,7 +73,7 @@ def reproduce(
         with progress_bars() as stage:
             result = task.run(stage)
         write_page(result, folder / "report.html")
-    console.print(_beside(list(beside(told, result))))
+    console.print(_beside(list(published_and_measured(told, result))))
     console.print(f"published / measured here, on {result['device']}; {escape(str(folder / 'report.html'))}")
     console.print("times as fast: published of the whole generation, measured of the denoising")
 
@@ -98,7 +98,8 @@ def video(
     with one_sentence():
         from dit_sparse.eval.quality.fidelity import fidelity
         from dit_sparse.eval.quality.vbench_style import quality
-        from dit_sparse.output.files import read_video, save_json, writable_file
+        from dit_sparse.output.files import save_json, writable_file
+        from dit_sparse.output.media import read_video
 
         if json_file:
             writable_file(json_file, "--json")
@@ -160,7 +161,7 @@ def attention(
     with one_sentence():
         from dit_sparse import Schedule
         from dit_sparse.eval.analysis import mask_analysis as analysis
-        from dit_sparse.output.files import save_json, save_picture, writable_folder
+        from dit_sparse.output.files import save_figure, save_json, writable_folder
 
         task = analysis.MaskAnalysis(
             methods=names(methods),
@@ -176,7 +177,7 @@ def attention(
             result = task.run(stage)
         save_json(out / "analysis.json", result)
         for number, row in enumerate(result["rows"]):
-            save_picture(out / f"{number:02d}.png", analysis.efficiency_map(row))
+            save_figure(out / f"{number:02d}.png", analysis.efficiency_map(row))
     figures = ("density", "retained", "best", "efficiency", "error")
     table = Table("method", *figures, box=None, header_style="bold")
     for row in result["rows"]:

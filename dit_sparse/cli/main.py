@@ -101,7 +101,8 @@ def generate(
     with one_sentence():
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.generation import generate as maker
-        from dit_sparse.output.files import save_video, writable_folder
+        from dit_sparse.output.files import writable_folder
+        from dit_sparse.output.media import save_video
 
         processor = SparseAttnProcessor(
             method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
@@ -161,8 +162,8 @@ def show(
 
         from dit_sparse import Grid, Plan, Site
         from dit_sparse.methods import method as method_named
-        from dit_sparse.output.files import save_picture, writable_folder
-        from dit_sparse.plotting.masks import mask_picture, terminal_map
+        from dit_sparse.output.files import save_figure, writable_folder
+        from dit_sparse.plotting.masks import plot_plan, terminal_map
 
         where, chosen = Grid.parse(grid), method_named(method, density=density)
         if not 16 <= block <= 256:
@@ -174,7 +175,7 @@ def show(
         if not isinstance(plan, Plan):
             raise ValueError(f"{method} clusters tokens by what they hold, so there is no mask to draw without a video")
         if png:
-            save_picture(png, mask_picture(plan, where, method))
+            save_figure(png, plot_plan(plan, where, method))
     console.print(terminal_map(plan), highlight=False, markup=False)
     console.print(f"{method}  {where}  {plan.blocks} blocks of {block}  density {plan.density:.3f}", highlight=False)
 

@@ -19,8 +19,10 @@ from ..eval.analysis.retained_mass import at_step
 from ..eval.quality.fidelity import psnr, ssim
 from ..generation.generate import Progress, generate, load, usual_call, usual_fps
 from ..output.environment import conditions
-from ..output.files import save_json, save_picture, save_video, writable_folder
-from ..plotting.masks import difference, heat_map, mask_picture, side_by_side, step_chart
+from ..output.files import save_figure, save_json, writable_folder
+from ..output.media import difference, save_video, side_by_side
+from ..plotting.charts import plot_attention_time, plot_heat_map
+from ..plotting.masks import plot_plan
 
 Stage = Callable[[str], Progress]
 
@@ -128,12 +130,13 @@ class Demo:
         }
         for name, frames in videos.items():
             save_video(self.out / f"{name}.mp4", frames, usual_fps(self.model))
-        save_picture(self.out / "attention.png", step_chart(dense.by_step, sparse.by_step, result["method"]))
+        figure = plot_attention_time(dense.by_step, sparse.by_step, result["method"])
+        save_figure(self.out / "attention.png", figure)
         if seen.plan is not None:
             mass = torch.stack([seen.mass[layer] for layer in sorted(seen.mass)])
-            title = f"attention retained by {result['method']}, step {seen.step}: mean {mass.mean():.3f}"
-            save_picture(self.out / "mask.png", mask_picture(seen.plan, seen.grid, result["method"]))
-            save_picture(self.out / "retained.png", heat_map(mass, title))
+            title = f"Attention retained by {result['method']}, step {seen.step}: mean {mass.mean():.3f}"
+            save_figure(self.out / "mask.png", plot_plan(seen.plan, seen.grid, result["method"]))
+            save_figure(self.out / "retained.png", plot_heat_map(mass, title))
         save_json(self.out / "result.json", result)
 
 

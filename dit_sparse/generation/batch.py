@@ -27,7 +27,8 @@ from dit_sparse import SparseAttnProcessor, prepare
 
 from ..bundled import BUNDLED
 from ..output.environment import conditions
-from ..output.files import for_json, save_json, save_video, writable_folder
+from ..output.files import for_json, save_json, writable_folder
+from ..output.media import save_video
 from .generate import Progress, generate, load, usual_call, usual_fps
 from .prompts import LARGEST, Row
 

@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import imageio.v3 as imageio
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def writable_folder(path: Path | str) -> Path:
@@ -50,32 +51,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def save_video(path: Path, frames: NDArray, fps: int) -> None:
-    """``frames [F, H, W, 3]`` uint8 as H.264, enlarged by whole pixels to at least 384 rows."""
-    scale = max(1, -(-384 // frames.shape[1]))
-    large = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    even = large[:, : large.shape[1] // 2 * 2, : large.shape[2] // 2 * 2]
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a matplotlib figure in the format of the suffix, such as .png or .svg."""
     with atomic_write(path) as draft:
-        imageio.imwrite(draft, even, fps=fps, codec="libx264", macro_block_size=2, quality=9)
-
-
-def read_video(path: Path) -> tuple[NDArray, float]:
-    """Frames ``[F, H, W, 3]`` uint8 and frames a second.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        frames = imageio.imread(path, plugin="FFMPEG")
-        return frames, float(imageio.immeta(path, plugin="FFMPEG").get("fps", 8))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read a video from {path}: {reason}") from None
-
-
-def save_picture(path: Path, image: Image.Image) -> None:
-    with atomic_write(path) as draft:
-        image.save(draft)
+        figure.savefig(draft)
 
 
 def save_json(path: Path, value: dict) -> None:

@@ -14,7 +14,7 @@ from dit_sparse.pipelines.family import family_of
 
 from ..generation.generate import Progress, generate, load, usual_call
 from ..output.environment import conditions
-from ..output.files import atomic_write, writable_folder
+from ..output.files import atomic_write, save_figure, writable_folder
 from ..plotting.charts import plot_heat_map
 from .candidates import SPREAD, Candidate, parse_candidates
 from .choice import assign_letters, choose, choose_least_error, select
@@ -143,8 +143,7 @@ class ProfileSearch:
         title = f"{profile.model}: relative error of every head at mean density {density:.3f}"
         legend = [f"{letter}  {c.name}, density {c.method.density or 1:.3g}" for letter, c in by_letter.items()]
         figure = plot_heat_map(error.clamp(max=1), title, profile.layers, legend)
-        with atomic_write(self.out.with_suffix(".png")) as file:
-            figure.savefig(file)
+        save_figure(self.out.with_suffix(".png"), figure)
 
 
 def compare_with_stored_error(

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-from PIL import Image
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from dit_sparse import Method, PerHead, Schedule, SparseAttnProcessor, enable, prepare
@@ -24,7 +23,7 @@ from dit_sparse.generation.generate import Progress, generate, load, usual_call
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.output.environment import conditions
-from dit_sparse.plotting.masks import heat_map
+from dit_sparse.plotting.charts import plot_heat_map
 from dit_sparse.profiling.probe import measured_steps
 
 from .mask_probe import METRICS, MaskProbe, MetricSums
@@ -151,7 +150,7 @@ def _row(name: str, density: float | None, method: Method, tables: Tensor) -> di
     return {"method": name, "settings": method.settings(), "density_asked": density} | means | {"tables": rounded}
 
 
-def efficiency_map(row: dict) -> Image.Image:
+def efficiency_map(row: dict) -> Figure:
     """Return a heat map of one row's efficiency by layer and head."""
     title = f"{row['method']}: retained mass relative to the best mask at density {row['density']:.3f}"
     legend = [
@@ -159,4 +158,4 @@ def efficiency_map(row: dict) -> Image.Image:
         f"upper bound with the method's pairs per row {row['best_by_row']:.3f}, "
         f"with row-major blocks {row['best_row_major']:.3f}; output error {row['error']:.3f}",
     ]
-    return heat_map(torch.tensor(row["tables"]["efficiency"]), title, legend=legend)
+    return plot_heat_map(row["tables"]["efficiency"], title, legend=legend)

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from dit_sparse import ClusterPlan, Grid, Method, Plan, Site, SparseAttnProcessor, Top
@@ -25,7 +25,7 @@ from dit_sparse.generation.generate import Progress
 from dit_sparse.kernels.pick import pick
 from dit_sparse.method import AttentionOutput
 from dit_sparse.output.environment import conditions
-from dit_sparse.plotting.lines import log_log
+from dit_sparse.plotting.charts import plot_scaling
 
 from .attention import dense_attention
 from .synthetic_qkv import synthetic_qkv
@@ -238,7 +238,7 @@ def fit_power_law(tokens: Sequence[float], pairs: Sequence[float]) -> dict:
     return fit
 
 
-def cost_chart(result: dict, key: str, setting: str) -> Image.Image:
+def cost_chart(result: dict, key: str, setting: str) -> Figure:
     """Return a chart of one value of the rows against tokens, one line per method with the exponent of its pairs.
 
     Args:
@@ -267,7 +267,7 @@ def cost_chart(result: dict, key: str, setting: str) -> Image.Image:
     subtitle = f"frames of {result['frame']} tokens, each method at {settings}; n^ is the exponent of its pairs"
     if result["left_out"]:
         subtitle += "; longer videos were skipped where a line ends early"
-    return log_log(lines, title, subtitle, "tokens", y_label)
+    return plot_scaling(lines, title, subtitle, "tokens", y_label)
 
 
 def _device() -> str:

@@ -14,7 +14,8 @@ from dit_sparse.eval.comparison.clip_store import ClipRecord, ClipStore
 from dit_sparse.eval.comparison.result_schema import read_result
 from dit_sparse.eval.report.page import page
 from dit_sparse.eval.report.tables import RESULTS
-from dit_sparse.output.files import atomic_write, for_json, read_video, save_json, save_video
+from dit_sparse.output.files import atomic_write, for_json, save_json
+from dit_sparse.output.media import read_video, save_video
 
 SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
 

@@ -8,7 +8,6 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from dit_sparse import Grid, Plan, Site, SparseAttnProcessor
@@ -18,8 +17,7 @@ from dit_sparse.eval.quality import fidelity as metrics
 from dit_sparse.eval.report import readme as table
 from dit_sparse.kernels.executors import reference
 from dit_sparse.methods import method
-from dit_sparse.output import files
-from dit_sparse.plotting import masks as pictures
+from dit_sparse.output import files, media
 
 
 def clip(seed: int, frames: int = 3, height: int = 20, width: int = 27) -> np.ndarray:
@@ -67,7 +65,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 @pytest.mark.parametrize("shape", [(3, 20, 27), (1, 33, 15), (4, 400, 401)])
 def test_videos_are_saved_large_enough_and_even(tmp_path, shape):
-    files.save_video(tmp_path / "x.mp4", clip(0, *shape), fps=8)
+    media.save_video(tmp_path / "x.mp4", clip(0, *shape), fps=8)
     video = imageio.imread(tmp_path / "x.mp4")
     assert len(video) == shape[0]
     assert video.shape[1] >= 384
@@ -85,25 +83,9 @@ def test_retained_mass_is_the_ratio_of_partition_functions(name):
     torch.testing.assert_close(mass, (kept - total).exp().mean(-1), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("grid", [Grid(16, 24, 24), Grid(3, 5, 7, after=11), Grid(1, 9, 4, before=3)], ids=str)
-def test_the_mask_picture_shows_the_plan(grid):
-    nothing = torch.zeros(1, 1, grid.tokens, 8)
-    plan = method("window", density=0.4).plan(nothing, nothing, Site(grid, 16), {})
-    picture = pictures.mask_picture(plan, grid, "window")
-    assert picture.width > picture.height > 480
-    colours = {colour for _, colour in picture.getcolors(1 << 20)}
-    assert {pictures.KEPT, pictures.QUERY} <= colours
-    assert len(pictures.terminal_map(plan).splitlines()) == max(1, min(64, plan.blocks) // 2)
-
-
-def test_the_heat_map_has_a_cell_for_every_head():
-    picture = pictures.heat_map(torch.linspace(0, 1, 6).view(2, 3), "mass")
-    assert isinstance(picture, Image.Image) and picture.height > 2 * 34
-
-
 def test_side_by_side_keeps_both_clips():
     a, b = clip(0, 2, 96, 96), clip(1, 2, 96, 96)
-    both = pictures.side_by_side(a, b, ("dense", "sparse"))
+    both = media.side_by_side(a, b, ("dense", "sparse"))
     assert np.array_equal(both[:, 28::4, :384:4], a)
     assert np.array_equal(both[:, 28::4, 392::4], b)
 
@@ -141,10 +123,10 @@ def test_the_demo_writes_what_it_promises(tmp_path):
 
 def test_the_difference_is_black_where_clips_agree():
     a = clip(0)
-    assert not pictures.difference(a, a).any()
+    assert not media.difference(a, a).any()
     b = a.copy()
     b[1, 2, 3] = np.where(a[1, 2, 3] < 128, a[1, 2, 3] + 10, a[1, 2, 3] - 10)
-    assert (pictures.difference(a, b)[1, 2, 3] == 40).all() and np.count_nonzero(pictures.difference(b, a)) == 3
+    assert (media.difference(a, b)[1, 2, 3] == 40).all() and np.count_nonzero(media.difference(b, a)) == 3
 
 
 def test_the_demo_of_dense_is_dense(tmp_path):

@@ -1,0 +1,210 @@
+"""Colours, axes and SVG output shared by all figures. Figures are built without pyplot and change no global setting."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from itertools import cycle, islice
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
+
+_SVG = "http://www.w3.org/2000/svg"
+TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11.0, 9.0, 8.0  # points
+MARGIN = 0.12  # inches around a figure
+DPI = 144
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # 7 markers and 10 colours: 70 series before a pair repeats
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure, ``#rrggbb``, all different.
+
+    Attributes:
+        paper, ink, muted, grid: background, text, secondary text, grid lines.
+        empty, accent: from "nothing" to "all" in masks and heat maps; ``accent`` also draws sparse attention.
+        highlight: the query in a mask.
+        series: colours of lines, in order.
+    """
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    empty: str
+    accent: str
+    highlight: str
+    series: tuple[str, ...]
+
+    def css_variables(self) -> dict[str, str]:
+        """Return the colours by the names of the CSS variables that `figure_to_svg` writes."""
+        colors = asdict(self)
+        series = {f"series-{number}": color for number, color in enumerate(colors.pop("series"))}
+        return {f"--plot-{name}": color for name, color in (colors | series).items()}
+
+    def color_map(self) -> LinearSegmentedColormap:
+        """Return the colour map of values in 0..1."""
+        return LinearSegmentedColormap.from_list("dit_sparse", [self.empty, self.accent])
+
+
+LIGHT = Theme(
+    paper="#fcfcfb", ink="#1d2430", muted="#5b6675", grid="#e3e6eb", empty="#e9ecf1", accent="#2a63a8",
+    highlight="#dd5c33",
+    series=("#2e69b2", "#ab4400", "#1d7d3e", "#7f4bb1", "#8b6000", "#007984", "#b13065", "#526f00", "#6e3d39",
+            "#596475"),
+)  # fmt: skip
+DARK = Theme(
+    paper="#171c23", ink="#e6eaf0", muted="#9aa6b5", grid="#2d3642", empty="#262e39", accent="#82b4f2",
+    highlight="#ff8a5c",
+    series=("#7db7ff", "#fe9563", "#77ca8a", "#cb99ff", "#d9ac5f", "#61c6d1", "#ff84b0", "#a6c66b", "#f0b7b2",
+            "#aeb9cb"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SeriesStyle:
+    """How one of many lines is told apart: by colour, marker and dashes together."""
+
+    color: str
+    marker: str
+    dashes: str | tuple
+
+
+def series_styles(names: Sequence[str], theme: Theme) -> dict[str, SeriesStyle]:
+    """Return a style for each of at most 70 series; later ones repeat."""
+    parts = zip(cycle(theme.series), cycle(MARKERS), cycle(DASHES), strict=False)
+    return {name: SeriesStyle(*part) for name, part in zip(names, islice(parts, len(names)), strict=True)}
+
+
+def new_figure(width: float, height: float, theme: Theme, title: str = "", notes: Sequence[str] = ()) -> Figure:
+    """Return an empty figure of ``width`` x ``height`` inches, plus the lines of the title above and the notes below.
+
+    Both wrap at the width of the figure.
+    """
+    room = width - 2 * MARGIN
+    title = wrap(title, room, TITLE_SIZE, "bold")
+    note = "\n".join(wrap(line, room, TEXT_SIZE) for line in notes)
+    above, below = (MARGIN + _height(text, size) for text, size in ((title, TITLE_SIZE), (note, TEXT_SIZE)))
+    total = height + above + below
+    figure = Figure((width, total), DPI, facecolor=theme.paper, layout="constrained")
+    figure.get_layout_engine().set(
+        rect=(MARGIN / width, below / total, room / width, height / total), h_pad=0.02, w_pad=0.02
+    )
+    left, top, bottom = MARGIN / width, 1 - MARGIN / total, MARGIN / total
+    figure.text(left, top, title, size=TITLE_SIZE, color=theme.ink, weight="bold", va="top").set_in_layout(False)
+    figure.text(left, bottom, note, size=TEXT_SIZE, color=theme.muted).set_in_layout(False)
+    return figure
+
+
+def _height(text: str, size: float) -> float:
+    """Return the inches of lines of ``size`` points and a gap, 0 for no text."""
+    return (1.25 * len(text.splitlines()) + 0.5) * size / 72 if text else 0
+
+
+def style_axes(axes: Axes, theme: Theme, grid: str | None = None) -> None:
+    """Set the colours of axes, remove the frame, and draw grid lines along ``grid``: "x", "y" or "both"."""
+    axes.set_facecolor("none")
+    axes.spines[:].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0, labelsize=SMALL_SIZE, labelcolor=theme.muted, pad=5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=theme.muted, size=TEXT_SIZE)
+    if grid:
+        axes.grid(axis=grid, color=theme.grid, linewidth=0.8)
+
+
+def style_legend(axes: Axes, theme: Theme, **where) -> None:
+    """Draw the legend of the labelled artists without a frame."""
+    axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=theme.ink, **where)
+
+
+def wrap(text: str, width: float, size: float, weight: str = "normal") -> str:
+    """Break the lines of a text of ``size`` points where they exceed ``width`` inches."""
+    font = FontProperties(size=size, weight=weight)
+    measure = lambda line: text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] / 72
+    lines = []
+    for line in text.splitlines():
+        characters = len(line) or 1
+        while characters > 1 and any(measure(part) > width for part in textwrap.wrap(printable(line), characters)):
+            characters -= 1
+        lines += textwrap.wrap(printable(line), characters)
+    return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Replace control characters, which have no place in a picture or in XML."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def finish(figure: Figure) -> Figure:
+    """Return the figure with every text drawn literally: dollar signs do not start a formula."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
+
+
+def figure_to_svg(
+    figure: Figure, theme: Theme = LIGHT, label: str = "", titles: Mapping[str, str] | None = None
+) -> str:
+    """Return a figure as an SVG element for an HTML page.
+
+    Colours of ``theme`` become CSS variables with the colour as fallback, so one element serves a light and a dark
+    page. Text stays text, in the font of the page. Artists whose gid begins with ``series-`` are grouped by gid.
+
+    Args:
+        label: for screen readers.
+        titles: a tooltip and an accessible name for the links of the figure, by address.
+    """
+    file = io.StringIO()
+    # Any salt makes the ids of matplotlib reproducible; the label keeps figures of one page apart.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label or "figure"}):
+        figure.savefig(file, format="svg", facecolor="none", metadata={"Date": None})
+    root = ET.fromstring(file.getvalue())
+    _simplify(root, titles or {})
+    root.attrib = {"viewBox": root.get("viewBox"), "xmlns": _SVG, "class": "plot", "role": "group", "aria-label": label}
+    root.set("style", "stroke-linejoin: round")
+    svg = ET.tostring(root, encoding="unicode")
+    for name, color in theme.css_variables().items():
+        svg = svg.replace(f": {color}", f": var({name}, {color})")
+    return svg
+
+
+def figure_to_html(figure: Figure) -> str:
+    """Return a figure for the ``_repr_html_`` of a notebook."""
+    width = 100 * figure.get_figwidth()
+    return f'<div style="max-width: {width:.0f}px; background: {escape(LIGHT.paper)}">{figure_to_svg(figure)}</div>'
+
+
+def _simplify(root: ET.Element, titles: Mapping[str, str]) -> None:
+    """Remove what an element inside a page does not need, group the series and name the links."""
+    elements = list(root.iter())
+    for element in elements:
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+    references = " ".join(value for element in elements for value in element.attrib.values() if "#" in value)
+    groups: dict[str, ET.Element] = {}
+    for parent in elements:
+        for child in list(parent):
+            gid = child.get("id", "")
+            if child.tag in ("metadata", "style"):
+                parent.remove(child)
+            elif gid.startswith("series-"):
+                parent.remove(child)
+                groups.setdefault(gid, ET.Element("g", {"class": "series"})).append(child)
+            if gid and f"#{gid}" not in references:
+                del child.attrib["id"]
+            if title := titles.get(child.get("href", "")):
+                child.set("aria-label", title)
+                child.insert(0, ET.Element("title"))
+                child[0].text = title
+    root.extend(groups.values())
