@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .grid import Grid
 
 MAX_UNTRIMMED_BYTES = 16 << 20  # smaller index lists are not trimmed, because trimming synchronizes with the GPU
 
@@ -88,6 +93,17 @@ class BasePlan:
         """Return the plan on another device."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: value.to(device) for name, value in values if hasattr(value, "to")})
+
+    def plot(self, grid: Grid | None = None) -> Figure:
+        """Plot the mask of the first head and, given the token grid, the keys that one query attends to."""
+        from .plotting.masks import plot_plan
+
+        return plot_plan(self, grid)
+
+    def _repr_html_(self) -> str:
+        from .plotting.style import figure_to_html
+
+        return f"<p>{self}</p>" + ("" if self.index.is_meta else figure_to_html(self.plot()))
 
     def _repr(self, groups: str) -> str:
         try:
