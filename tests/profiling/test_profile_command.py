@@ -1,0 +1,74 @@
+"""The command ``dit-sparse profile``, and bad input to it and to ``dit-sparse compare``."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from dit_sparse import Profile
+from dit_sparse.cli.main import app
+
+SMALL_VIDEO = ["--frames", "3", "--height", "32", "--width", "32", "--steps", "4"]
+
+
+@pytest.mark.parametrize("spread", [(), ("--spread", "0.5,1,1.5")], ids=["one density", "spread"])
+def test_profile_is_written_and_checked(tmp_path, spread):
+    out = tmp_path / "mine.json"
+    command = ["profile", "shapes-wan", "--prompts", "1", *SMALL_VIDEO]
+    search = ["--candidates", "radial,svg.temporal", "--target-density", "0.5", "--block", "16", "--out", str(out)]
+    result = CliRunner().invoke(app, [*command, *search, *spread])
+    assert result.exit_code == 0, result.output
+    profile = Profile.load(out)
+    assert profile.measured["density"] == pytest.approx(0.5, abs=0.01)
+    assert len(profile.layers) == len(profile.measured["errors"]) == 6
+    assert {"device", "versions", "commit", "grids", "prompts", "candidates"} <= set(profile.measured)
+    assert out.with_suffix(".png").stat().st_size > 1000
+    check = CliRunner().invoke(app, [*command, "--check", str(out)])
+    assert check.exit_code == 0 and "relative error" in check.output, check.output
+
+
+def test_compositions_can_be_candidates(tmp_path):
+    out = tmp_path / "mine.json"
+    search = ["--candidates", "radial|sink,pooled(svg),cached(xattention)", "--target-density", "0.3", "--block", "16"]
+    command = ["profile", "shapes-wan", "--prompts", "1", *search, "--out", str(out), *SMALL_VIDEO]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert Profile.load(out).measured["block"] == 16
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["compare", "--methods", "nope"], "no method 'nope'"),
+        (["compare", "--methods", "profile:nope"], "no profile 'nope'"),
+        (["compare", "--density", "2"], "density must be in"),
+        (["compare", "--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["compare", "--prompts", "a long sentence " * 30], "a number from 1 to 60"),
+        (["compare", "--prompts", "61"], "a number from 1 to 60"),
+        (["compare", "--prompts", "²"], "a number from 1 to 60"),
+        (["compare", "--methods", "profile:" + "a" * 300], "no profile 'aaa"),
+        (["compare", "--methods", "window|sink"], "different token orders"),
+        (["compare", "--methods", "cached"], "write cached(METHOD)"),
+        (["compare", "--dense-steps", "nan"], "[0.0, 1.0], got nan"),
+        (["compare", "--dense-steps", "some"], "a count such as 3"),
+        (["profile", "shapes-wan", "--target-density", "2"], "in (0, 1), got 2.0"),
+        (
+            ["profile", "shapes-wan", "--target-density", "0.2", "--max-error", "0.1"],
+            "either a target density or a maximum error",
+        ),
+        (["profile", "shapes-wan", "--candidates", "nope"], "no method 'nope'"),
+        (["profile", "shapes-wan", "--spread", "wide"], "--spread must be numbers separated by commas"),
+        (["profile", "shapes-wan", "--spread", "4"], "spread must be positive multiples of the density"),
+        (["profile", "shapes-wan", "--spread", "-1,1"], "spread must be positive multiples of the density"),
+        (["profile", "shapes-wan", "--spread", "2"], "cannot meet the target"),
+        (["profile", "shapes-wan", "--out", "profile.txt"], "must end in .json"),
+        (["profile", "shapes-wan", "--dense-steps", "1.0"], "all 16 steps dense"),
+        (["profile", "shapes-wan", "--check", "nope"], "no profile 'nope'"),
+        (["profile", "shapes-wan", "--check", "wan2.1-14b"], "was not measured"),
+    ],
+)
+def test_bad_input_gives_one_sentence(command, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2 and words in result.output.replace("\n", " "), result.output
+    assert not any(tmp_path.rglob("*.json"))
