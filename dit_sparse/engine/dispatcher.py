@@ -106,10 +106,11 @@ class AttentionDispatcher:
 
     def _attend(self, attention_site: AttentionSite, *args, **kwargs) -> Tensor:
         """Compute an intercepted call; the arguments are those of :class:`AttentionCall`."""
-        call, shape, processor = AttentionCall(*args, **kwargs), self.forward.shape, attention_site.module.processor
-        q, k, batch = call.query, call.key, call.query.shape[0]
+        call, shape = AttentionCall(*args, **kwargs), self.forward.shape
+        q, k = call.query, call.key
         grid = Grid(*shape).with_text(q.shape[2], attention_site.text)
-        if reason := why_dense(shape, grid, q, k, call.is_causal or call.dropout_p > 0, processor):
+        causal_or_dropout = call.is_causal or call.dropout_p > 0
+        if reason := why_dense(shape, grid, q, k, causal_or_dropout, attention_site.module.processor):
             return self._dense(call, self._log_once(reason))
         site = self.forward.site(attention_site, grid)
         self.forward.count_call(attention_site)
@@ -118,7 +119,7 @@ class AttentionDispatcher:
             return self._dense_step(call, site)
         if reason := self._settings.min_tokens_reason(grid) or self._choices.dense_reason(site):
             return self._dense(call, reason)
-        lengths = self._lengths.read(call.attn_mask, batch, grid)
+        lengths = self._lengths.read(call.attn_mask, len(q), grid)
         if isinstance(lengths, str):
             return self._dense(call, self._log_once(lengths))
         with self._counters.attention.timing(q.device):
@@ -138,6 +139,7 @@ class AttentionDispatcher:
             self._reserved_bytes[site.branch] = self._settings.method.begin_generation(q, site, reserved)
 
     def _dense(self, call: AttentionCall, reason: str, compute: Callable[[], Tensor] | None = None) -> Tensor:
+        """Count a call as dense for a reason and compute it, by default as the model would."""
         self._counters.count_dense(reason, call.pairs)
         with self._counters.attention.timing(call.query.device):
             return (compute or call.compute_densely)()
@@ -147,7 +149,7 @@ class AttentionDispatcher:
         reason, q, k = "the schedule", call.query, call.key
         if not self._choices.may_replace_sdpa(site.grid):
             return self._dense(call, reason)
-        lengths = self._lengths.read(call.attn_mask, q.shape[0], site.grid)
+        lengths = self._lengths.read(call.attn_mask, len(q), site.grid)
         if isinstance(lengths, str):
             return self._dense(call, reason)
         choice, plan = self._choices.fastest_for_dense(q, k, lengths, site)
@@ -157,6 +159,7 @@ class AttentionDispatcher:
         return self._dense(call, f"{reason}, by the executor {choice.name}", lambda: attend()[0])
 
     def _sparse(self, call: AttentionCall, site: Site, plan: Plan | ClusterPlan, choice: Choice) -> Tensor:
+        """Compute the pairs of a plan by the chosen executor and let the method correct the output."""
         q, k, v, counters = call.query, call.key, call.value, self._counters
         for observer in self.observers:
             observer(site, q, k, plan)
@@ -173,6 +176,7 @@ class AttentionDispatcher:
             return self._settings.method.correct(output, site, self.plans.memory(q, site))[0]
 
     def _log_once(self, reason: str) -> str:
+        """Log a reason at its first occurrence and return it."""
         if reason not in self._logged_reasons:
             self._logged_reasons.add(reason)
             log.warning("attention stays dense: %s", reason)
