@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention_cases import Pooled, assert_near, exact, make, plan_of, qkv, token_mask
+from attention_cases import BlockMeans, assert_near, exact, make, plan_of, qkv, token_mask
 from dit_sparse import Grid, Method, Plan, attention
 
 GRID = Grid(3, 5, 4, after=7)
@@ -91,7 +91,7 @@ def test_float_dtypes_stay(dtype, tolerance):
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
-@pytest.mark.parametrize("method", ["window", "radial", "random_blocks", Pooled(density=0.5)], ids=str)
+@pytest.mark.parametrize("method", ["window", "radial", "random_blocks", BlockMeans(density=0.5)], ids=str)
 def test_grouped_heads_equal_repeated_ones(key_heads, method):
     k, v = K[:, :key_heads], V[:, :key_heads]
     grouped = attention(Q, k, v, grid=GRID, method=method, density=0.5, block=16, executor="gather")
@@ -143,6 +143,6 @@ def test_correction_remembers_the_plan_and_has_the_last_word():
 
 
 def test_method_decides_its_own_density():
-    what = Pooled(density=1.0)
+    what = BlockMeans(density=1.0)
     out, _ = attention(Q, K, V, grid=GRID, method=what, density=0.1)
     assert_near(out, F.scaled_dot_product_attention(Q, K, V), 1e-5)
