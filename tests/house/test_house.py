@@ -59,7 +59,7 @@ ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it f
         "diffusers numpy pydantic PIL imageio scipy jinja2 matplotlib tomli",
         lazily="triton skimage lpips pyiqa transformers",
     ),
-    "demo": Room("demo demo.*", "engine methods output generation eval plotting bundled numpy"),
+    "demo": Room("demo demo.*", "engine methods profile output generation eval plotting bundled numpy"),
     "cli": Room(
         "cli cli.* app", "engine bundled demo typer rich gradio", lazily="methods output generation eval plotting"
     ),
@@ -199,6 +199,15 @@ changed = [name for a, b in zip(before, state()) for name in b if a.get(name) is
 print(changed, [name for name in {heavy} if name in sys.modules])
 """
     assert python(code, cwd=ROOT) == "[] []"
+
+
+def test_dir_lists_the_public_names():
+    import dit_sparse
+
+    assert dir(dit_sparse) == sorted([*dit_sparse.__all__, "__version__"])
+    assert all(getattr(dit_sparse, name) for name in dir(dit_sparse))
+    with pytest.raises(AttributeError, match="no attribute 'Porfile'"):
+        _ = dit_sparse.Porfile
 
 
 @pytest.fixture(scope="module")
