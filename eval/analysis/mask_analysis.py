@@ -19,7 +19,7 @@ from torch import Tensor
 from dit_sparse import Method, PerHead, Schedule, SparseAttnProcessor, enable, prepare
 from dit_sparse.bundled import BUNDLED, BUNDLED_PROMPT
 from dit_sparse.composition import nested_methods
-from dit_sparse.generation.generate import Progress, generate, load, usual_call
+from dit_sparse.generation.generate import Progress, default_call, generate, load_pipeline
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.output.environment import conditions
@@ -68,7 +68,7 @@ class MaskAnalysis:
             raise ValueError(f"sampled_steps must be at least 1, got {self.sampled_steps}")
         SparseAttnProcessor("dense", block=self.block)
         self.cases()
-        object.__setattr__(self, "call", usual_call(self.model, small=True) | self.call)
+        object.__setattr__(self, "call", default_call(self.model, small=True) | self.call)
         if steps := self.call.get("num_inference_steps"):
             measured_steps(self.schedule, steps, self.sampled_steps)
 
@@ -89,7 +89,7 @@ class MaskAnalysis:
         Raises:
             ValueError: no call of the pipeline can be sparse.
         """
-        pipe, cases, results = prepare(load(self.model)), self.cases(), MetricSums()
+        pipe, cases, results = prepare(load_pipeline(self.model)), self.cases(), MetricSums()
         methods = tuple(one for *_, one in cases)
         probe = MaskProbe(methods=methods, results=results, schedule=self.schedule, sampled_steps=self.sampled_steps)
         with enable(pipe, probe, dense_steps=0, min_tokens=0, block=self.block):

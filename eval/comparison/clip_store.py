@@ -1,4 +1,4 @@
-"""The clips of a comparison, kept one by one: a run that was killed goes on where it was."""
+"""A folder of generated clips, so that an interrupted comparison resumes and a larger one reuses earlier clips."""
 
 from __future__ import annotations
 
@@ -17,47 +17,46 @@ from dit_sparse.output.files import atomic_write, writable_folder
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """One finished clip.
+    """One generated clip.
 
     Attributes:
         frames: ``[F, H, W, 3]`` uint8.
-        note: what was measured while it was made, plain values for JSON.
-        latents: float16 ``[looks, ...]``, the latents after some of the steps; only of clips that others are compared
-            with.
+        metadata: prompt, seed and measurements, as plain values for JSON.
+        latents: float16 ``[steps, ...]``, the latents after some of the steps; only for clips that serve as reference.
     """
 
     frames: NDArray
-    note: dict
+    metadata: dict
     latents: NDArray | None = field(default=None, repr=False)
 
 
 class ClipStore:
-    """A folder of takes, each found by everything that decides it: model, call, prompt, seed, method, versions. What
-    one of these changes is another take, so a folder can be used again, for the same comparison or for a larger one."""
+    """A folder of clips. The key of a clip holds everything that affects it: model, call, prompt, seed, method,
+    versions. A clip with another key is another file, so several comparisons can share a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = writable_folder(folder)
 
-    def get(self, name: str, decides: dict) -> ClipRecord | None:
-        """The take, or None where there is none that can be read."""
-        return _read(self._path(name, decides))
+    def get(self, name: str, key: dict) -> ClipRecord | None:
+        """Return a clip, or None if it is missing or damaged."""
+        return _read(self._path(name, key))
 
-    def put(self, name: str, decides: dict, take: ClipRecord) -> None:
-        """Store a take; killed in between, it leaves none."""
-        arrays = {"frames": take.frames, "note": np.array(json.dumps(take.note))}
-        if take.latents is not None:
-            arrays["latents"] = take.latents
-        with atomic_write(self._path(name, decides)) as draft, draft.open("wb") as file:
+    def put(self, name: str, key: dict, clip: ClipRecord) -> None:
+        """Store a clip atomically."""
+        arrays = {"frames": clip.frames, "note": np.array(json.dumps(clip.metadata))}
+        if clip.latents is not None:
+            arrays["latents"] = clip.latents
+        with atomic_write(self._path(name, key)) as draft, draft.open("wb") as file:
             np.savez(file, **arrays)
 
-    def takes(self) -> Iterator[ClipRecord]:
-        """All that are there and can be read, the oldest first."""
+    def clips(self) -> Iterator[ClipRecord]:
+        """Yield all readable clips, the oldest first."""
         for path in sorted(self.folder.glob("[!.]*.npz"), key=lambda path: path.stat().st_mtime_ns):
-            if (take := _read(path)) is not None:
-                yield take
+            if (clip := _read(path)) is not None:
+                yield clip
 
-    def _path(self, name: str, decides: dict) -> Path:
-        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    def _path(self, name: str, key: dict) -> Path:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         readable = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in name)[:60]
         return self.folder / f"{readable}-{digest}.npz"
 

@@ -1,4 +1,4 @@
-"""What papers published, measured again: a recipe holds their setting and their numbers, and becomes a comparison."""
+"""Recipes that reproduce published results: a paper's setting and numbers, measured again as a comparison."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from dit_sparse import Schedule
 from dit_sparse.bundled import model_source
 
 from .comparison import Comparison
+from .result_schema import first_error
+from .row_syntax import parse_row
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,7 +22,7 @@ else:
     import tomli as tomllib
 
 FOLDER = Path(__file__).parent / "recipes"
-OURS = {"self", "prompt", "generator", "output_type", "callback_on_step_end"}  # arguments that `generate` gives
+GENERATE_ARGUMENTS = {"self", "prompt", "generator", "output_type", "callback_on_step_end"}  # set by `generate`
 
 
 class _Strict(BaseModel):
@@ -31,9 +33,10 @@ class Published(_Strict):
     """One row of a paper's table.
 
     Attributes:
-        row: what to compare, as `Comparison` takes it: ``svg2@0.295``, ``radial@own``, ``profile:wan2.1-14b``.
-        psnr, ssim, lpips: against the dense video, dB and fractions.
-        speedup: of the whole generation over dense, as papers tell it; here the denoising alone is measured.
+        row: the row of a `Comparison`: ``svg2@0.295``, ``radial@own``, ``profile:wan2.1-14b``, ``dense``.
+        psnr: against the dense video, in dB.
+        ssim, lpips: against the dense video.
+        speedup: end-to-end speedup over dense attention. A comparison measures the denoising only.
     """
 
     row: str
@@ -42,33 +45,30 @@ class Published(_Strict):
     lpips: float | None = None
     speedup: float | None = None
 
-    def wanted(self, usual: float) -> tuple[str, float | None]:
-        """Method and density of the row; ``usual`` is that of rows that name none.
+    def method_and_density(self, default_density: float) -> tuple[str, float | None]:
+        """Return method and density of the row; a row without a density has the default one.
 
         Raises:
-            ValueError: no single row that could be measured is meant.
+            ValueError: the text stands for several rows or for none.
         """
-        name, at, density = self.row.partition("@")
-        own = name == "dense" or name.startswith("profile:")
-        if name == "all" or (own and at):
-            raise ValueError(f"{self.row!r} is no single row: write METHOD@DENSITY, METHOD@own, profile:NAME or dense")
-        if own or (at and density in ("", "own")):
-            return name, None
-        try:
-            return name, round(float(density) if at else usual, 4)  # as `Comparison` does
-        except ValueError:
-            raise ValueError(f"{self.row!r}: write METHOD@DENSITY, such as svg@0.3, or METHOD@own") from None
+        if self.row == "all":
+            raise ValueError("'all' is no single row: write METHOD@DENSITY, METHOD@own, profile:NAME or dense")
+        request = parse_row(self.row)
+        return request.method, round(default_density, 4) if request.every_density else request.density
 
 
 class Recipe(_Strict):
-    """A paper's setting.
+    """A paper's setting and results.
 
     Attributes:
-        title, source, hardware: what, where it was published, on which GPU it was measured there.
-        model, call: the pipeline, and the arguments of its call.
-        density: of the rows that are compared beside the published ones.
+        title: name of the table.
+        source: where it was published.
+        hardware: GPU of the published measurements.
+        model: the bundled model, a local diffusers folder, or a name on the hub.
+        call: arguments of the pipeline's call.
+        density: of rows without a density, and of the random baseline.
         schedule: what stays dense.
-        published: the paper's rows.
+        published: rows of the paper.
     """
 
     title: str
@@ -81,21 +81,21 @@ class Recipe(_Strict):
     published: tuple[Published, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _rows_differ(self) -> Recipe:
-        seen: dict[tuple, str] = {}
-        for one in self.published:
-            wanted = one.wanted(self.density)
-            if wanted in seen:
-                raise ValueError(f"{seen[wanted]!r} and {one.row!r} are one row; leave one of them out")
-            seen[wanted] = one.row
+    def _check_rows_differ(self) -> Recipe:
+        texts: dict[tuple, str] = {}
+        for published in self.published:
+            row = published.method_and_density(self.density)
+            if row in texts:
+                raise ValueError(f"{texts[row]!r} and {published.row!r} are one row: leave one of them out")
+            texts[row] = published.row
         return self
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
-        """One of ``eval/recipes/`` by name, or a file.
+        """Load a recipe by its name in ``recipes/``, or from a TOML file.
 
         Raises:
-            ValueError: it is not there, or something in it is wrong; the message says what.
+            ValueError: the recipe is missing or invalid.
         """
         path = Path(name) if Path(name).suffix == ".toml" else FOLDER / f"{name}.toml"
         try:
@@ -103,32 +103,32 @@ class Recipe(_Strict):
         except OSError:
             raise ValueError(f"there is no recipe {str(name)!r}; there are {', '.join(recipes())}") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            told = [path, ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]
-            raise ValueError(": ".join(str(part) for part in told if part)) from None
+            raise ValueError(f"{path}: {first_error(error)}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no TOML file: {error}") from None
 
     def check_call(self) -> None:
-        """Whether the pipeline takes what ``call`` gives, by its class alone: no weights are loaded.
+        """Check ``call`` against the signature of the pipeline's class, without loading weights.
 
         Raises:
-            ValueError: it does not, or there is no such pipeline.
+            ValueError: the pipeline is missing, or does not take an argument.
         """
         import diffusers
 
         try:
-            kind = diffusers.DiffusionPipeline.load_config(model_source(self.model))["_class_name"]
+            class_name = diffusers.DiffusionPipeline.load_config(model_source(self.model))["_class_name"]
         except (OSError, KeyError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"cannot load the model {self.model}: {reason}") from None
-        pipeline = getattr(diffusers, str(kind), None)
-        known = self.call if pipeline is None else sorted({*inspect.signature(pipeline.__call__).parameters} - OURS)
-        if wrong := next((name for name in self.call if name not in known), None):
-            raise ValueError(f"{kind} takes no {wrong!r} under [call]; it takes {', '.join(known)}")
+        pipeline = getattr(diffusers, str(class_name), None)
+        if pipeline is None:
+            return
+        known = sorted({*inspect.signature(pipeline.__call__).parameters} - GENERATE_ARGUMENTS)
+        if unknown := next((name for name in self.call if name not in known), None):
+            raise ValueError(f"{class_name} takes no {unknown!r} under [call]; it takes {', '.join(known)}")
 
     def comparison(self, prompts: list[str], out: Path, seeds: int = 1, executor: str = "auto") -> Comparison:
-        """The published rows and, at one density, random blocks."""
+        """Return the comparison of the published rows, with random blocks at the recipe's density."""
         return Comparison(
             methods=[published.row for published in self.published],
             prompts=prompts,
@@ -143,18 +143,20 @@ class Recipe(_Strict):
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that ship."""
+    """Return the names of the recipes in this package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def beside(recipe: Recipe, result: dict) -> Iterator[dict]:
-    """Published and measured, row by row: ``{"row": ..., "psnr": (published, measured), ...}``, None where either side
-    has none. Only differences within one column say something: prompts, seeds and machines are others, and of the
-    speed-ups the published ones are of whole generations, the measured ones of the denoising."""
+def published_and_measured(recipe: Recipe, result: dict) -> Iterator[dict]:
+    """Yield published and measured values by row: ``{"row": ..., "psnr": (published, measured), ...}``, or None.
+
+    Only differences within one column are comparable: prompts, seeds and hardware differ, and published speedups are
+    end-to-end, measured ones of the denoising.
+    """
     measured = {(row["method"], row["density_asked"]): row for row in result["rows"] if row["steps"] == result["steps"]}
-    mean = lambda spread: (spread or {}).get("mean")
+    mean = lambda statistics: (statistics or {}).get("mean")
     for published in recipe.published:
-        name, density = published.wanted(recipe.density)
+        name, density = published.method_and_density(recipe.density)
         row = measured[name, density]
         yield {
             "row": published.row,

@@ -1,4 +1,4 @@
-"""What ``dit-sparse compare`` wrote, read again: all that table and page read is checked before anything is made."""
+"""Schema of ``compare.json``. Everything that tables and pages read is validated before they are made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 Interval = Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
 Density = Annotated[FiniteFloat, Field(gt=0, le=1)]
-Many = Field(min_length=1)
+NonEmpty = Field(min_length=1)
 
 
 class _Strict(BaseModel):
@@ -22,14 +22,14 @@ class _Difference(_Strict):
     interval: Interval | None
 
 
-class _Spread(_Strict):
-    """Of the clips; None where a mean is infinite, as the PSNR of equal clips is."""
+class _Statistics(_Strict):
+    """Of a metric over the clips; a mean is None if it is infinite, as the PSNR of equal clips is."""
 
     mean: FiniteFloat | None
     median: FiniteFloat | None
     worst_decile: FiniteFloat | None
     interval: Interval | None
-    each: Annotated[list[FiniteFloat | None], Many]
+    each: Annotated[list[FiniteFloat | None], NonEmpty]
 
 
 class _Unavailable(_Strict):
@@ -46,12 +46,12 @@ class _Row(_Strict):
     density_hit: bool | None
     density_run: FiniteFloat
     retained: FiniteFloat | None
-    mass: Annotated[list[Annotated[list[FiniteFloat], Many]], Many] | None
+    mass: Annotated[list[Annotated[list[FiniteFloat], NonEmpty]], NonEmpty] | None
     error: FiniteFloat | None
-    psnr: _Spread | None
-    ssim: _Spread | None
-    ms_ssim: _Spread | _Unavailable | None
-    lpips: _Spread | _Unavailable | None
+    psnr: _Statistics | None
+    ssim: _Statistics | None
+    ms_ssim: _Statistics | _Unavailable | None
+    lpips: _Statistics | _Unavailable | None
     over_random: _Difference | None
     quality: dict[str, FiniteFloat | _Unavailable] | None
     seconds: FiniteFloat
@@ -62,7 +62,7 @@ class _Row(_Strict):
     equal_to: list[str] = []
 
     @property
-    def measured(self) -> set[str]:
+    def available_dimensions(self) -> set[str]:
         return {name for name, value in (self.quality or {}).items() if isinstance(value, float)}
 
 
@@ -73,8 +73,8 @@ class _Schedule(_Strict):
 class _Result(_Strict):
     model: str
     call: dict
-    prompts: Annotated[list[str], Many]
-    densities: Annotated[list[Density], Many]
+    prompts: Annotated[list[str], NonEmpty]
+    densities: Annotated[list[Density], NonEmpty]
     seeds: Annotated[int, Field(gt=0)]
     schedule: _Schedule
     executor: str
@@ -83,34 +83,38 @@ class _Result(_Strict):
     device: str
     versions: dict[str, str | None]
     commit: str | None
-    rows: Annotated[list[_Row], Many]
+    rows: Annotated[list[_Row], NonEmpty]
     finished: bool = True
 
     @model_validator(mode="after")
-    def _alike(self) -> _Result:
+    def _check_consistency(self) -> _Result:
         if "torch" not in self.versions:
             raise ValueError("versions name no torch")
-        judged = [row for row in self.rows if row.quality]
-        if any(row.measured != judged[0].measured for row in judged):
+        scored = [row for row in self.rows if row.quality]
+        if any(row.available_dimensions != scored[0].available_dimensions for row in scored):
             raise ValueError("rows differ in the dimensions of their quality")
         return self
 
 
 def read_result(path: Path) -> dict:
-    """A ``compare.json``.
+    """Read and validate a ``compare.json``.
 
     Raises:
-        ValueError: there is nothing, or something else; the message says what.
+        ValueError: the file is missing, or not a result of ``dit-sparse compare``.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         _Result.model_validate(result)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        told = f"{place}: {first['msg']}" if place else first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{path} is no result of this version of dit-sparse compare: {told}") from None
+        raise ValueError(f"{path} is no result of this version of dit-sparse compare: {first_error(error)}") from None
     except (OSError, ValueError, RecursionError) as error:
-        told = getattr(error, "strerror", None) or "it is no JSON"
-        raise ValueError(f"{path} is no result of dit-sparse compare: {told}") from None
+        reason = getattr(error, "strerror", None) or "it is no JSON"
+        raise ValueError(f"{path} is no result of dit-sparse compare: {reason}") from None
     return result
+
+
+def first_error(error: ValidationError) -> str:
+    """Return the first error of a validation with its place in the file, in one line."""
+    first = error.errors()[0]
+    place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message

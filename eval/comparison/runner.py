@@ -1,52 +1,53 @@
-"""Making the clips of a comparison: what is on the shelf already is not made again."""
+"""Generation of the clips of a comparison. Clips that are stored already are not generated again."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dit_sparse import Schedule, Site, SparseAttnProcessor, prepare
+from dit_sparse import Method, Schedule, SparseAttnProcessor, prepare
 from dit_sparse.bundled import BUNDLED
 from dit_sparse.composition import nested_methods
-from dit_sparse.engine.report import Stopwatch
 from dit_sparse.eval.analysis import retained_mass
-from dit_sparse.eval.quality.fidelity import relative_error
-from dit_sparse.generation.generate import Progress, generate, load
+from dit_sparse.generation.generate import Progress, generate, load_pipeline
 from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.output.environment import device_name, sources, versions, weights
 from dit_sparse.profiling import probe
 from dit_sparse.profiling.candidates import Candidate
 
+from . import recorder
 from .clip_store import ClipRecord, ClipStore
+from .recorder import ClipRecorder
 
-LATENTS = 9  # steps after which the latents of a dense clip are kept, to see how others depart from them
-EVERY = 8  # of the calls of a layer, one is looked at for what its plan retains
+
+class Sample(NamedTuple):
+    """A prompt and a seed, of which every row has one clip."""
+
+    prompt: str
+    seed: int
 
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """One row: a method at a density, or dense attention with fewer steps than the others have.
+    """How the clips of one row are generated: a method at a density, or dense attention with fewer steps.
 
     Attributes:
-        given: how it was asked for.
-        method: its name.
-        density: None for dense attention and for profiles.
-        processor: how it is set up.
-        steps: None: as many as the others.
-        equal_to: names of the rows that cost as much as so many steps.
+        requested_as: the row as requested.
+        method: name of the method.
+        density: requested density; None for dense attention, profiles and methods at their own settings.
+        processor: the processor to set.
+        steps: denoising steps; None: those of the comparison.
+        equal_to: names of the rows that cost as much as dense attention with these steps.
     """
 
-    given: str
+    requested_as: str
     method: str
     density: float | None
     processor: SparseAttnProcessor
@@ -59,12 +60,28 @@ class ClipSpec:
             return f"{self.method}, {self.steps} steps"
         return self.method if self.density is None else f"{self.method} {self.density:g}"
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is dense attention with all steps, which other rows are compared with."""
+        return self.method == "dense" and self.steps is None
+
+
+DENSE_SPEC = ClipSpec("dense", "dense", None, SparseAttnProcessor("dense", min_tokens=0))
+
 
 class ClipRunner:
-    """Takes of every row, for all prompts and seeds. The pipeline is loaded when the first take is missing; one of the
-    hub at once, for only then it is known which commit it is.
+    """Generates and stores the clips of every row, for all prompts and seeds.
 
-    ``schedule``, ``executor`` and ``block`` are those of all rows."""
+    The bundled model and local folders are loaded when the first clip is missing. A model on the hub is loaded at once,
+    because the key of a clip holds the commit of its weights.
+
+    Args:
+        model: the bundled model, a local diffusers folder, or a name on the hub.
+        prompts, seeds: every row has a clip for each pair.
+        call: arguments of the pipeline's call.
+        folder: where clips are stored.
+        schedule, executor, block: settings of all rows.
+    """
 
     def __init__(
         self,
@@ -77,160 +94,142 @@ class ClipRunner:
         executor: str = "auto",
         block: int | None = None,
     ) -> None:
-        self.model, self.call, self.shelf = model, call, ClipStore(folder)
+        self.model, self.call, self.store = model, call, ClipStore(folder)
         self.schedule, self.executor, self.block = schedule, executor, block
-        self.scenes = [(prompt, seed) for prompt in prompts for seed in seeds]
+        self.samples = [Sample(prompt, seed) for prompt in prompts for seed in seeds]
         self.seeds = len(seeds)
 
     @cached_property
     def pipe(self) -> Any:
-        pipe = load(self.model)
-        usual = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-        check_steps(self.schedule, self.call.get("num_inference_steps", usual))
+        pipe = load_pipeline(self.model)
+        default_steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+        check_steps(self.schedule, self.call.get("num_inference_steps", default_steps))
         return prepare(pipe)
 
-    def make(self, rows: Sequence[ClipSpec], progress: Progress) -> None:
-        """Make the takes that are missing, scene after scene and in each of them row after row: what slows the machine
-        for some minutes slows all rows alike. ``progress`` counts takes, and steps as parts of them."""
-        todo, warm = [(scene, wanted) for scene in self.scenes for wanted in rows], set()
-        for number, (scene, wanted) in enumerate(todo):
-            if self.shelf.get(*self._key(wanted, scene)) is None:
-                if wanted.name not in warm:
-                    self._warm_up(wanted)
-                    warm.add(wanted.name)
-                told = lambda step, steps, n=number: progress(n * steps + step, len(todo) * steps)
-                self.shelf.put(*self._key(wanted, scene), self._take(wanted, scene, told))
-            progress(number + 1, len(todo))
+    def generate_missing(self, specs: Sequence[ClipSpec], progress: Progress) -> None:
+        """Generate the clips that are not stored.
 
-    def takes(self, wanted: ClipSpec) -> Iterator[tuple[ClipRecord, ClipRecord]]:
-        """Every take of a row that was made, and the dense one of its prompt and seed."""
-        for scene in self.scenes:
-            take, dense = (self.shelf.get(*self._key(row, scene)) for row in (wanted, self._dense))
-            yield take, dense
+        All rows of a sample are generated before the next sample, so that a slow period of the machine slows all rows
+        alike.
 
-    def errors(self, rows: list[ClipSpec], progress: Progress) -> dict[str, float]:
-        """Relative error of the attention output of each method, by the calls of one dense clip: what no later step
-        can blur. A method that lives on what it saw of dense steps is not judged so."""
-        lives_on_steps = lambda one: any(isinstance(part, Dense | Rettention) for part in nested_methods(one))
-        judged = {row.method: row.processor.settings.method for row in rows}
-        judged = {name: one for name, one in judged.items() if not lives_on_steps(one)}
-        settings = {name: one.settings() for name, one in judged.items()}
-        if not judged:
+        Args:
+            specs: the rows.
+            progress: counts clips; a clip counts as many units as it has steps.
+        """
+        jobs = [(sample, spec) for sample in self.samples for spec in specs]
+        warmed_up: set[str] = set()
+        for number, (sample, spec) in enumerate(jobs):
+            if self.store.get(*self._key(spec, sample)) is None:
+                if spec.name not in warmed_up:
+                    self._warm_up(spec)
+                    warmed_up.add(spec.name)
+                report = lambda step, steps, n=number: progress(n * steps + step, len(jobs) * steps)
+                self.store.put(*self._key(spec, sample), self._generate(spec, sample, report))
+            progress(number + 1, len(jobs))
+
+    def clip_pairs(self, spec: ClipSpec) -> Iterator[tuple[ClipRecord, ClipRecord]]:
+        """Yield every stored clip of a row with the dense clip of its prompt and seed."""
+        for sample in self.samples:
+            clip, dense = (self.store.get(*self._key(one, sample)) for one in (spec, DENSE_SPEC))
+            yield clip, dense
+
+    def attention_errors(self, specs: Sequence[ClipSpec], progress: Progress) -> dict[str, float]:
+        """Return the relative error of each method's attention output, measured on calls of one dense clip.
+
+        Methods that depend on earlier calls are left out. Errors are stored like clips.
+        """
+        methods = {spec.method: spec.processor.settings.method for spec in specs}
+        methods = {name: method for name, method in methods.items() if _is_measurable_on_single_calls(method)}
+        if not methods:
             return {}
-        (prompt, seed), schedule = self.scenes[0], asdict(self.schedule)
-        decides = self._same | {"call": self.call, "prompt": prompt, "seed": seed, "methods": settings}
-        decides |= {"schedule": schedule, "executor": self.executor, "block": self.block}
-        place = "errors", decides
-        if (found := self.shelf.get(*place)) is None:
-            tried = [Candidate(*pair) for pair in judged.items()]
-            clip = lambda: generate(self.pipe, prompt, seed, self.call, progress)
-            measurements = probe.measure_candidates(self.pipe, clip, tried, self.schedule, self.block)
-            error = measurements.error.mean((1, 2)).sqrt()
-            found = ClipRecord(np.empty(0), dict(zip(judged, error.tolist(), strict=True)))
-            self.shelf.put(*place, found)
-        return found.note
+        sample = self.samples[0]
+        key = self._shared_key | {"call": self.call, "prompt": sample.prompt, "seed": sample.seed}
+        key |= {"methods": {name: method.settings() for name, method in methods.items()}}
+        key |= {"schedule": asdict(self.schedule), "executor": self.executor, "block": self.block}
+        stored = self.store.get("errors", key)
+        if stored is None:
+            candidates = [Candidate(name, method) for name, method in methods.items()]
+            make_clip = lambda: generate(self.pipe, *sample, self.call, progress)
+            measurements = probe.measure_candidates(self.pipe, make_clip, candidates, self.schedule, self.block)
+            errors = measurements.error.mean((1, 2)).sqrt().tolist()
+            stored = ClipRecord(np.empty(0), dict(zip(methods, errors, strict=True)))
+            self.store.put("errors", key, stored)
+        return stored.metadata
 
     @cached_property
-    def _same(self) -> dict:
-        """What decides every take."""
+    def _shared_key(self) -> dict:
+        """The part of the key that all clips share."""
         if self.model != BUNDLED and not Path(self.model).is_dir():
-            _ = self.pipe  # its commit is known when it is loaded
-        told = {
+            _ = self.pipe  # the commit of a model on the hub is known once it is loaded
+        return {
             "model": self.model,
             "weights": weights(self.model),
-            "sources": sources(Path(__file__), Path(retained_mass.__file__)),
+            "sources": sources(*(Path(module) for module in (__file__, recorder.__file__, retained_mass.__file__))),
+            "versions": versions(),
+            "device": device_name(),
         }
-        return told | {"versions": versions(), "device": device_name()}
 
-    @cached_property
-    def _dense(self) -> ClipSpec:
-        return ClipSpec("dense", "dense", None, SparseAttnProcessor("dense", min_tokens=0))
-
-    def _call(self, wanted: ClipSpec) -> dict:
-        return self.call if wanted.steps is None else self.call | {"num_inference_steps": wanted.steps}
-
-    def _key(self, wanted: ClipSpec, scene: tuple[str, int]) -> tuple[str, dict]:
-        """Name of a take, and all that decides it."""
-        (prompt, seed), settings, call = scene, wanted.processor.settings, self._call(wanted)
-        decides = self._same | {"call": call, "prompt": prompt, "seed": seed, "method": type(settings.method).__name__}
+    def _key(self, spec: ClipSpec, sample: Sample) -> tuple[str, dict]:
+        """Return the name of a clip and everything that affects it."""
+        settings = spec.processor.settings
+        key = self._shared_key | {"call": self._call(spec), "prompt": sample.prompt, "seed": sample.seed}
+        key["method"] = type(settings.method).__name__
         if not isinstance(settings.method, Dense):
-            schedule = asdict(settings.schedule)
-            decides |= {"settings": settings.method.settings(), "schedule": schedule}
-            decides |= {"executor": settings.executor, "block": settings.block, "min_tokens": settings.min_tokens}
-        return wanted.name, decides
+            key |= {"settings": settings.method.settings(), "schedule": asdict(settings.schedule)}
+            key |= {"executor": settings.executor, "block": settings.block, "min_tokens": settings.min_tokens}
+        return spec.name, key
 
-    def _warm_up(self, wanted: ClipSpec) -> None:
-        """One sparse step of a clip nobody keeps, so that what is compiled or loaded at the first call of a shape is
-        in no row's seconds."""
-        settings = wanted.processor.settings
-        at_once = replace(settings.schedule, dense_steps=0)
-        given = {"executor": settings.executor, "block": settings.block, "min_tokens": settings.min_tokens}
-        self.pipe.set_attn_processor(SparseAttnProcessor(settings.method, schedule=at_once, **given))
+    def _call(self, spec: ClipSpec) -> dict:
+        return self.call if spec.steps is None else self.call | {"num_inference_steps": spec.steps}
+
+    def _warm_up(self, spec: ClipSpec) -> None:
+        """Run one sparse step, so that one-time compilation and loading are not part of a row's time."""
+        settings = spec.processor.settings
+        processor = SparseAttnProcessor(
+            settings.method,
+            schedule=replace(settings.schedule, dense_steps=0),
+            executor=settings.executor,
+            block=settings.block,
+            min_tokens=settings.min_tokens,
+        )
+        self.pipe.set_attn_processor(processor)
         try:
-            generate(self.pipe, *self.scenes[0], self.call | {"num_inference_steps": 1})
+            generate(self.pipe, *self.samples[0], self.call | {"num_inference_steps": 1})
         finally:
             self.pipe.set_attn_processor(None)
 
-    def _take(self, wanted: ClipSpec, scene: tuple[str, int], progress: Progress) -> ClipRecord:
-        (prompt, seed), dense = scene, None
-        if wanted.steps is None and wanted.method != "dense":
-            dense = self.shelf.get(*self._key(self._dense, scene))
-        watch = _Watch(None if dense is None else dense.latents)
-        self.pipe.set_attn_processor(wanted.processor)
+    def _generate(self, spec: ClipSpec, sample: Sample, progress: Progress) -> ClipRecord:
+        dense = None
+        if spec.steps is None and not spec.is_reference:
+            dense = self.store.get(*self._key(DENSE_SPEC, sample))
+        record = ClipRecorder(None if dense is None else dense.latents)
+        self.pipe.set_attn_processor(spec.processor)
         try:
             run = self.pipe.sparse_run
-            run.observe(watch.retained)
-            clip = generate(self.pipe, prompt, seed, self._call(wanted), progress, watch.latents)
+            run.observe(record.observe_attention)
+            clip = generate(self.pipe, *sample, self._call(spec), progress, record.observe_latents)
             report = run.report()
         finally:
             self.pipe.set_attn_processor(None)
-        seconds = clip.seconds - watch.looking.seconds
-        note = report.as_dict() | {"seconds": seconds, "steps": watch.steps, "latent_error": watch.errors}
-        note |= {"row": wanted.name, "prompt": prompt, "seed": seed}
-        note["mass"] = [watch.mass[layer] for layer in sorted(watch.mass)]
-        keep = wanted.method == "dense" and wanted.steps is None
-        return ClipRecord(clip.frames, note, np.stack(watch.kept) if keep else None)
+        metadata = report.as_dict() | {
+            "row": spec.name,
+            "prompt": sample.prompt,
+            "seed": sample.seed,
+            "seconds": clip.seconds - record.stopwatch.seconds,
+            "steps": record.steps,
+            "latent_error": record.latent_errors,
+            "mass": record.mean_mass(),
+        }
+        return ClipRecord(clip.frames, metadata, np.stack(record.latents) if spec.is_reference else None)
 
 
 def check_steps(schedule: Schedule, steps: int) -> None:
-    """Raises ValueError where no step would be sparse."""
+    """Raise ValueError if a schedule keeps every step dense."""
     if schedule.first_sparse_step(steps) >= steps:
         raise ValueError(
-            f"dense_steps={schedule.dense_steps} keeps all {steps} steps dense: there is nothing to compare"
+            f"dense_steps={schedule.dense_steps} keeps all {steps} steps dense: lower it to compare sparse methods"
         )
 
 
-class _Watch:
-    """What is seen while a clip is made: of some calls the attention that their plans retain, head by head, and after
-    some steps the latents, rounded to float16 as they are kept, or against those of a dense clip, rounded alike. How
-    long the looking took before the last step ended is told, for it is no part of making a clip."""
-
-    def __init__(self, reference: np.ndarray | None) -> None:
-        self.looking = Stopwatch()
-        self.reference, self.kept, self.errors, self.steps = reference, [], [], 0
-        self.calls, self.seen = {}, {}
-
-    def retained(self, site: Site, q: Tensor, k: Tensor, plan: Any) -> None:
-        number = self.calls[site.layer] = self.calls.get(site.layer, -1) + 1
-        if number % EVERY == 0:
-            with self.looking.timing(q.device):
-                self.seen.setdefault(site.layer, []).append(
-                    retained_mass.retained_mass(q, k, plan, rows=64).mean(0).cpu()
-                )
-
-    @property
-    def mass(self) -> dict[int, list[float]]:
-        return {layer: torch.stack(seen).mean(0).tolist() for layer, seen in self.seen.items()}
-
-    def latents(self, step: int, steps: int, latents: Tensor) -> None:
-        self.steps = steps
-        measured_steps = sorted({round(x) for x in np.linspace(0, steps - 1, min(LATENTS, steps))})
-        if step not in measured_steps:
-            return
-        # a clip's seconds end with its last step, before that step's latents are looked at
-        with self.looking.timing(latents.device) if step < steps - 1 else nullcontext():
-            rounded = latents.detach().half().cpu().numpy()
-            if self.reference is None:
-                self.kept.append(rounded)
-            else:
-                self.errors.append([step, relative_error(rounded, self.reference[measured_steps.index(step)])])
+def _is_measurable_on_single_calls(method: Method) -> bool:
+    return not any(isinstance(part, Dense | Rettention) for part in nested_methods(method))

@@ -1,149 +1,188 @@
-"""What the clips of a row say: how near to dense, at what cost, and how sure that is."""
+"""Summary of a row's clips: fidelity to the dense video, cost, and confidence intervals."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy import stats
 
-from dit_sparse.eval.quality.fidelity import Unavailable, lpips, ms_ssim, psnr, spread, ssim
+from dit_sparse.eval.quality.fidelity import Unavailable, lpips, ms_ssim, psnr, ssim, summary_statistics
 from dit_sparse.eval.quality.vbench_style import quality
-from dit_sparse.generation.generate import usual_fps
+from dit_sparse.generation.generate import default_fps
 
-from .bootstrap import interval
 from .runner import ClipRunner, ClipSpec
 
-NEAR = 0.01  # a density further off than this from what was asked for is marked
+DENSITY_TOLERANCE = 0.01  # densities that differ by more are not the same
 METRICS = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": lpips}
 STRIP_FRAMES, STRIP_HEIGHT = 4, 160
 
 
-def summary(wanted: ClipSpec, studio: ClipRunner, with_quality: bool = False) -> dict:
-    """One row for JSON, from the takes of it and of dense attention."""
-    notes, references, judged, measured = [], [], [], {name: [] for name in METRICS}
+def summarize_row(spec: ClipSpec, runner: ClipRunner, with_quality: bool = False) -> dict:
+    """Return one row for JSON from the stored clips of a row and of dense attention.
+
+    Args:
+        spec: the row; all its clips must be stored.
+        runner: the runner that generated them.
+        with_quality: also score each clip by `quality`.
+    """
+    runs, dense_runs, scores = [], [], []
+    values: dict[str, list[float | str]] = {name: [] for name in METRICS}
     strip = None
-    for take, dense in studio.takes(wanted):
-        notes.append(take.note)
-        references.append(dense.note)
-        strip = strip or _strip(take.frames)
+    for clip, dense in runner.clip_pairs(spec):
+        runs.append(clip.metadata)
+        dense_runs.append(dense.metadata)
+        strip = strip or _film_strip(clip.frames)
         for name, metric in METRICS.items():
-            measured[name].append(_taken(metric, take.frames, dense.frames))
+            values[name].append(_value_or_reason(metric, clip.frames, dense.frames))
         if with_quality:
-            judged.append(quality(take.frames, take.note["prompt"], usual_fps(studio.model)))
-    is_dense = wanted.method == "dense" and wanted.steps is None
-    total = lambda key, of=notes: sum(note[key] for note in of)
+            scores.append(quality(clip.frames, clip.metadata["prompt"], default_fps(runner.model)))
     row = {
-        "name": wanted.name,
-        "given": wanted.given,
-        "method": wanted.method,
-        "steps": notes[0]["steps"],
-        "settings": notes[0]["settings"],
+        "name": spec.name,
+        "given": spec.requested_as,
+        "method": spec.method,
+        "steps": runs[0]["steps"],
+        "settings": runs[0]["settings"],
     }
-    row |= _densities(wanted, notes, references)
-    for name, values in measured.items():
-        row[name] = None if is_dense else _spread(values, studio.seeds, larger_is_better=name != "lpips")
-    if wanted.equal_to:
-        row["equal_to"] = list(wanted.equal_to)
-    row |= {"over_random": None, "latent_error": _latent_error(notes), "quality": _means(judged)}
-    row |= {"seconds": total("seconds"), "attention_seconds": total("attention_seconds")}
-    row["speedup"] = total("seconds", references) / row["seconds"]
-    row["attention_speedup"] = total("attention_seconds", references) / max(row["attention_seconds"], 1e-9)
-    row["planning_share"] = total("planning_seconds") / max(row["attention_seconds"], 1e-9)
-    return row | {"executors": notes[0]["executors"], "grids": notes[0]["grids"], "strip": strip}
+    row |= _densities(spec, runs, dense_runs)
+    for name in METRICS:
+        row[name] = None if spec.is_reference else _statistics(values[name], runner.seeds, name != "lpips")
+    if spec.equal_to:
+        row["equal_to"] = list(spec.equal_to)
+    row |= {"over_random": None, "latent_error": _latent_error(runs), "quality": _mean_quality(scores)}
+    row |= _cost(runs, dense_runs)
+    return row | {"executors": runs[0]["executors"], "grids": runs[0]["grids"], "strip": strip}
 
 
-def _densities(wanted: ClipSpec, notes: list[dict], references: list[dict]) -> dict:
-    achieved = [note["density_achieved"] for note in notes if note["density_achieved"] is not None]
+def _densities(spec: ClipSpec, runs: Sequence[dict], dense_runs: Sequence[dict]) -> dict:
+    achieved = [run["density_achieved"] for run in runs if run["density_achieved"] is not None]
     mean = fmean(achieved) if achieved else None
-    mass = [note["mass"] for note in notes if note["mass"]]
+    mass = [run["mass"] for run in runs if run["mass"]]
     tables = np.mean(mass, 0).tolist() if mass else None
-    of_dense = [n["density_run"] * n["steps"] / dense["steps"] for n, dense in zip(notes, references, strict=True)]
+    # A run with fewer steps computes fewer pairs than the dense run.
+    of_dense = [run["density_run"] * run["steps"] / dense["steps"] for run, dense in zip(runs, dense_runs, strict=True)]
     return {
-        "density_asked": wanted.density,
+        "density_asked": spec.density,
         "density_achieved": mean,
-        "density_hit": None if None in (mean, wanted.density) else near(mean, wanted.density),
-        "density_run": fmean(of_dense),  # fewer steps are fewer pairs, too
+        "density_hit": None if None in (mean, spec.density) else is_same_density(mean, spec.density),
+        "density_run": fmean(of_dense),
         "retained": float(np.mean(tables)) if tables else None,
         "mass": tables,
     }
 
 
-def _taken(metric: Callable, frames: NDArray, dense: NDArray) -> float | str:
-    """What a metric says, or why it cannot."""
+def _cost(runs: Sequence[dict], dense_runs: Sequence[dict]) -> dict:
+    total = lambda key, of=runs: sum(run[key] for run in of)
+    seconds, attention_seconds = total("seconds"), total("attention_seconds")
+    return {
+        "seconds": seconds,
+        "attention_seconds": attention_seconds,
+        "speedup": total("seconds", dense_runs) / seconds,
+        "attention_speedup": total("attention_seconds", dense_runs) / max(attention_seconds, 1e-9),
+        "planning_share": total("planning_seconds") / max(attention_seconds, 1e-9),
+    }
+
+
+def _value_or_reason(metric: Callable, frames: NDArray, dense: NDArray) -> float | str:
+    """Return the value of a metric, or the reason why it is unavailable."""
     try:
         return metric(frames, dense)
-    except Unavailable as why:
-        return str(why)
+    except Unavailable as error:
+        return str(error)
 
 
-def _spread(values: list[float | str], seeds: int, larger_is_better: bool) -> dict:
-    """Mean, median and worst tenth of the clips, and an interval for the mean over prompts."""
+def _statistics(values: Sequence[float | str], seeds: int, larger_is_better: bool) -> dict:
+    """Return mean, median, worst decile and values of the clips, and an interval for the mean over prompts."""
     if isinstance(values[0], str):
         return {"unavailable": values[0]}
-    told = {name: _finite(value) for name, value in spread(values, larger_is_better).items()}
-    return told | {"interval": interval(_by_prompt(values, seeds)), "each": [_finite(value) for value in values]}
+    statistics = {name: _finite(value) for name, value in summary_statistics(values, larger_is_better).items()}
+    return statistics | {
+        "interval": confidence_interval(_by_prompt(values, seeds)),
+        "each": [_finite(value) for value in values],
+    }
 
 
-def near(one: float, other: float) -> bool:
-    """Whether two densities count as the same."""
-    return abs(one - other) <= NEAR + 1e-9
+def is_same_density(density: float, other: float) -> bool:
+    return abs(density - other) <= DENSITY_TOLERANCE + 1e-9
 
 
-def density_of(row: dict) -> float | None:
-    """The density that was asked for; where the method's own settings decided, the one they came to; None for dense."""
+def row_density(row: dict) -> float | None:
+    """Return a row's requested density, or the achieved one if its own settings decide; None for dense attention."""
     return row["density_achieved"] if row["density_asked"] is None else row["density_asked"]
 
 
-def over_random(row: dict, rows: list[dict], seeds: int) -> dict | None:
-    """How many dB above the random blocks of the nearest density in ``rows``, prompt by prompt; None where there are
-    none of the same."""
-    density = density_of(row)
-    away = lambda one: abs(density_of(one) - density)
-    floors = [one for one in rows if one["method"] == "random_blocks" and density_of(one) is not None]
-    random = None if density is None else min(floors, key=away, default=None)
-    if random is None or not near(density_of(random), density) or row["psnr"] is None:
+def gain_over_random(row: dict, rows: Sequence[dict], seeds: int) -> dict | None:
+    """Return the PSNR of a row minus that of random blocks of the same density, in dB, paired by prompt.
+
+    Returns:
+        ``mean`` and ``interval``, or None if ``rows`` has no random blocks of this density, or a PSNR is infinite.
+    """
+    density = row_density(row)
+    if density is None or row["psnr"] is None:
         return None
-    each = [one["psnr"]["each"] for one in (row, random)]
-    if None in each[0] + each[1]:
+    baselines = [one for one in rows if one["method"] == "random_blocks" and row_density(one) is not None]
+    baseline = min(baselines, key=lambda one: abs(row_density(one) - density), default=None)
+    if baseline is None or not is_same_density(row_density(baseline), density):
         return None
-    mine, its = (_by_prompt(values, seeds) for values in each)
-    return {"mean": float((mine - its).mean()), "interval": interval(mine - its)}
+    values, baseline_values = row["psnr"]["each"], baseline["psnr"]["each"]
+    if None in values + baseline_values:
+        return None
+    gains = _by_prompt(values, seeds) - _by_prompt(baseline_values, seeds)
+    return {"mean": float(gains.mean()), "interval": confidence_interval(gains)}
 
 
-def _by_prompt(values: list[float], seeds: int) -> NDArray:
-    """The means over the seeds of each prompt, which stand side by side."""
+def confidence_interval(values: Sequence[float] | NDArray) -> list[float] | None:
+    """Return the 95 % bootstrap interval ``[low, high]`` of the mean over prompts, the same for the same values.
+
+    Args:
+        values: one per prompt. For a paired comparison of two rows, the differences by prompt.
+
+    Returns:
+        None for fewer than two prompts or an infinite value.
+    """
+    if len(values) < 2 or not np.isfinite(values).all():
+        return None
+    generator = np.random.default_rng(0)
+    result = stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=generator)
+    return [float(bound) for bound in result.confidence_interval]
+
+
+def _by_prompt(values: Sequence[float], seeds: int) -> NDArray:
+    """Return the mean over the seeds of each prompt; ``values`` hold all seeds of a prompt consecutively."""
     return np.reshape(values, (-1, seeds)).mean(1)
 
 
 def _finite(value: float) -> float | None:
-    """JSON knows no infinity, which the PSNR of two equal videos is."""
+    """Return None for infinity, which JSON does not have; the PSNR of equal videos is infinite."""
     return value if np.isfinite(value) else None
 
 
-def _means(judged: list[dict]) -> dict | None:
-    """The mean of every dimension over the clips; one that is not available says why."""
-    if not judged:
+def _mean_quality(scores: Sequence[dict]) -> dict | None:
+    """Return the mean of every dimension over the clips; an unavailable dimension keeps its reason."""
+    if not scores:
         return None
-    numbers = {name for name, value in judged[0].items() if isinstance(value, float)}
-    return {name: fmean(one[name] for one in judged) if name in numbers else judged[0][name] for name in judged[0]}
+    return {
+        name: fmean(score[name] for score in scores) if isinstance(value, float) else value
+        for name, value in scores[0].items()
+    }
 
 
-def _latent_error(notes: list[dict]) -> list | None:
-    """Relative error of the latents after some of the steps, the mean over the clips: ``[[step, error], ...]``."""
-    curves = [note["latent_error"] for note in notes if note["latent_error"]]
+def _latent_error(runs: Sequence[dict]) -> list | None:
+    """Return the relative error of the latents as ``[[step, error], ...]``, the mean over the clips."""
+    curves = [run["latent_error"] for run in runs if run["latent_error"]]
     return [[int(step), error] for step, error in np.mean(curves, 0).tolist()] if curves else None
 
 
-def _strip(frames: NDArray) -> str:
-    """A few frames side by side, small, as a WebP picture in base64."""
+def _film_strip(frames: NDArray) -> str:
+    """Return a few frames side by side as a WebP image in base64."""
     chosen = frames[np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames))).round().astype(int)]
-    picture = Image.fromarray(np.concatenate(list(chosen), 1))
-    picture.thumbnail((picture.width, STRIP_HEIGHT))
+    image = Image.fromarray(np.concatenate(list(chosen), 1))
+    image.thumbnail((image.width, STRIP_HEIGHT))
     file = BytesIO()
-    picture.save(file, "WEBP", quality=80)
+    image.save(file, "WEBP", quality=80)
     return base64.b64encode(file.getvalue()).decode()

@@ -1,1 +1,1 @@
-"""Quality measures: fidelity to the dense video, and VBench-style scores of a video alone."""
+"""Quality measures: fidelity to the dense video, and VBench-style scores of a single video."""

@@ -1,13 +1,13 @@
-"""Clips under the names and with the lists that VBench's own tool reads, so that it scores them.
+"""Export of clips with the file names and lists that VBench's own tool reads.
 
-The tool (Z. Huang et al., CVPR 2024, arXiv:2311.17982; package ``vbench``) looks for ``{prompt}-{0..4}.mp4`` in one
-folder that holds nothing but videos, and lists what it scores as ``{"prompt_en", "dimension", "video_list"}``.
+The tool (Z. Huang et al., CVPR 2024, arXiv:2311.17982; package ``vbench``) looks for ``{prompt}-{0..4}.mp4`` in a
+folder that contains only videos, and lists what it scores as ``{"prompt_en", "dimension", "video_list"}``.
 
     vbench evaluate --videos_path FOLDER/videos --full_json_dir FOLDER/full_info.json --dimension NAME
     vbench evaluate --videos_path FOLDER/videos --mode custom_input --prompt_file FOLDER/prompts.json --dimension NAME
 
-The first form finds the videos by their names and warns where a prompt has fewer than 5. The second takes any names,
-and is the one for prompts that cannot be file names.
+The first form finds videos by name and warns if a prompt has fewer than 5. The second accepts any names; use it for
+prompts that are not valid file names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dit_sparse.output.files import atomic_write, for_json, to_uint8, writable_f
 
 Clips = Iterable[tuple[str, int, NDArray]]
 
-ANY_PROMPT = (  # what a clip of any prompt can be scored on
+ANY_PROMPT = (  # dimensions that apply to clips of any prompt
     "subject_consistency",
     "background_consistency",
     "temporal_flickering",
@@ -36,7 +36,7 @@ ANY_PROMPT = (  # what a clip of any prompt can be scored on
     "imaging_quality",
     "overall_consistency",
 )
-OWN_PROMPTS = (  # what is meant for prompts of its own suite, which say what should be seen
+SUITE_PROMPTS = (  # dimensions that apply to prompts of VBench's suite, which state what must be visible
     "object_class",
     "multiple_objects",
     "human_action",
@@ -46,110 +46,121 @@ OWN_PROMPTS = (  # what is meant for prompts of its own suite, which say what sh
     "temporal_style",
     "appearance_style",
 )
-LONGEST = 240  # bytes of a prompt in a name: 255 are allowed, less the index and what a draft adds
+MAX_PROMPT_BYTES = 240  # of a file name: 255 bytes are allowed, and the index and a draft's prefix need the rest
 FORBIDDEN = str.maketrans({sign: "_" for sign in "/\\\0\n\r\t"})
 
 
 def export(folder: Path | str, videos: Clips, fps: float = 8, dimensions: Iterable[str] = ANY_PROMPT) -> Path:
-    """Writes ``videos/{prompt}-{index}.mp4``, ``full_info.json`` and ``prompts.json`` into ``folder``.
+    """Write ``videos/{prompt}-{index}.mp4``, ``full_info.json`` and ``prompts.json`` into a folder.
 
-    Files appear whole or not at all. What lies there already is kept and extended, so that clips can be handed over as
-    they are made, and a broken export repeated. Videos keep their size and nearly their pixels: H.264 without loss in
-    4:4:4, off by the rounding of the colour space alone.
+    Files are written atomically. An existing export is extended, so clips can be added as they are generated and an
+    interrupted export can be repeated. Videos keep their size and are encoded losslessly as H.264 in 4:4:4; pixels
+    change only by the rounding of the color space.
 
     Args:
-        videos: ``(prompt, index, frames)``, frames ``[F, H, W, 3]``, uint8 or floats in 0..1; the tool reads the
-            indices 0 to 4. May be a generator: one clip is held at a time.
-        fps: frames a second, see `usual_fps`; the tool's own samples have 8.
-        dimensions: what the tool is to score, by its names.
+        folder: the folder; created if it is missing.
+        videos: ``(prompt, index, frames)`` with frames ``[F, H, W, 3]``, uint8 or floats in [0, 1]. The tool reads the
+            indices 0 to 4. A generator keeps one clip in memory at a time.
+        fps: frame rate, see `default_fps`; the tool's samples have 8.
+        dimensions: names of the dimensions that the tool scores.
 
     Returns:
-        ``full_info.json``.
+        The path of ``full_info.json``.
 
     Raises:
-        ValueError: the folder cannot be written, a dimension is unknown, a clip is no colour video, or another content
-            lies under a name already.
+        ValueError: the folder is not writable, a dimension is unknown, a clip is no color video, or a file exists with
+            different content.
     """
     dimensions = list(dimensions)
-    unknown = [name for name in dimensions if name not in ANY_PROMPT + OWN_PROMPTS]
-    if unknown:
-        raise ValueError(f"VBench has no dimension {unknown[0]}; it has {', '.join(ANY_PROMPT + OWN_PROMPTS)}")
+    if unknown := next((name for name in dimensions if name not in ANY_PROMPT + SUITE_PROMPTS), None):
+        raise ValueError(f"VBench has no dimension {unknown}; it has {', '.join(ANY_PROMPT + SUITE_PROMPTS)}")
     folder = writable_folder(folder).resolve()
-    place = writable_folder(folder / "videos")
-    listed = {entry["prompt_en"]: entry for entry in _read(folder / "full_info.json", [])}
-    prompts = _read(folder / "prompts.json", {})
+    video_folder = writable_folder(folder / "videos")
+    entries = {entry["prompt_en"]: entry for entry in _read_list(folder / "full_info.json", [])}
+    prompts = _read_list(folder / "prompts.json", {})
     for prompt, index, frames in videos:
-        entry = listed.setdefault(prompt, {"prompt_en": prompt, "dimension": dimensions, "video_list": []})
+        entry = entries.setdefault(prompt, {"prompt_en": prompt, "dimension": dimensions, "video_list": []})
         if entry["dimension"] != dimensions:
             raise ValueError(f"{folder} lists other dimensions for the prompt {prompt!r}; choose another folder")
-        path = place / file_name(prompt, index)
-        _save(path, frames, fps)
+        path = video_folder / file_name(prompt, index)
+        _save_video(path, frames, fps)
         entry["video_list"] = sorted({*entry["video_list"], str(path)})
         prompts[path.name] = prompt
-    for name, content in (("prompts.json", prompts), ("full_info.json", list(listed.values()))):
+    for name, content in (("prompts.json", prompts), ("full_info.json", list(entries.values()))):
         with atomic_write(folder / name) as draft:
             draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder / "full_info.json"
 
 
-def of_row(shelf: ClipStore, result: dict, row: dict) -> Clips:
-    """The clips that a row of a comparison was measured on, one at a time. What other comparisons left on the shelf
-    under the same name is told apart by its settings and, if need be, by the seconds that it took.
+def clips_of_row(store: ClipStore, result: dict, row: dict) -> Clips:
+    """Yield the clips that a row of a comparison was measured on, one at a time.
+
+    A folder may hold clips of other comparisons with the same row name. They are told apart by their settings, and if
+    several remain, by the total time that the row reports.
 
     Raises:
-        ValueError: some are not there.
+        ValueError: clips are missing.
     """
-    found: dict[tuple[str, int], list[tuple[int, float]]] = {
+    matches = _matching_clips(store, result, row)
+    if missing := sum(not clips for clips in matches.values()):
+        raise ValueError(f"{missing} clips of {row['name']!r} are not in {store.folder}: run the comparison again")
+    most = max(map(len, matches.values()))
+    sets = [[clips[-min(age, len(clips))] for clips in matches.values()] for age in range(1, 1 + most)]
+    own = min(sets, key=lambda clips: abs(sum(seconds for _, seconds in clips) - row["seconds"]))
+    numbers = {number for number, _ in own}
+    for number, clip in enumerate(store.clips()):
+        if number in numbers:
+            yield clip.metadata["prompt"], clip.metadata["seed"], clip.frames
+
+
+def _matching_clips(store: ClipStore, result: dict, row: dict) -> dict[tuple[str, int], list[tuple[int, float]]]:
+    """Return number in the store and seconds of every clip that fits a row, by prompt and seed, the oldest first."""
+    matches: dict[tuple[str, int], list[tuple[int, float]]] = {
         (prompt, seed): [] for prompt in result["prompts"] for seed in range(result["seeds"])
     }
-    for number, take in enumerate(shelf.takes()):
-        note = for_json(take.note)
-        scene = note.get("prompt"), note.get("seed")
-        alike = all(note.get(key) == row[key] for key in ("settings", "steps"))
-        if note.get("row") == row["name"] and alike and note["grids"] in ([], result["grids"]) and scene in found:
-            found[scene].append((number, note["seconds"]))
-    if missing := sum(not takes for takes in found.values()):
-        raise ValueError(f"{missing} clips of {row['name']!r} are not in {shelf.folder}: run the comparison again")
-    sets = [
-        [takes[-min(back, len(takes))] for takes in found.values()]
-        for back in range(1, 1 + max(map(len, found.values())))
-    ]
-    own = min(sets, key=lambda takes: abs(sum(seconds for _, seconds in takes) - row["seconds"]))
-    numbers = {number for number, _ in own}
-    for number, take in enumerate(shelf.takes()):
-        if number in numbers:
-            yield take.note["prompt"], take.note["seed"], take.frames
+    for number, clip in enumerate(store.clips()):
+        metadata = for_json(clip.metadata)
+        sample = metadata.get("prompt"), metadata.get("seed")
+        same_row = metadata.get("row") == row["name"]
+        same_settings = all(metadata.get(key) == row[key] for key in ("settings", "steps"))
+        if same_row and same_settings and metadata["grids"] in ([], result["grids"]) and sample in matches:
+            matches[sample].append((number, metadata["seconds"]))
+    return matches
 
 
 def file_name(prompt: str, index: int) -> str:
-    """``{prompt}-{index}.mp4``. Signs that no file name bears become ``_``, and a prompt of more than 240 bytes is cut;
-    both are then followed by ``~`` and 8 digits of the prompt's hash, so that no two prompts share a name."""
+    """Return ``{prompt}-{index}.mp4`` as a valid file name.
+
+    Characters that file names cannot contain become ``_``, and prompts over 240 bytes are truncated. In both cases
+    ``~`` and 8 hexadecimal digits of the prompt's hash follow, so that file names stay unique.
+    """
     if not prompt.strip() or index < 0:
-        raise ValueError(f"a video is named by its prompt and an index from 0, not {prompt!r} and {index}")
+        raise ValueError(f"a video needs a prompt and an index of at least 0, got {prompt!r} and {index}")
     name = prompt.translate(FORBIDDEN)
-    if name != prompt or len(name.encode()) > LONGEST:
-        kept = name.encode()[: LONGEST - 9].decode(errors="ignore")
-        name = f"{kept}~{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
+    if name != prompt or len(name.encode()) > MAX_PROMPT_BYTES:
+        truncated = name.encode()[: MAX_PROMPT_BYTES - 9].decode(errors="ignore")
+        name = f"{truncated}~{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
     return f"{name}-{index}.mp4"
 
 
-def _read(path: Path, default: list | dict) -> list | dict:
+def _read_list(path: Path, default: list | dict) -> list | dict:
+    """Read a list of an earlier export; return ``default`` if there is none."""
     if not path.exists():
         return default
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        entries = found if isinstance(found, list) else []
-        whole = all({"prompt_en", "dimension", "video_list"} <= set(entry) for entry in entries)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = content if isinstance(content, list) else []
+        valid = all({"prompt_en", "dimension", "video_list"} <= set(entry) for entry in entries)
     except (OSError, ValueError, TypeError):
-        whole, found = False, None
-    if not whole or not isinstance(found, type(default)):
-        raise ValueError(f"{path} is there already and is no list of VBench videos; choose another folder")
-    return found
+        valid, content = False, None
+    if not valid or not isinstance(content, type(default)):
+        raise ValueError(f"{path} exists and is no list of VBench videos; choose another folder")
+    return content
 
 
-def _save(path: Path, frames: NDArray, fps: float) -> None:
+def _save_video(path: Path, frames: NDArray, fps: float) -> None:
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise ValueError(f"a clip for VBench is [frames, height, width, 3], not {list(frames.shape)}")
+        raise ValueError(f"a clip for VBench must be [frames, height, width, 3], got {list(frames.shape)}")
     with atomic_write(path) as draft:
         imageio.imwrite(
             draft,
@@ -162,4 +173,4 @@ def _save(path: Path, frames: NDArray, fps: float) -> None:
             output_params=["-crf", "0"],
         )
         if path.exists() and path.read_bytes() != draft.read_bytes():
-            raise ValueError(f"{path} is there already with another content; choose another folder")
+            raise ValueError(f"{path} exists with different content; choose another folder")

@@ -40,9 +40,9 @@ def test_metrics_do_not_mind_the_number_type_and_know_identity():
 
 
 def test_metrics_refuse_what_cannot_be_compared():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         metrics.psnr(clip(0), clip(0, frames=4))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same shape"):
         metrics.ssim(clip(0)[0], clip(0)[0])
 
 
@@ -92,7 +92,7 @@ def test_side_by_side_keeps_both_clips():
 
 def test_the_tables_of_the_readme_are_current():
     text = (Path(table.ROOT) / "README.md").read_text()
-    assert table.rewritten(text) == text, "run python -m dit_sparse.eval.report.readme"
+    assert table.update_tables(text) == text, "run python -m dit_sparse.eval.report.readme"
 
 
 def test_the_demo_writes_what_it_promises(tmp_path):

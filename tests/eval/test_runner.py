@@ -1,8 +1,7 @@
-"""The clips of a comparison: the shelf, what decides a take, what is timed, and what the rows say of them."""
+"""The clip runner: keys of clips, order and timing of generation, attention errors."""
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,49 +11,13 @@ import pytest
 import torch
 
 from dit_sparse import Schedule, SparseAttnProcessor
-from dit_sparse.eval.comparison import runner as takes
-from dit_sparse.eval.comparison import summary
-from dit_sparse.eval.comparison.bootstrap import interval
-from dit_sparse.eval.comparison.clip_store import ClipRecord, ClipStore
-from dit_sparse.eval.comparison.runner import ClipRunner, ClipSpec
+from dit_sparse.eval.comparison import recorder, runner
+from dit_sparse.eval.comparison.runner import DENSE_SPEC, ClipRunner, ClipSpec, Sample
 from dit_sparse.generation.generate import Clip
 from dit_sparse.output import environment
 
 FRAMES = np.zeros((2, 8, 8, 3), np.uint8)
-DENSE = ClipSpec("dense", "dense", None, SparseAttnProcessor("dense", min_tokens=0))
-
-# --- the shelf
-
-
-def test_a_take_is_found_by_all_that_decides_it(tmp_path):
-    shelf, take = ClipStore(tmp_path), ClipRecord(np.full((2, 3, 4, 3), 7, np.uint8), {"seconds": 1.5, "mass": [[0.5]]})
-    shelf.put("radial 0.3", {"seed": 0}, take)
-    found = shelf.get("radial 0.3", {"seed": 0})
-    assert np.array_equal(found.frames, take.frames) and found.note == take.note and found.latents is None
-    assert shelf.get("radial 0.3", {"seed": 1}) is None and shelf.get("radial 0.4", {"seed": 0}) is None
-
-
-@pytest.mark.parametrize("content", [b"", b"half a fi", b"PK\x03\x04" + bytes(40)])
-def test_a_damaged_take_is_no_take(tmp_path, content):
-    shelf = ClipStore(tmp_path)
-    shelf.put("x", {}, ClipRecord(np.zeros((1, 2, 2, 3), np.uint8), {}))
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(content)
-    assert shelf.get("x", {}) is None
-
-
-def test_no_damaged_byte_of_a_take_is_an_error(tmp_path):
-    """Any byte of a zip archive may say: encrypted, compressed in an unknown way, made by a newer version."""
-    shelf = ClipStore(tmp_path)
-    shelf.put("x", {}, ClipRecord(np.zeros((1, 1, 1, 3), np.uint8), {}))
-    (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    for place in range(len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x09]) + whole[place + 1 :])
-        shelf.get("x", {})
-
-
-# --- what decides a take
+SAMPLE = Sample("a", 0)
 
 
 def processor(method="svg", density=0.3, executor="gather", block=32, **schedule) -> SparseAttnProcessor:
@@ -62,43 +25,50 @@ def processor(method="svg", density=0.3, executor="gather", block=32, **schedule
     return SparseAttnProcessor(method, density=density, schedule=schedule, executor=executor, block=block, min_tokens=0)
 
 
-def studio(folder, model="shapes-wan", prompts=("a", "b"), seeds=1, **call) -> ClipRunner:
+def make_runner(folder, model="shapes-wan", prompts=("a", "b"), seeds=1, **call) -> ClipRunner:
     return ClipRunner(model, prompts, range(seeds), {"num_inference_steps": 4} | call, folder, Schedule(1))
 
 
-def wanted(**given) -> ClipSpec:
-    return ClipSpec("x", "x", 0.3, processor(**given))
+def make_spec(**settings) -> ClipSpec:
+    return ClipSpec("x", "x", 0.3, processor(**settings))
 
 
-def test_whatever_decides_a_take_makes_another(tmp_path, monkeypatch):
-    place = lambda one, row, scene=("a", 0): one.shelf._path(*one._key(row, scene))
-    here, row = studio(tmp_path), wanted()
-    places = [place(here, row), place(here, row, ("b", 0)), place(here, row, ("a", 1))]
-    places += [place(here, replace(row, steps=3)), place(studio(tmp_path, height=64), row)]
+def no_progress(done, total):
+    pass
+
+
+# --- keys
+
+
+def test_everything_that_affects_a_clip_is_in_its_key(tmp_path, monkeypatch):
+    path = lambda clips, spec, sample=SAMPLE: clips.store._path(*clips._key(spec, sample))
+    base, spec = make_runner(tmp_path), make_spec()
+    paths = [path(base, spec), path(base, spec, Sample("b", 0)), path(base, spec, Sample("a", 1))]
+    paths += [path(base, replace(spec, steps=3)), path(make_runner(tmp_path, height=64), spec)]
     changes = [{"method": "svg2"}, {"density": 0.4}, {"executor": "auto"}, {"block": 64}]
     changes += [{"dense_steps": 2}, {"dense_layers": 1}, {"replan_interval": 1}]
-    places += [place(here, wanted(**change)) for change in changes]
+    paths += [path(base, make_spec(**change)) for change in changes]
     for name in ("sources", "versions", "device_name"):
-        monkeypatch.setattr(takes, name, lambda *_: "another")
-        places.append(place(studio(tmp_path), row))
-    monkeypatch.setattr(takes, "weights", lambda _: "another")
-    places.append(place(studio(tmp_path), row))
-    assert len(set(places)) == len(places)
-    assert place(studio(tmp_path, prompts=("c", "a"), seeds=3), row) == places[-1]
+        monkeypatch.setattr(runner, name, lambda *_: "another")
+        paths.append(path(make_runner(tmp_path), spec))
+    monkeypatch.setattr(runner, "weights", lambda _: "another")
+    paths.append(path(make_runner(tmp_path), spec))
+    assert len(set(paths)) == len(paths)
+    assert path(make_runner(tmp_path, prompts=("c", "a"), seeds=3), spec) == paths[-1]
 
 
-def test_a_folder_with_other_weights_is_another_model(tmp_path):
+def test_weights_identify_a_local_model(tmp_path):
     (tmp_path / "vae").mkdir()
-    part = tmp_path / "vae" / "x.safetensors"
-    part.write_bytes(b"12")
+    file = tmp_path / "vae" / "x.safetensors"
+    file.write_bytes(b"12")
     before = environment.weights(str(tmp_path))
     assert before == environment.weights(str(tmp_path)) and environment.weights("shapes-wan") is None
-    part.write_bytes(b"123")
+    file.write_bytes(b"123")
     assert environment.weights(str(tmp_path)) != before
-    assert environment.weights("nobody/has-this-model") is None
+    assert environment.weights("no-such-owner/no-such-model") is None
 
 
-def test_the_code_that_makes_clips_is_among_the_sources(tmp_path, monkeypatch):
+def test_sources_cover_the_code_that_generates_clips(tmp_path, monkeypatch):
     package = tmp_path / "dit_sparse"
     for name in ("engine/run.py", "generation/generate.py", "grid.py", "cli/main.py"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,179 +84,100 @@ def test_the_code_that_makes_clips_is_among_the_sources(tmp_path, monkeypatch):
         before = changed
 
 
-# --- what is made, and what is timed
+# --- generation
 
 
 class FakePipe:
-    """Notes with which processor it makes clips."""
+    """Records the processor that is set."""
 
-    def set_attn_processor(self, given):
-        self.processor = given
+    def set_attn_processor(self, processor):
+        self.processor = processor
         report = SimpleNamespace(as_dict=dict)
         self.sparse_run = SimpleNamespace(observe=lambda observer: None, report=lambda: report)
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[tuple]:
-    """What ``generate`` was asked for: prompt, seed, steps, first sparse step. Clips take 10 s, looking at them 3."""
-    asked = []
+def calls(monkeypatch) -> list[tuple]:
+    """Calls of ``generate``: prompt, seed, steps, first sparse step. A clip takes 10 s, its measurements 3 s."""
+    calls = []
 
-    def generate(pipe, prompt, seed, call, progress=None, watch=None):
+    def generate(pipe, prompt, seed, call, progress=None, observer=None):
         steps = call["num_inference_steps"]
-        asked.append((prompt, seed, steps, pipe.processor.settings.schedule.first_sparse_step(steps)))
-        for step in range(steps if watch else 0):
-            watch(step, steps, torch.full((1, 2), 1 / 3 + seed))
+        calls.append((prompt, seed, steps, pipe.processor.settings.schedule.first_sparse_step(steps)))
+        for step in range(steps if observer else 0):
+            observer(step, steps, torch.full((1, 2), 1 / 3 + seed))
         return Clip(FRAMES, 10.0)
 
-    monkeypatch.setattr(takes, "generate", generate)
-    monkeypatch.setattr(takes, "Stopwatch", lambda: SimpleNamespace(seconds=3.0, timing=lambda _: nullcontext()))
+    monkeypatch.setattr(runner, "generate", generate)
+    monkeypatch.setattr(recorder, "Stopwatch", lambda: SimpleNamespace(seconds=3.0, timing=lambda _: nullcontext()))
     monkeypatch.setattr(ClipRunner, "pipe", FakePipe())
-    return asked
+    return calls
 
 
-def quiet(done, steps):
-    pass
-
-
-def test_looking_is_no_part_of_a_clips_seconds_and_neither_is_the_first_call_of_a_row(tmp_path, made):
-    here = studio(tmp_path)
-    for row in (DENSE, wanted()):
-        made.clear()
-        here.make([row], quiet)
-        warm_up, *timed = made
-        assert warm_up[2:] == (1, 0), "one step, and that one sparse"
+def test_measurements_and_warm_up_are_not_timed(tmp_path, calls):
+    clips = make_runner(tmp_path)
+    for spec in (DENSE_SPEC, make_spec()):
+        calls.clear()
+        clips.generate_missing([spec], no_progress)
+        warm_up, *timed = calls
+        assert warm_up[2:] == (1, 0), "one step, which is sparse"
         assert [(prompt, steps) for prompt, _, steps, _ in timed] == [("a", 4), ("b", 4)]
-        assert all(take.note["seconds"] == 7 for take, _ in here.takes(row))
-        here.make([row], quiet)
-        assert len(made) == 3
+        assert all(clip.metadata["seconds"] == 7 for clip, _ in clips.clip_pairs(spec))
+        clips.generate_missing([spec], no_progress)
+        assert len(calls) == 3
 
 
-def test_rows_take_turns_and_warm_up_once(tmp_path, made):
-    rows, told = [DENSE, wanted(), replace(wanted(), method="y")], []
-    here = studio(tmp_path, prompts=("a", "b"))
-    here.make(rows[:2], quiet)
-    made.clear()
-    here.make(rows, lambda *at: told.append(at))
-    assert [(prompt, steps) for prompt, _, steps, _ in made] == [("a", 1), ("a", 4), ("b", 4)]
-    assert told[-1] == (6, 6) and [a / b for a, b in told] == sorted(a / b for a, b in told)
-    fresh = studio(tmp_path / "other", prompts=("a", "b"))
-    made.clear()
-    fresh.make(rows, quiet)
-    assert [prompt for prompt, _, steps, _ in made if steps == 4] == ["a"] * 3 + ["b"] * 3
-    assert sum(steps == 1 for *_, steps, _ in made) == 3
+def test_rows_take_turns_and_warm_up_once(tmp_path, calls):
+    specs, progress = [DENSE_SPEC, make_spec(), replace(make_spec(), method="y")], []
+    clips = make_runner(tmp_path)
+    clips.generate_missing(specs[:2], no_progress)
+    calls.clear()
+    clips.generate_missing(specs, lambda *counts: progress.append(counts))
+    assert [(prompt, steps) for prompt, _, steps, _ in calls] == [("a", 1), ("a", 4), ("b", 4)]
+    assert progress[-1] == (6, 6) and [a / b for a, b in progress] == sorted(a / b for a, b in progress)
+    calls.clear()
+    make_runner(tmp_path / "other").generate_missing(specs, no_progress)
+    assert [prompt for prompt, _, steps, _ in calls if steps == 4] == ["a"] * 3 + ["b"] * 3
+    assert sum(steps == 1 for *_, steps, _ in calls) == 3
 
 
-def test_a_larger_comparison_makes_only_what_is_missing(tmp_path, made):
-    studio(tmp_path, prompts=("a",)).make([DENSE], quiet)
-    made.clear()
-    studio(tmp_path, prompts=("new", "a"), seeds=2).make([DENSE], quiet)
-    assert [scene[:2] for scene in made[1:]] == [("new", 0), ("new", 1), ("a", 1)]
+def test_larger_comparisons_generate_only_missing_clips(tmp_path, calls):
+    make_runner(tmp_path, prompts=("a",)).generate_missing([DENSE_SPEC], no_progress)
+    calls.clear()
+    make_runner(tmp_path, prompts=("new", "a"), seeds=2).generate_missing([DENSE_SPEC], no_progress)
+    assert [call[:2] for call in calls[1:]] == [("new", 0), ("new", 1), ("a", 1)]
 
 
-def test_equal_latents_have_no_error_though_they_are_kept_rounded(tmp_path, made):
-    here = studio(tmp_path)
-    here.make([DENSE], quiet)
-    here.make([wanted()], quiet)
-    for take, dense in here.takes(wanted()):
-        assert take.note["latent_error"] == [[step, 0.0] for step in range(4)]
+def test_equal_latents_have_no_error_after_rounding(tmp_path, calls):
+    clips = make_runner(tmp_path)
+    clips.generate_missing([DENSE_SPEC], no_progress)
+    clips.generate_missing([make_spec()], no_progress)
+    for clip, dense in clips.clip_pairs(make_spec()):
+        assert clip.metadata["latent_error"] == [[step, 0.0] for step in range(4)]
         assert dense.latents.dtype == np.float16 and dense.latents.shape == (4, 1, 2)
 
 
-def test_errors_are_those_of_the_first_clip_and_the_executor(tmp_path, made, monkeypatch):
-    asked = []
-    found = SimpleNamespace(error=torch.full((1, 2, 2), 0.25))
-    monkeypatch.setattr(takes.probe, "measure_candidates", lambda *_: asked.append(1) or found)
-    same = {"call": {}, "folder": tmp_path, "schedule": Schedule(1)}
+def test_attention_errors_are_stored_by_clip_and_settings(tmp_path, calls, monkeypatch):
+    measured = []
+    measurements = SimpleNamespace(error=torch.full((1, 2, 2), 0.25))
+    monkeypatch.setattr(runner.probe, "measure_candidates", lambda *_: measured.append(1) or measurements)
+    shared = {"call": {}, "folder": tmp_path, "schedule": Schedule(1)}
     setups = [{"prompts": ["a"], "seeds": [0]}, {"prompts": ["b"], "seeds": [0]}, {"prompts": ["a"], "seeds": [1]}]
     setups += [setups[0] | {"executor": "gather"}, setups[0] | {"block": 32}, setups[0] | {"schedule": Schedule(2)}]
     for count, setup in enumerate(setups, 1):
         for _ in range(2):
-            assert ClipRunner("shapes-wan", **same | setup).errors([wanted()], quiet) == {"x": 0.5}
-        assert len(asked) == count
+            clips = ClipRunner("shapes-wan", **shared | setup)
+            assert clips.attention_errors([make_spec()], no_progress) == {"x": 0.5}
+        assert len(measured) == count
 
 
-def test_the_steps_of_a_pipeline_that_nobody_gave_are_checked(monkeypatch, tmp_path):
+def test_default_steps_of_a_pipeline_are_checked(monkeypatch, tmp_path):
     class Pipe:
         def __call__(self, prompt, num_inference_steps=50):
             pass
 
-    monkeypatch.setattr(takes, "load", lambda model: Pipe())
-    monkeypatch.setattr(takes, "prepare", lambda pipe: pipe)
+    monkeypatch.setattr(runner, "load_pipeline", lambda model: Pipe())
+    monkeypatch.setattr(runner, "prepare", lambda pipe: pipe)
     assert isinstance(ClipRunner("x", ["a"], [0], {}, tmp_path, Schedule(49)).pipe, Pipe)
     with pytest.raises(ValueError, match="keeps all 50 steps dense"):
         _ = ClipRunner("x", ["a"], [0], {}, tmp_path, Schedule(50)).pipe
-
-
-# --- what the rows say
-
-
-def note(seconds, attention, planning=0.0, achieved=None, run=1.0, steps=4) -> dict:
-    told = {"seconds": seconds, "attention_seconds": attention, "planning_seconds": planning, "steps": steps}
-    told |= {"density_achieved": achieved, "density_run": run, "mass": [], "latent_error": [], "settings": {}}
-    return told | {"executors": {}, "grids": ["1x2x3"], "prompt": "a"}
-
-
-def test_a_row_is_the_sum_of_its_clips():
-    notes = [(note(4, 1, 0.25, 0.3, 0.5), note(10, 5)), (note(6, 3, 0.75, 0.34, 0.7), note(20, 7))]
-    pairs = [(ClipRecord(FRAMES + 2, one), ClipRecord(FRAMES, dense)) for one, dense in notes]
-    row = summary.summary(wanted(), SimpleNamespace(seeds=1, takes=lambda _: iter(pairs)))
-    told = {key: row[key] for key in ("seconds", "attention_seconds", "speedup", "attention_speedup", "planning_share")}
-    assert told == dict(seconds=10, attention_seconds=4, speedup=3, attention_speedup=3, planning_share=0.25)
-    assert row["density_achieved"] == pytest.approx(0.32) and row["density_run"] == pytest.approx(0.6)
-    assert row["density_hit"] is False and row["psnr"]["mean"] == pytest.approx(20 * math.log10(255 / 2))
-
-
-def test_pairs_are_counted_against_those_of_the_full_dense_run():
-    pairs = [(ClipRecord(FRAMES, note(4, 2, steps=3)), ClipRecord(FRAMES, note(5, 3)))]
-    row = summary.summary(wanted(), SimpleNamespace(seeds=1, takes=lambda _: iter(pairs)))
-    assert row["density_run"] == 0.75 and row["steps"] == 3
-
-
-def test_the_seeds_of_a_prompt_stand_side_by_side():
-    values = [1.0, 3.0, 10.0, 20.0, 5.0, 5.0]
-    assert summary._by_prompt(values, 2).tolist() == [2, 15, 5]
-    assert summary._by_prompt(values, 3).tolist() == [14 / 3, 10]
-
-
-def row(method, psnr, asked=None, achieved=None) -> dict:
-    told = psnr and {"each": psnr}
-    return {"method": method, "density_asked": asked, "density_achieved": achieved, "psnr": told}
-
-
-def test_rows_are_compared_with_random_blocks_of_their_density():
-    floors = [row("random_blocks", [10.0, 12.0], 0.25), row("random_blocks", [20.0, 20.0], 0.26)]
-    over = lambda one: summary.over_random(one, [row("dense", None), *floors, one], 1)
-    assert over(row("svg", [13.0, 14.0], 0.25, 0.5)) == {"mean": 2.5, "interval": [2, 3]}
-    assert over(row("svg", [13.0, 14.0], 0.2501))["mean"] == 2.5
-    assert over(row("profile:x", [21.0, 22.0], None, 0.262))["mean"] == 1.5
-    assert over(row("profile:x", [21.0, 22.0], None, 0.28)) is None
-    assert over(floors[0])["mean"] == 0
-    assert over(row("dense", [13.0, 14.0])) is None
-    alone = row("svg", [13.0, 14.0])
-    assert summary.over_random(alone, [row("random_blocks", [1.0, 1.0]), alone], 1) is None
-
-
-# --- intervals
-
-
-def test_the_interval_is_near_what_the_normal_law_says():
-    values = np.random.default_rng(1).normal(30, 2, 60)
-    low, high = interval(values)
-    half = 1.96 * values.std() / math.sqrt(60)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1)
-
-
-def test_the_interval_of_two_prompts_is_between_them():
-    """Of the means of two drawn values a quarter are the lower one, and a quarter the higher one."""
-    assert interval([1.0, 5.0]) == [1, 5]
-    low, high = interval([0.0] * 99 + [100.0])
-    assert low == 0 and 2 <= high <= 4
-
-
-def test_pairs_narrow_the_interval_and_one_prompt_has_none():
-    rng = np.random.default_rng(2)
-    prompts, noise = rng.normal(0, 5, 12), rng.normal(0, 0.1, 12)
-    low, high = interval((prompts + 1 + noise) - prompts)
-    assert 0.8 < low < high < 1.2
-    assert interval([30.0]) is None and interval([30.0, math.inf]) is None
-    assert interval([3.0, 3.0]) == [3.0, 3.0]
