@@ -1,4 +1,4 @@
-"""Sparse-vDiT: a fixed mask shape for each head, diagonal, multi-diagonal or vertical, chosen once.
+"""Sparse-vDiT: a diagonal, multi-diagonal or vertical mask for each head, chosen once.
 
 Source: P. Chen et al., "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Video Diffusion
 Transformers", arXiv:2506.03065, sec. 3. Each head has one of these modes:
