@@ -87,8 +87,10 @@ def measured_steps(schedule: Schedule, steps: int | None, count: int) -> list[in
 
 
 def candidate_plans(methods: Sequence[Method], memory: dict, schedule: Schedule) -> list[Plans]:
-    """Return the plans of each method, kept in the memory of the method that probes them, and on the CPU: those of all
-    methods and layers exceed the memory of a GPU."""
+    """Return the plan cache of each method, stored in the memory of the method that probes them.
+
+    Plans stay on the CPU between calls, because those of all methods and layers exceed the memory of a GPU.
+    """
     return [memory.setdefault(i, Plans(m, schedule.per_branch, offload=True)) for i, m in enumerate(methods)]
 
 

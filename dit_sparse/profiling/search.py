@@ -12,7 +12,7 @@ import torch
 from dit_sparse import Schedule, prepare
 from dit_sparse.pipelines.family import family_of
 
-from ..generation.generate import Progress, generate, load, usual_call
+from ..generation.generate import Progress, default_call, generate, load_pipeline
 from ..output.environment import conditions
 from ..output.files import atomic_write, save_figure, writable_folder
 from ..plotting.charts import plot_heat_map
@@ -74,7 +74,7 @@ class ProfileSearch:
         if self.target_density is not None and min(self.spread) > 1:
             raise ValueError(f"the spread {list(self.spread)} cannot meet the target: start it at 1 or below")
         writable_folder(self.out.parent)
-        object.__setattr__(self, "call", usual_call(self.model) | self.call)
+        object.__setattr__(self, "call", default_call(self.model) | self.call)
         _check_steps(self.schedule, self.call)
 
     def run(self, stage: Stage) -> Profile:
@@ -83,7 +83,7 @@ class ProfileSearch:
         Args:
             stage: returns a progress callback for a named stage.
         """
-        pipe, candidates = prepare(load(self.model)), self._parse_candidates()
+        pipe, candidates = prepare(load_pipeline(self.model)), self._parse_candidates()
         progress = stage("measuring")
         generate_clips = lambda: _generate_clips(pipe, self.prompts, self.call, progress)
         measurements = measure_candidates(pipe, generate_clips, candidates, self.schedule, self.block)
@@ -164,9 +164,9 @@ def compare_with_stored_error(
         raise ValueError(f"the profile {profile.model} was not measured, so there is no error to compare with")
     if not prompts:
         raise ValueError("checking a profile needs at least one prompt")
-    call = usual_call(model) | call
+    call = default_call(model) | call
     _check_steps(profile.to_schedule(), call)
-    pipe = prepare(load(model))
+    pipe = prepare(load_pipeline(model))
     if _transformer_class(pipe) != profile.transformer:
         raise ValueError(f"the profile is for a {profile.transformer}, but {model} has a {_transformer_class(pipe)}")
     progress = stage("checking")

@@ -1,4 +1,4 @@
-"""Reports: counted calls, achieved densities, text; and how a run presents itself."""
+"""Reports, and the repr, plot and HTML of a run."""
 
 from __future__ import annotations
 

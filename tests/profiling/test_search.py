@@ -39,7 +39,7 @@ def test_choice_meets_the_density_and_is_nearly_optimal(seed, target):
     mean = lambda table, choice: float(select(table, choice).mean())
     assert mean(density, choice) <= target + 1e-5
     all_choices = [torch.tensor(numbers).view(2, 2) for numbers in itertools.product(range(4), repeat=4)]
-    optimum = min(mean(error, one) for one in all_choices if mean(density, one) <= target)
+    optimum = min(mean(error, c) for c in all_choices if mean(density, c) <= target)
     assert mean(error, choice) <= optimum + 0.26, "off by more than one head"
     assert choice.equal(choose(error, density, target_density=target))
 
@@ -74,7 +74,7 @@ def test_candidates_at_several_densities():
     assert [candidate.name for candidate in candidates[:2]] == ["dense", "radial"]
     names = {"dense", "radial", "svg.spatial", "svg.temporal", "vdit.vertical", "vdit.skip"}
     assert {candidate.name for candidate in candidates} == names
-    densities = lambda candidates: [one.method.density for one in candidates if one.name == "radial"]
+    densities = lambda candidates: [c.method.density for c in candidates if c.name == "radial"]
     assert densities(candidates) == pytest.approx([0.08, 0.14, 0.2, 0.3, 0.5])
     assert densities(parse_candidates("radial", 0.2, (1.0,))) == [0.2]
 
