@@ -1,9 +1,9 @@
-// Block-sparse attention forward for x86 CPUs, between blocks of one size or clusters of any.
+// Forward pass of block-sparse attention for x86 CPUs, with equal blocks or clusters of any size.
 //
-// K and V are packed once per call: every group of keys becomes pieces, each a panel K^T [D, columns] and a panel
-// V [columns, D]. Then each worker takes tiles of queries from a shared counter, those with the most keys first, and
-// runs the online softmax over the pieces that the tile's group visits, a pass of several pieces at a time. Both
-// products are oneDNN's brgemm, which torch exports. Token orders are applied while tokens are packed, read and written.
+// Keys and values are packed once per call: every group of keys is split into pieces with a panel K^T [D, columns] and
+// a panel V [columns, D]. Each worker takes query tiles from a shared counter, those with the most keys first, and runs
+// the online softmax over the pieces of the key groups that the tile keeps, several pieces per pass. Both matrix
+// products use oneDNN's brgemm, which PyTorch exports. Token orders are applied on packing, reading and writing.
 
 #include "cpu_tiles.h"
 
@@ -16,21 +16,21 @@
 
 namespace {
 
-// Clusters are cut into pieces and tiles of few sizes, for brgemm compiles a kernel for every shape.
+// Clusters are split into pieces and tiles of few sizes, because brgemm compiles a kernel for every shape.
 constexpr int64_t kPiece = 64;
 constexpr int64_t kTileRows = 128;
 
-// The tokens of one side in the plan's order, cut into groups: blocks of one size, or clusters by their edges.
-struct Side {
-  std::optional<Heads<const int64_t>> order;  // [B, H, N]
-  std::optional<Heads<const int32_t>> edges;  // [B, H, groups + 1]
+// The queries or keys in the plan's order, split into groups: equal blocks, or clusters by their edges.
+struct TokenGroups {
+  std::optional<StridedTensor<const int64_t>> order;  // [B, H, N]
+  std::optional<StridedTensor<const int32_t>> edges;  // [B, H, groups + 1]
   int64_t groups, block, tokens;
 
-  Side(const std::optional<Tensor>& order_of, const std::optional<Tensor>& edges_of, int64_t groups, int64_t block,
-       int64_t tokens)
+  TokenGroups(const std::optional<Tensor>& order_tensor, const std::optional<Tensor>& edges_tensor, int64_t groups,
+              int64_t block, int64_t tokens)
       : groups(groups), block(block), tokens(tokens) {
-    if (order_of) order.emplace(*order_of);
-    if (edges_of) edges.emplace(*edges_of);
+    if (order_tensor) order.emplace(*order_tensor);
+    if (edges_tensor) edges.emplace(*edges_tensor);
   }
 
   int64_t first(int64_t b, int64_t h, int64_t group) const {
@@ -38,19 +38,21 @@ struct Side {
   }
   int64_t size(int64_t b, int64_t h, int64_t group) const { return first(b, h, group + 1) - first(b, h, group); }
 
-  // The token at a place of the ordered sequence.
-  int64_t token(int64_t b, int64_t h, int64_t place) const { return order ? *order->row(b, h, place) : place; }
+  // Returns the token at a position of the ordered sequence.
+  int64_t token(int64_t b, int64_t h, int64_t position) const {
+    return order ? *order->row(b, h, position) : position;
+  }
 
-  // Most tokens that are computed at once: a block, or a part of a cluster.
-  int64_t part(int64_t most) const { return edges ? most : block; }
+  // Returns the maximal number of tokens computed at once: a block, or ``limit`` tokens of a cluster.
+  int64_t max_tokens_at_once(int64_t limit) const { return edges ? limit : block; }
 };
 
 struct Plan {
-  Heads<const int32_t> index;  // [B, H, query groups, K]
-  Heads<const int32_t> count;  // [B, H, query groups]
-  int64_t width;
-  Side queries, keys;
-  const int32_t* lengths;  // [B] or null; padding stands at the end of the order of the keys
+  StridedTensor<const int32_t> index;  // [B, H, query groups, K]
+  StridedTensor<const int32_t> count;  // [B, H, query groups]
+  int64_t max_kept;                    // K
+  TokenGroups queries, keys;
+  const int32_t* lengths;  // [B] or null; padding is at the end of the order of the keys
 
   int64_t valid_keys(int64_t b, int64_t h, int64_t group) const {
     const int64_t size = keys.size(b, h, group);
@@ -60,46 +62,46 @@ struct Plan {
 
 struct Sizes {
   int64_t batch, heads, kv_heads, dim;
-  int64_t packed_heads;  // kv_heads, or heads where every query head groups its keys its own way
+  int64_t packed_heads;  // kv_heads, or heads if query heads differ in how they group keys
   int64_t panel_dim;
-  int64_t piece;    // most columns of a panel
-  int64_t columns;  // that hold the keys of a head, group after group
-  int64_t rows;     // most queries of a tile
+  int64_t piece;    // maximal columns of a panel
+  int64_t columns;  // columns for all keys of a head, group after group
+  int64_t rows;     // maximal queries of a tile
 };
 
 template <typename T>
 struct Problem {
   Sizes sizes;
   Plan plan;
-  Heads<const T> q, k, v;  // [B, H, N, D], [B, Hkv, N, D] twice
-  Heads<T> out;            // [B, H, N, D]
-  Heads<float> lse;        // [B, H, N]
-  float scale;             // of scores, to base-2 logarithms
+  StridedTensor<const T> q, k, v;  // [B, H, N, D], [B, Hkv, N, D] twice
+  StridedTensor<T> out;            // [B, H, N, D]
+  StridedTensor<float> lse;        // [B, H, N]
+  float scale;                     // from scores to base-2 logarithms of weights
 
-  // Where the columns of a group start. Groups of any size leave room for rounding each up to whole vectors.
-  int64_t column(int64_t b, int64_t h, int64_t group) const {
+  // Returns the first column of a group. Clusters leave room to round each up to a multiple of the vector width.
+  int64_t first_column(int64_t b, int64_t h, int64_t group) const {
     return plan.keys.edges ? round_up(plan.keys.first(b, h, group), kLanes) + group * kLanes : group * sizes.piece;
   }
 };
 
-// K^T and V of every piece, panel after panel; padding is zero.
+// K^T and V of every piece, panel after panel, padded with zeros.
 template <typename C>
-struct Packed {
+struct PackedKeysValues {
   const Sizes& sizes;
-  Scratch<C> keys, values;
+  AlignedBuffer<C> keys, values;
 
-  explicit Packed(const Sizes& sizes) : sizes(sizes), keys(elements()), values(elements()) {}
+  explicit PackedKeysValues(const Sizes& sizes) : sizes(sizes), keys(elements()), values(elements()) {}
 
   int64_t elements() const { return sizes.batch * sizes.packed_heads * sizes.columns * sizes.panel_dim; }
 
-  C* at(const Scratch<C>& panels, int64_t b, int64_t packed_head, int64_t column) const {
+  C* panel(const AlignedBuffer<C>& panels, int64_t b, int64_t packed_head, int64_t column) const {
     return panels.data + ((b * sizes.packed_heads + packed_head) * sizes.columns + column) * sizes.panel_dim;
   }
 
   template <typename T>
   void pack_group(const Problem<T>& problem, int64_t b, int64_t packed_head, int64_t group, C* staged) {
     const int64_t valid = problem.plan.valid_keys(b, packed_head, group);
-    const int64_t column = problem.column(b, packed_head, group);
+    const int64_t column = problem.first_column(b, packed_head, group);
     for (int64_t done = 0; done < valid; done += sizes.piece)
       pack_piece(problem, b, packed_head, problem.plan.keys.first(b, packed_head, group) + done,
                  std::min(valid - done, sizes.piece), column + done, staged);
@@ -110,20 +112,20 @@ struct Packed {
                   int64_t column, C* staged) {
     const int64_t head = packed_head / (sizes.packed_heads / sizes.kv_heads);
     const int64_t dim = sizes.panel_dim, columns = round_up(valid, kLanes);
-    C* key_panel = at(keys, b, packed_head, column);
-    C* value_panel = at(values, b, packed_head, column);
-    auto stage = [&](const Heads<const T>& x, int64_t place, C* row) {
-      const int64_t token = place < valid ? problem.plan.keys.token(b, packed_head, first + place) : -1;
+    C* key_panel = panel(keys, b, packed_head, column);
+    C* value_panel = panel(values, b, packed_head, column);
+    auto stage = [&](const StridedTensor<const T>& x, int64_t i, C* row) {
+      const int64_t token = i < valid ? problem.plan.keys.token(b, packed_head, first + i) : -1;
       copy_row(token < 0 ? nullptr : x.row(b, head, token), sizes.dim, row, dim);
     };
     for (int64_t from = 0; from < columns; from += kLanes) {
       for (int64_t lane = 0; lane < kLanes; ++lane) stage(problem.k, from + lane, staged + lane * dim);
       for (int64_t d = 0; d < dim; ++d)
         for (int64_t lane = 0; lane < kLanes; ++lane)
-          key_panel[place_in_panel<C>(d, from + lane, columns)] = staged[lane * dim + d];
+          key_panel[panel_offset<C>(d, from + lane, columns)] = staged[lane * dim + d];
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         stage(problem.v, from + lane, staged);
-        for (int64_t d = 0; d < dim; ++d) value_panel[place_in_panel<C>(from + lane, d, dim)] = staged[d];
+        for (int64_t d = 0; d < dim; ++d) value_panel[panel_offset<C>(from + lane, d, dim)] = staged[d];
       }
     }
   }
@@ -132,50 +134,50 @@ struct Packed {
   void pack(const Problem<T>& problem) {
     const int64_t groups = problem.plan.keys.groups;
     at::parallel_for(0, sizes.batch * sizes.packed_heads * groups, 1, [&](int64_t begin, int64_t end) {
-      Scratch<C> staged(kLanes * sizes.panel_dim);
+      AlignedBuffer<C> staged(kLanes * sizes.panel_dim);
       for (int64_t i = begin; i < end; ++i)
         pack_group(problem, i / groups / sizes.packed_heads, i / groups % sizes.packed_heads, i % groups, staged.data);
     });
   }
 };
 
-// A tile of queries: some of one group's.
-struct Tile {
+// Consecutive queries of one group.
+struct QueryTile {
   int64_t b, h, group, first, rows;
-  int64_t keys;  // that it visits
+  int64_t keys;  // number of keys in the key groups it keeps
 };
 
-// A piece's place in the score tile: ``valid`` of its ``columns`` hold keys.
-struct Span {
-  int64_t packed, column, valid, columns;
+// The columns of a piece in the score tile; the first ``valid`` of them hold keys.
+struct PieceSpan {
+  int64_t packed_column, column, valid, columns;
 };
 
 template <typename T, typename C>
 class Worker {
  public:
-  Worker(const Problem<T>& problem, const Packed<C>& packed)
+  Worker(const Problem<T>& problem, const PackedKeysValues<C>& packed)
       : problem_(problem), packed_(packed), pass_columns_(std::max(kPassColumns, sizes_.piece)),
         queries_(sizes_.rows * sizes_.panel_dim), scores_(sizes_.rows * row_stride_),
-        narrow_weights_(kInPlace ? 0 : sizes_.rows * row_stride_), output_(sizes_.rows * sizes_.panel_dim) {}
+        bf16_weights_(kInPlace ? 0 : sizes_.rows * row_stride_), output_(sizes_.rows * sizes_.panel_dim) {}
 
-  void attend(const Tile& tile) {
+  void attend(const QueryTile& tile) {
     tile_ = tile, packed_head_ = tile.h / (sizes_.heads / sizes_.packed_heads);
     padded_rows_ = round_up(tile.rows, kLanes);
-    running_.assign(tile.rows, Running{});
+    states_.assign(tile.rows, SoftmaxState{});
     load_queries();
-    next_ = plan_.index.row(tile.b, tile.h, tile.group), done_ = 0;
-    end_ = next_ + std::min<int64_t>(*plan_.count.row(tile.b, tile.h, tile.group), plan_.width);
-    for (bool first_pass = true; gather_pass(); first_pass = false) {
-      const int64_t columns = score();
+    next_group_ = plan_.index.row(tile.b, tile.h, tile.group), keys_done_ = 0;
+    end_group_ = next_group_ + std::min<int64_t>(*plan_.count.row(tile.b, tile.h, tile.group), plan_.max_kept);
+    for (bool first_pass = true; collect_pass(); first_pass = false) {
+      const int64_t columns = compute_scores();
       for (int64_t i = 0; i < tile.rows; ++i) {
-        const float rescale = softmax_row(scores(i), weights(i), columns, problem_.scale, running_[i]);
+        const float rescale = softmax_row(scores(i), weights(i), columns, problem_.scale, states_[i]);
         if (first_pass || rescale == 1.0f) continue;
         float* output = output_.data + i * sizes_.panel_dim;
         for (int64_t d = 0; d < sizes_.panel_dim; ++d) output[d] *= rescale;
       }
-      accumulate(!first_pass);
+      accumulate_output(!first_pass);
     }
-    store();
+    store_output();
   }
 
  private:
@@ -185,10 +187,10 @@ class Worker {
 
   C* weights(int64_t i) {
     if constexpr (kInPlace) return scores(i);
-    else return narrow_weights_.data + i * row_stride_;
+    else return bf16_weights_.data + i * row_stride_;
   }
 
-  // Rows beyond the tile's are zeros: they make the shapes of products few, and nobody reads what becomes of them.
+  // Rows after the tile's last query are zeros. They reduce the number of brgemm shapes, and their results are unused.
   void load_queries() {
     for (int64_t i = 0; i < padded_rows_; ++i) {
       const T* row = i < tile_.rows ? problem_.q.row(tile_.b, tile_.h, token(i)) : nullptr;
@@ -200,30 +202,31 @@ class Worker {
 
   int64_t token(int64_t row) const { return plan_.queries.token(tile_.b, tile_.h, tile_.first + row); }
 
-  // Fills spans_ with as many pieces of the groups that are left as a pass holds. Whether there are any.
-  bool gather_pass() {
+  // Fills spans_ with the next pieces, up to the columns of a pass. Returns whether there are any.
+  bool collect_pass() {
     spans_.clear();
-    for (int64_t column = 0; next_ != end_;) {
-      TORCH_CHECK_INDEX(0 <= *next_ && *next_ < plan_.keys.groups, "the plan names key group ", *next_, " of ",
-                        plan_.keys.groups);
-      const int64_t left = plan_.valid_keys(tile_.b, tile_.h, *next_) - done_;
+    for (int64_t column = 0; next_group_ != end_group_;) {
+      const int64_t group = *next_group_;
+      TORCH_CHECK_INDEX(0 <= group && group < plan_.keys.groups, "key groups of a plan must be in [0, ",
+                        plan_.keys.groups, "), got ", group);
+      const int64_t left = plan_.valid_keys(tile_.b, tile_.h, group) - keys_done_;
       if (left <= 0) {
-        ++next_, done_ = 0;
+        ++next_group_, keys_done_ = 0;
         continue;
       }
       const int64_t valid = std::min(left, sizes_.piece), columns = round_up(valid, kLanes);
       if (column + columns > pass_columns_) break;
-      spans_.push_back({problem_.column(tile_.b, tile_.h, *next_) + done_, column, valid, columns});
-      column += columns, done_ += valid;
+      spans_.push_back({problem_.first_column(tile_.b, tile_.h, group) + keys_done_, column, valid, columns});
+      column += columns, keys_done_ += valid;
     }
     return !spans_.empty();
   }
 
-  // Scores of the pass, with -inf in the columns that pad a piece. Returns their number.
-  int64_t score() {
-    for (const Span& span : spans_) {
+  // Computes the scores of the pass, with -inf in the padding columns of a piece. Returns the number of columns.
+  int64_t compute_scores() {
+    for (const PieceSpan& span : spans_) {
       multiply<C>(padded_rows_, span.columns, sizes_.panel_dim, queries_.data, sizes_.panel_dim,
-                  packed_.at(packed_.keys, tile_.b, packed_head_, span.packed), span.columns,
+                  packed_.panel(packed_.keys, tile_.b, packed_head_, span.packed_column), span.columns,
                   scores_.data + span.column, row_stride_, false);
       for (int64_t i = 0; i < tile_.rows; ++i)
         std::fill(scores(i) + span.column + span.valid, scores(i) + span.column + span.columns, -INFINITY);
@@ -231,103 +234,104 @@ class Worker {
     return spans_.back().column + spans_.back().columns;
   }
 
-  // output (+)= weights @ V, with pieces that lie one after another in memory in one product.
-  void accumulate(bool onto_output) {
+  // Computes output = weights @ V, or adds to output. Pieces that are adjacent in memory share one product.
+  void accumulate_output(bool add) {
     for (size_t i = 0; i < spans_.size();) {
-      const Span& first = spans_[i];
+      const PieceSpan& first = spans_[i];
       int64_t depth = spans_[i].columns;
-      while (++i < spans_.size() && spans_[i].packed == first.packed + depth) depth += spans_[i].columns;
+      while (++i < spans_.size() && spans_[i].packed_column == first.packed_column + depth) depth += spans_[i].columns;
       multiply<C>(padded_rows_, sizes_.panel_dim, depth, weights(0) + first.column, row_stride_,
-                  packed_.at(packed_.values, tile_.b, packed_head_, first.packed), sizes_.panel_dim, output_.data,
-                  sizes_.panel_dim, onto_output);
-      onto_output = true;
+                  packed_.panel(packed_.values, tile_.b, packed_head_, first.packed_column), sizes_.panel_dim,
+                  output_.data, sizes_.panel_dim, add);
+      add = true;
     }
   }
 
-  void store() {
+  void store_output() {
     for (int64_t i = 0; i < tile_.rows; ++i) {
-      const auto [maximum, sum] = running_[i];
-      const bool seen = sum > 0.0f;
+      const auto [maximum, sum] = states_[i];
+      const bool has_keys = sum > 0.0f;
       const float* output = output_.data + i * sizes_.panel_dim;
       T* target = problem_.out.row(tile_.b, tile_.h, token(i));
-      for (int64_t d = 0; d < sizes_.dim; ++d) target[d] = narrow<T>(seen ? output[d] / sum : 0.0f);
-      *problem_.lse.row(tile_.b, tile_.h, token(i)) = seen ? (maximum + std::log2(sum)) * kLn2 : -INFINITY;
+      for (int64_t d = 0; d < sizes_.dim; ++d) target[d] = from_float<T>(has_keys ? output[d] / sum : 0.0f);
+      *problem_.lse.row(tile_.b, tile_.h, token(i)) =
+          has_keys ? (maximum + std::log2(sum)) * kLn2 : -INFINITY;
     }
   }
 
   const Problem<T>& problem_;
   const Sizes& sizes_ = problem_.sizes;
   const Plan& plan_ = problem_.plan;
-  const Packed<C>& packed_;
+  const PackedKeysValues<C>& packed_;
   const int64_t pass_columns_, row_stride_ = pass_columns_ + kRowSkew;
-  Scratch<C> queries_;            // [rows, panel_dim]
-  Scratch<float> scores_;         // [rows, row_stride]
-  Scratch<C> narrow_weights_;     // [rows, row_stride], empty where weights replace scores
-  Scratch<float> output_;         // [rows, panel_dim]
-  std::vector<Running> running_;  // [rows]
-  std::vector<Span> spans_;
-  Tile tile_;
+  AlignedBuffer<C> queries_;          // [rows, panel_dim]
+  AlignedBuffer<float> scores_;       // [rows, row_stride]
+  AlignedBuffer<C> bf16_weights_;     // [rows, row_stride], empty if weights overwrite scores
+  AlignedBuffer<float> output_;       // [rows, panel_dim]
+  std::vector<SoftmaxState> states_;  // [rows]
+  std::vector<PieceSpan> spans_;
+  QueryTile tile_;
   int64_t packed_head_, padded_rows_;
-  const int32_t *next_, *end_;  // the key groups that are left
-  int64_t done_;                // keys of the next of them that earlier passes took
+  const int32_t *next_group_, *end_group_;  // the remaining key groups
+  int64_t keys_done_;                       // keys of the next group in earlier passes
 };
 
-// All tiles, those with the most keys first.
-std::vector<Tile> fullest_first(const Sizes& sizes, const Plan& plan) {
-  std::vector<Tile> tiles;
-  const int64_t part = plan.queries.part(kTileRows);
+// Returns all tiles, those with the most keys first.
+std::vector<QueryTile> tiles_by_work(const Sizes& sizes, const Plan& plan) {
+  std::vector<QueryTile> tiles;
+  const int64_t tile_rows = plan.queries.max_tokens_at_once(kTileRows);
   for (int64_t b = 0; b < sizes.batch; ++b)
     for (int64_t h = 0; h < sizes.heads; ++h)
       for (int64_t group = 0; group < plan.queries.groups; ++group) {
         const int64_t first = plan.queries.first(b, h, group), size = plan.queries.size(b, h, group);
         const int32_t* kept = plan.index.row(b, h, group);
         int64_t keys = 0;
-        for (int64_t i = 0; i < std::min<int64_t>(*plan.count.row(b, h, group), plan.width); ++i)
+        for (int64_t i = 0; i < std::min<int64_t>(*plan.count.row(b, h, group), plan.max_kept); ++i)
           if (0 <= kept[i] && kept[i] < plan.keys.groups) keys += plan.keys.size(b, h, kept[i]);
-        for (int64_t done = 0; done < size; done += part)
-          tiles.push_back({b, h, group, first + done, std::min(part, size - done), keys});
+        for (int64_t done = 0; done < size; done += tile_rows)
+          tiles.push_back({b, h, group, first + done, std::min(tile_rows, size - done), keys});
       }
-  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.keys > b.keys; });
+  std::stable_sort(tiles.begin(), tiles.end(), [](const QueryTile& a, const QueryTile& b) { return a.keys > b.keys; });
   return tiles;
 }
 
 template <typename T, typename C>
 void run(const Problem<T>& problem) {
-  Packed<C> packed(problem.sizes);
+  PackedKeysValues<C> packed(problem.sizes);
   packed.pack(problem);
-  const std::vector<Tile> tiles = fullest_first(problem.sizes, problem.plan);
-  std::atomic<size_t> taken{0};
+  const std::vector<QueryTile> tiles = tiles_by_work(problem.sizes, problem.plan);
+  std::atomic<size_t> next_tile{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     Worker<T, C> worker(problem, packed);
-    for (size_t i; (i = taken.fetch_add(1)) < tiles.size();) worker.attend(tiles[i]);
+    for (size_t i; (i = next_tile.fetch_add(1)) < tiles.size();) worker.attend(tiles[i]);
     at::native::cpublas::brgemm_release(std::is_same_v<C, BFloat16>);
   });
 }
 
 // q, out [B, H, N, D]; k, v [B, Hkv, N, D]; index [B, H, Q, K] and count [B, H, Q] int32; orders [B, H, N] int64;
-// edges [B, H, groups + 1] int32, without which groups are blocks; lengths [B] int32; lse [B, H, N]. The last dimension
+// edges [B, H, groups + 1] int32, or null for equal blocks; lengths [B] int32; lse [B, H, N]. The last dimension
 // of each is contiguous.
 void attend_into(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
                  const Tensor& index, const Tensor& count, const std::optional<Tensor>& query_order,
                  const std::optional<Tensor>& query_edges, const std::optional<Tensor>& key_order,
                  const std::optional<Tensor>& key_edges, bool keys_per_head, const std::optional<Tensor>& lengths,
                  int64_t block, double scale) {
-  TORCH_CHECK_VALUE(scale > 0, "scale must be positive, not ", scale);
+  TORCH_CHECK_VALUE(scale > 0, "scale must be positive, got ", scale);
   const int64_t tokens = q.size(2), key_groups = key_edges ? key_edges->size(2) - 1 : count.size(2);
-  const Plan plan{Heads<const int32_t>(index), Heads<const int32_t>(count), index.size(3),
-                  Side(query_order, query_edges, count.size(2), block, tokens),
-                  Side(key_order, key_edges, key_groups, block, tokens),
+  const Plan plan{StridedTensor<const int32_t>(index), StridedTensor<const int32_t>(count), index.size(3),
+                  TokenGroups(query_order, query_edges, count.size(2), block, tokens),
+                  TokenGroups(key_order, key_edges, key_groups, block, tokens),
                   lengths ? lengths->const_data_ptr<int32_t>() : nullptr};
   Sizes sizes{q.size(0), q.size(1), k.size(1), q.size(3)};
   sizes.packed_heads = keys_per_head ? sizes.heads : sizes.kv_heads;
   sizes.panel_dim = round_up(sizes.dim, kLanes);
-  sizes.piece = round_up(plan.keys.part(kPiece), kLanes);
+  sizes.piece = round_up(plan.keys.max_tokens_at_once(kPiece), kLanes);
   sizes.columns = key_edges ? round_up(tokens, kLanes) + (key_groups + 1) * kLanes : key_groups * sizes.piece;
-  sizes.rows = round_up(plan.queries.part(kTileRows), kLanes);
+  sizes.rows = round_up(plan.queries.max_tokens_at_once(kTileRows), kLanes);
   auto problem = [&]<typename T>(T) {
-    using In = Heads<const T>;
+    using In = StridedTensor<const T>;
     const float to_log2 = static_cast<float>(scale) * kLog2E;
-    return Problem<T>{sizes, plan, In(q), In(k), In(v), Heads<T>(out), Heads<float>(lse), to_log2};
+    return Problem<T>{sizes, plan, In(q), In(k), In(v), StridedTensor<T>(out), StridedTensor<float>(lse), to_log2};
   };
   if (q.scalar_type() == at::kFloat) run<float, float>(problem(float()));
   else if (at::native::cpublas::could_pack(at::kBFloat16)) run<BFloat16, BFloat16>(problem(BFloat16()));

@@ -1,7 +1,7 @@
-// The small parts of the CPU kernel: types, tiles, one row of softmax, products.
+// Building blocks of the CPU kernel: dtypes, panels, matrix products, one row of the online softmax.
 //
-// T is the element type of the tensors, C the one the products run in: float, or bfloat16 where the CPU multiplies it
-// in tiles (AMX). Elsewhere bfloat16 tensors are widened as they are packed.
+// T is the element type of the tensors, C that of the matrix products: float, or bfloat16 on CPUs with AMX. On other
+// CPUs bfloat16 tensors are converted to float while they are packed.
 
 #pragma once
 
@@ -20,22 +20,22 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 
-// Tokens and channels are padded to whole vectors, so that no inner loop has a tail.
+// Tokens and channels are padded to multiples of the vector width, so inner loops have no tail.
 constexpr int64_t kLanes = 16;
-// Score columns of a softmax pass: the tile of scores stays in the L2 cache, and rescaling becomes rare.
+// Score columns of one softmax pass: the tile of scores fits in the L2 cache, and rescaling is rare.
 constexpr int64_t kPassColumns = 512;
-// Extra columns keep the rows of a score tile from falling onto the same cache sets.
+// Extra columns that keep the rows of a score tile from mapping to the same cache sets.
 constexpr int64_t kRowSkew = 16;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-inline float widen(float x) { return x; }
-inline float widen(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.x) << 16); }
 
 template <typename T>
-inline T narrow(float x) {
+inline T from_float(float x) {
   if constexpr (std::is_same_v<T, float>) return x;
   else {
     const uint32_t bits = std::bit_cast<uint32_t>(x), to_nearest_even = 0x7fffu + ((bits >> 16) & 1u);
@@ -43,15 +43,15 @@ inline T narrow(float x) {
   }
 }
 
-// target [padded] = source [dim] and zeros; without a source, zeros.
+// Copies source [dim] to target [padded], padded with zeros. A null source gives zeros.
 template <typename T, typename C>
 void copy_row(const T* source, int64_t dim, C* target, int64_t padded) {
   if (!source) dim = 0;
-  for (int64_t d = 0; d < dim; ++d) target[d] = narrow<C>(widen(source[d]));
+  for (int64_t d = 0; d < dim; ++d) target[d] = from_float<C>(to_float(source[d]));
   std::fill(target + dim, target + padded, C(0.0f));
 }
 
-// 2^x for x <= 0. Below the normal range it gives the smallest normal number, which vanishes beside the row's maximum.
+// Returns 2^x for x <= 0, at least the smallest normal number, which is negligible relative to the row's maximum.
 inline float exp2_nonpositive(float x) {
   constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
   x = std::max(x, -126.0f);
@@ -62,37 +62,37 @@ inline float exp2_nonpositive(float x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(power) + (std::bit_cast<uint32_t>(shifted) << 23));
 }
 
-// Uninitialised memory on a cache line's boundary.
+// Uninitialized memory aligned to a cache line.
 template <typename T>
-struct Scratch {
+struct AlignedBuffer {
   Tensor storage;
   T* data;
 
-  explicit Scratch(int64_t size)
+  explicit AlignedBuffer(int64_t size)
       : storage(at::empty({size}, c10::CppTypeToScalarType<T>::value)), data(static_cast<T*>(storage.data_ptr())) {}
 };
 
-// A tensor [B, H, N, ...] by its strides; a row is what belongs to one token.
+// A tensor [B, H, N, ...] with strides; a row holds the elements of one token.
 template <typename T>
-struct Heads {
+struct StridedTensor {
   T* data;
   int64_t batch_stride, head_stride, token_stride;
-  explicit Heads(const Tensor& x)
+  explicit StridedTensor(const Tensor& x)
       : data(static_cast<T*>(x.data_ptr())), batch_stride(x.stride(0)), head_stride(x.stride(1)),
         token_stride(x.stride(2)) {}
 
   T* row(int64_t b, int64_t h, int64_t i) const { return data + b * batch_stride + h * head_stride + i * token_stride; }
 };
 
-// Where a product's right-hand side keeps element (depth, column). brgemm multiplies bfloat16 in pairs of depth, and
-// wants the two of a pair side by side ("VNNI" layout).
+// Returns the offset of element (depth, column) in the right-hand side of a product. For bfloat16, brgemm requires the
+// VNNI layout, where pairs of consecutive depths are adjacent.
 template <typename C>
-int64_t place_in_panel(int64_t depth, int64_t column, int64_t columns) {
+int64_t panel_offset(int64_t depth, int64_t column, int64_t columns) {
   if constexpr (std::is_same_v<C, BFloat16>) return (depth / 2 * columns + column) * 2 + depth % 2;
   else return depth * columns + column;
 }
 
-// c [m, columns] (+)= a [m, depth] @ b [depth, columns], b laid out by place_in_panel.
+// Computes c [m, columns] = a [m, depth] @ b [depth, columns], or adds to c; b has the layout of panel_offset.
 template <typename C>
 void multiply(int64_t m, int64_t columns, int64_t depth, const C* a, int64_t a_stride, const C* b, int64_t b_stride,
               float* c, int64_t c_stride, bool accumulate) {
@@ -100,28 +100,28 @@ void multiply(int64_t m, int64_t columns, int64_t depth, const C* a, int64_t a_s
                               std::is_same_v<C, BFloat16>);
 }
 
-// What the online softmax knows of a query after some passes.
-struct Running {
+// State of the online softmax of one query.
+struct SoftmaxState {
   float maximum = -INFINITY, sum = 0.0f;
 };
 
-// Turns a row of scores into weights 2^(score * scale - maximum). Returns the factor that brings what was accumulated
-// before to the new maximum.
+// Converts a row of scores to weights 2^(score * scale - maximum), updates the state, and returns the factor that
+// rescales the output accumulated so far to the new maximum.
 template <typename C>
-float softmax_row(const float* scores, C* weights, int64_t columns, float scale, Running& running) {
-  float highest = -INFINITY;  // by ?:, as GCC leaves std::max scalar
-#pragma omp simd reduction(max : highest)
-  for (int64_t i = 0; i < columns; ++i) highest = scores[i] > highest ? scores[i] : highest;
-  const float maximum = std::max(running.maximum, highest * scale);
-  const float rescale = exp2_nonpositive(running.maximum - maximum);
+float softmax_row(const float* scores, C* weights, int64_t columns, float scale, SoftmaxState& state) {
+  float row_max = -INFINITY;  // GCC vectorizes ?: but not std::max
+#pragma omp simd reduction(max : row_max)
+  for (int64_t i = 0; i < columns; ++i) row_max = scores[i] > row_max ? scores[i] : row_max;
+  const float maximum = std::max(state.maximum, row_max * scale);
+  const float rescale = exp2_nonpositive(state.maximum - maximum);
   float total = 0.0f;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < columns; ++i) {
     const float weight = exp2_nonpositive(scores[i] * scale - maximum);
     total += weight;
-    weights[i] = narrow<C>(weight);
+    weights[i] = from_float<C>(weight);
   }
-  running = {maximum, running.sum * rescale + total};
+  state = {maximum, state.sum * rescale + total};
   return rescale;
 }
 

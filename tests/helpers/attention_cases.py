@@ -79,6 +79,12 @@ def random_plan(tokens: int, block: int, *, batch=1, heads=1, density=0.3, seed=
     return plan.with_lengths(None if lengths is None else torch.tensor(lengths))
 
 
+def random_order(*lead: int, tokens: int, fixed: int = 0) -> Tensor:
+    """Return a random order ``[*lead, N]`` that keeps the last ``fixed`` tokens, which may be padding, in place."""
+    order = torch.rand(*lead, tokens - fixed, generator=torch.Generator().manual_seed(3)).argsort(-1)
+    return torch.cat([order, torch.arange(tokens - fixed, tokens).expand(*lead, -1)], -1)
+
+
 def random_clusters(tokens: int, clusters: int, *lead: int, padding: int = 0, seed: int = 0) -> Clusters:
     """Return clusters of very different sizes, some empty. The last ``padding`` tokens form the last cluster."""
     generator = torch.Generator().manual_seed(seed)

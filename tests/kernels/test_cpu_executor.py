@@ -1,8 +1,9 @@
-"""The CPU executor against the specification, its refusals and its build."""
+"""The CPU executor: agreement with the reference, unsupported calls, compilation."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import multiprocessing
 import stat
 from dataclasses import replace
@@ -15,12 +16,12 @@ from attention_cases import random_cluster_plan
 from dit_sparse.kernels.executors import cpu, reference
 from dit_sparse.plan import Plan, num_blocks
 
-REFUSAL = cpu.why_not(torch.zeros(1, 1, 16, 64), torch.zeros(1, 1, 16, 64), Plan.dense(16, 16))
-needs_build = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+REASON = cpu.why_not(torch.zeros(1, 1, 16, 64), torch.zeros(1, 1, 16, 64), Plan.dense(16, 16))
+requires_operator = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def fixed_seed():
     torch.manual_seed(0)
 
 
@@ -45,34 +46,34 @@ def assert_agrees(q, k, v, plan, scale=None):
     return out, lse
 
 
-@needs_build
+@requires_operator
 @pytest.mark.parametrize("block", [16, 24, 64, 100, 128, 256])
 @pytest.mark.parametrize("tokens", [16, 300, 777])
 def test_ragged_sizes(tokens, block):
     assert_agrees(*inputs(tokens=tokens), random_plan(tokens, block, heads=2))
 
 
-@needs_build
+@requires_operator
 @pytest.mark.parametrize("dim", [8, 32, 64, 72, 80, 96, 128, 256])
 def test_head_dims(dim):
     assert_agrees(*inputs(dim=dim), random_plan(300, 64))
 
 
-@needs_build
+@requires_operator
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (2, 1), (1, 3), (2, 3)])
-def test_plans_shared_and_apart(batch, heads):
+def test_plans_shared_by_items_and_heads(batch, heads):
     assert_agrees(*inputs(batch=2, heads=3), random_plan(300, 32, batch, heads))
 
 
-@needs_build
-def test_passes_of_many_blocks_with_growing_scores():
-    """The maximum rises from pass to pass, so that what was accumulated must be rescaled."""
+@requires_operator
+def test_many_passes_with_growing_scores():
+    """The running maximum rises with every pass, so the accumulated output is rescaled."""
     q, k, v = inputs(tokens=2048, heads=1)
     k = k * torch.linspace(0.1, 4, 2048)[:, None]
     assert_agrees(q, k, v, random_plan(2048, 64, density=0.7))
 
 
-@needs_build
+@requires_operator
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("order_shape", [None, (), (1, 1), (2, 1), (1, 4), (2, 4)])
 def test_orders_and_grouped_heads(kv_heads, order_shape):
@@ -83,43 +84,43 @@ def test_orders_and_grouped_heads(kv_heads, order_shape):
     assert_agrees(*inputs(batch=2, heads=4, kv_heads=kv_heads), plan)
 
 
-@needs_build
+@requires_operator
 @pytest.mark.parametrize("lengths", [[300, 17], [1, 256], [299, 0]])
 def test_lengths(lengths):
     plan = random_plan(300, 64, batch=2, lengths=torch.tensor(lengths))
     out, lse = assert_agrees(*inputs(batch=2), plan)
-    unseen = torch.isinf(lse)
-    assert (out[unseen] == 0).all() and (lse[unseen] == -torch.inf).all()
-    assert unseen[1].any() == (lengths[1] in (0, 17, 1))
+    without_keys = torch.isinf(lse)
+    assert (out[without_keys] == 0).all() and (lse[without_keys] == -torch.inf).all()
+    assert without_keys[1].any() == (lengths[1] in (0, 17, 1))
 
 
-@needs_build
+@requires_operator
 def test_strided_inputs_keep_their_layout():
-    apart = inputs(batch=2, heads=3)
+    contiguous = inputs(batch=2, heads=3)
     plan = random_plan(300, 64, heads=3)
-    expected, _ = cpu.attend(*apart, plan)
-    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in apart]
-    fused = torch.stack([x.transpose(1, 2) for x in apart], 2).unbind(2)
-    channels_apart = [x.mT.contiguous().mT for x in apart]
-    for views in (token_major, [x.transpose(1, 2) for x in fused], channels_apart):
+    expected, _ = cpu.attend(*contiguous, plan)
+    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in contiguous]
+    fused_qkv = torch.stack([x.transpose(1, 2) for x in contiguous], 2).unbind(2)
+    channel_major = [x.mT.contiguous().mT for x in contiguous]
+    for views in (token_major, [x.transpose(1, 2) for x in fused_qkv], channel_major):
         out, _ = cpu.attend(*views, plan)
         assert torch.equal(out, expected)
     assert cpu.attend(*token_major, plan)[0].stride() == token_major[0].stride()
 
 
-@needs_build
+@requires_operator
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_full_plan_is_dense_attention(scale):
+def test_dense_plan_equals_sdpa(scale):
     q, k, v = inputs()
     out, _ = cpu.attend(q, k, v, Plan.dense(300, 128), scale)
     dense = F.scaled_dot_product_attention(q, k, v, scale=scale)
     torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5)
 
 
-@needs_build
+@requires_operator
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("density", [0.3, 1.0])
-def test_bfloat16_is_as_exact_as_torch(dim, density):
+def test_bfloat16_is_as_accurate_as_sdpa(dim, density):
     q, k, v = inputs(dim=dim, dtype=torch.bfloat16)
     plan = random_plan(300, 64, density=density, order=torch.randperm(300))
     mask = reference.token_mask(plan, 1, 2)
@@ -129,10 +130,10 @@ def test_bfloat16_is_as_exact_as_torch(dim, density):
     assert (out.double() - exact).square().mean() <= 4 * torch_error
 
 
-@needs_build
+@requires_operator
 @pytest.mark.parametrize("dim", [24, 64])
 def test_clusters_in_bfloat16(dim):
-    """Clusters of more rows than a tile and of more keys than a pass holds among them."""
+    """Some clusters have more queries than a tile, or more keys than a pass."""
     q, k, v = inputs(tokens=1500, batch=2, dim=dim, dtype=torch.bfloat16)
     for queries, keys in ((2, 2), (30, 60)):
         plan = random_cluster_plan(1500, batch=2, heads=2, queries=queries, keys=keys)
@@ -142,10 +143,10 @@ def test_clusters_in_bfloat16(dim):
         torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-@needs_build
+@requires_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_uninitialised_memory_is_read_or_left(dtype):
-    """With every allocation filled with NaN, scratch included."""
+def test_uninitialized_memory_does_not_affect_the_result(dtype):
+    """Every allocation, including buffers, is filled with NaN."""
     q, k, v = inputs(batch=2, dim=72, dtype=dtype)
     order = torch.cat([torch.randperm(21), 21 + torch.randperm(279)])
     plan = random_plan(300, 24, batch=2, order=order, lengths=torch.tensor([300, 21]))
@@ -160,8 +161,8 @@ def test_no_uninitialised_memory_is_read_or_left(dtype):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
-@needs_build
-def test_threads_do_not_change_the_result():
+@requires_operator
+def test_result_is_independent_of_the_number_of_threads():
     q, k, v = inputs(tokens=1000)
     plan = random_plan(1000, 64, heads=2)
     threads = torch.get_num_threads()
@@ -175,61 +176,67 @@ def test_threads_do_not_change_the_result():
     assert torch.equal(*results)
 
 
-@needs_build
-def test_bad_block_numbers_and_scales_raise():
+@requires_operator
+def test_invalid_key_groups_and_scales_raise():
     q, k, v = inputs()
     plan = Plan.dense(300, 64)
-    with pytest.raises(IndexError, match="key group 7 of 5"):
+    with pytest.raises(IndexError, match=r"key groups of a plan must be in \[0, 5\), got 7"):
         cpu.attend(q, k, v, replace(plan, index=torch.full_like(plan.index, 7)))
-    with pytest.raises(ValueError, match="scale"):
+    with pytest.raises(ValueError, match="scale must be positive, got -1"):
         cpu.attend(q, k, v, plan, scale=-1.0)
 
 
 @pytest.mark.parametrize(
-    ("make", "sentence"),
+    ("options", "reason"),
     [
-        (lambda: torch.zeros(1, 1, 16, 64, device="meta"), "runs on the CPU"),
-        (lambda: torch.zeros(1, 1, 16, 64, dtype=torch.float16), "float32 or bfloat16"),
-        (lambda: torch.zeros(1, 1, 16, 20), "multiple of 8"),
-        (lambda: torch.zeros(1, 1, 16, 1024), "multiple of 8 up to 512"),
-        (lambda: torch.zeros(1, 1, 16, 64, requires_grad=True), "no backward"),
+        (dict(device="meta"), "requires CPU tensors, got meta tensors"),
+        (dict(dtype=torch.float16), "requires float32 or bfloat16, the same for all inputs, got torch.float16"),
+        (dict(dim=20), "multiple of 8, at most 512, got 20"),
+        (dict(dim=1024), "multiple of 8, at most 512, got 1024"),
+        (dict(requires_grad=True), "has no backward pass"),
     ],
+    ids=str,
 )
-def test_refusals(make, sentence):
-    q = make()
-    assert sentence in cpu.why_not(q, q, Plan.dense(16, 16))
+def test_why_not(options, reason):
+    q = torch.zeros(1, 1, 16, options.pop("dim", 64), **options)
+    assert reason in cpu.why_not(q, q, Plan.dense(16, 16))
 
 
 @pytest.fixture
-def fresh_build(monkeypatch, tmp_path):
-    """A process that has not built yet, with an empty cache folder."""
+def empty_cache(monkeypatch, tmp_path):
+    """An empty cache folder, and no operator compiled in this process."""
     monkeypatch.setenv("DIT_SPARSE_CACHE", str(tmp_path))
-    cpu._build_failure.cache_clear()
+    cpu._build_error.cache_clear()
     yield tmp_path
-    cpu._build_failure.cache_clear()
+    cpu._build_error.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("compiler", "sentence"),
-    [("/nowhere/g++", "no C++ compiler found"), ("false", "the build failed because")],
+    ("compiler", "reason"),
+    [
+        ("/nowhere/g++", "requires a C++ compiler on the PATH, found none of /nowhere/g++"),
+        ("false", "compiling the CPU operator failed: false exited with 1"),
+    ],
 )
-def test_machines_without_a_working_compiler(fresh_build, monkeypatch, compiler, sentence):
+def test_why_not_without_a_working_compiler(empty_cache, monkeypatch, compiler, reason):
     monkeypatch.setenv("CXX", compiler)
     q = torch.zeros(1, 1, 16, 64)
-    assert sentence in cpu.why_not(q, q, Plan.dense(16, 16))
+    assert reason in cpu.why_not(q, q, Plan.dense(16, 16))
     monkeypatch.setenv("CXX", "c++")
-    assert sentence in cpu.why_not(q, q, Plan.dense(16, 16)), "the reason holds for the process"
-    assert not list(fresh_build.iterdir())
-    with pytest.raises(RuntimeError, match="cannot run"):
+    assert reason in cpu.why_not(q, q, Plan.dense(16, 16)), "compilation is not repeated in the process"
+    assert not list(empty_cache.iterdir())
+    with pytest.raises(RuntimeError, match="executor 'cpu' is unavailable"):
         cpu.attend(q, q, q, Plan.dense(16, 16))
 
 
-def test_a_library_that_does_not_load_is_a_reason(fresh_build, monkeypatch):
-    monkeypatch.setattr(cpu, "_built_library", lambda: fresh_build / "absent.so")
-    assert "the build failed because" in cpu._build_failure()
+def test_why_not_if_the_library_cannot_be_loaded(empty_cache, monkeypatch):
+    monkeypatch.setattr(cpu, "_compiled_library", lambda: empty_cache / "absent.so")
+    assert "the compiled operator cannot be loaded" in cpu._build_error()
 
 
-def test_processes_that_build_at_once_leave_one_whole_file(tmp_path, monkeypatch):
+@pytest.fixture
+def slow_compiler(tmp_path, monkeypatch) -> None:
+    """Set $CXX to a script that writes "half", waits, and writes "whole"."""
     slow_compiler = tmp_path / "slow"
     slow_compiler.write_text(
         "#!/bin/sh\n"
@@ -239,18 +246,28 @@ def test_processes_that_build_at_once_leave_one_whole_file(tmp_path, monkeypatch
     )
     slow_compiler.chmod(slow_compiler.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("CXX", str(slow_compiler))
+
+
+def test_processes_that_compile_concurrently_store_one_complete_library(slow_compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("DIT_SPARSE_CACHE", str(tmp_path / "cache"))
-    with multiprocessing.get_context("fork").Pool(2) as racers:
-        first, second = racers.map(build_and_read, range(2), chunksize=1)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        first, second = pool.map(compile_and_read, range(2), chunksize=1)
     assert first == second == "halfwhole"
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
 
 
-def build_and_read(_):
-    return cpu._built_library().read_text()
+def compile_and_read(_):
+    return cpu._compiled_library().read_text()
 
 
-def test_import_builds_nothing(fresh_build):
+def test_library_is_compiled_with_an_unwritable_cache_folder(slow_compiler, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DIT_SPARSE_CACHE", str(tmp_path / "slow" / "cache"))
+    with caplog.at_level(logging.WARNING, "dit_sparse"):
+        assert compile_and_read(0) == "halfwhole"
+    assert "cannot write to the cache folder" in caplog.text
+
+
+def test_import_compiles_nothing(empty_cache):
     spec = importlib.util.spec_from_file_location("dit_sparse.kernels.imported_again", cpu.__file__)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert not list(fresh_build.iterdir())
+    assert not list(empty_cache.iterdir())

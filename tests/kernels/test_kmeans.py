@@ -1,4 +1,4 @@
-"""k-means: the laws of Lloyd's algorithm, for both ways of computing it."""
+"""k-means in Triton and in PyTorch against Lloyd's algorithm in float64."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ from itertools import pairwise
 import pytest
 import torch
 
-from attention_cases import assert_near, poisoned, qkv
+from attention_cases import assert_near, nan_filled_memory, qkv
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.planning.cluster import kmeans
 
 pytestmark = pytest.mark.usefixtures("triton_preferred")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDED = DEVICE == "cuda"
-KIND = torch.float16 if ROUNDED else torch.float32
+IS_HALF = DEVICE == "cuda"
+DTYPE = torch.float16 if IS_HALF else torch.float32
 
 
 @pytest.fixture(params=["triton", "pytorch"])
-def way(request, monkeypatch):
+def implementation(request, monkeypatch):
     if request.param == "pytorch":
-        monkeypatch.setattr(launching, "why_not", lambda *_: "the moon is full")
+        use_pytorch(monkeypatch)
     return request.param
 
 
-def points(tokens: int = 150, dim: int = 64, dtype=KIND, **more) -> torch.Tensor:
-    return qkv(tokens, dim=dim, dtype=dtype, **more)[0].to(DEVICE)
+def use_pytorch(monkeypatch) -> None:
+    monkeypatch.setattr(launching, "why_not", lambda *_: "requires something")
+
+
+def points(tokens: int = 150, dim: int = 64, dtype=DTYPE, **options) -> torch.Tensor:
+    return qkv(tokens, dim=dim, dtype=dtype, **options)[0].to(DEVICE)
 
 
 def lloyd(x: torch.Tensor, centroids: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One head, ``x [N, D]``, as in a textbook, in float64."""
+    """Return labels and centroids of one head, ``x [N, D]``, in float64."""
     x, centroids = x.double(), centroids.double()
     for _ in range(steps):
         labels = torch.cdist(x, centroids).argmin(-1)
@@ -39,22 +43,22 @@ def lloyd(x: torch.Tensor, centroids: torch.Tensor, steps: int) -> tuple[torch.T
 
 
 @pytest.mark.parametrize("tokens, dim, clusters", [(150, 64, 7), (37, 64, 37), (130, 80, 66), (5, 128, 1)])
-def test_is_the_textbook_algorithm(way, tokens, dim, clusters):
+def test_agrees_with_lloyds_algorithm(implementation, tokens, dim, clusters):
     x = points(tokens, dim, batch=2)
     start = x[:, :, torch.randperm(tokens, generator=torch.Generator().manual_seed(1))[:clusters]].float()
-    with poisoned():
+    with nan_filled_memory():
         found, means = kmeans(x, clusters, 3, start)
     for item in range(2):
         for head in range(2):
             labels, expected = lloyd(x[item, head].cpu(), start[item, head].to(x.dtype).cpu(), 3)
-            alike = (found.labels[item, head].cpu() == labels).float().mean()
-            assert alike > (0.97 if ROUNDED else 0.999)
-            if not ROUNDED:
+            agreement = (found.labels[item, head].cpu() == labels).float().mean()
+            assert agreement > (0.97 if IS_HALF else 0.999)
+            if not IS_HALF:
                 assert_near(means[item, head].cpu(), expected, 1e-5)
     assert means.dtype == torch.float32
 
 
-def test_in_half_precision(way):
+def test_half_precision(implementation):
     x = points(130, 80, torch.float16)
     start = x[:, :, ::20].float()
     found, means = kmeans(x, start.shape[2], 2, start)
@@ -64,25 +68,25 @@ def test_in_half_precision(way):
         assert_near(means[0, head].cpu(), expected, 0.1)
 
 
-def test_more_steps_never_make_it_worse(way):
+def test_distances_do_not_increase_with_iterations(implementation):
     x = points(200)
-    spread = []
+    distances = []
     for steps in (1, 2, 4, 8):
         found, means = kmeans(x, 9, steps)
-        mine = means.gather(2, found.labels[..., None].expand(-1, -1, -1, x.shape[-1]))
-        spread.append((x.float() - mine).square().sum().item())
-    assert all(later <= sooner * 1.0001 for sooner, later in pairwise(spread)), spread
+        nearest = means.gather(2, found.labels[..., None].expand(-1, -1, -1, x.shape[-1]))
+        distances.append((x.float() - nearest).square().sum().item())
+    assert all(later <= sooner * 1.0001 for sooner, later in pairwise(distances)), distances
 
 
-def test_a_warm_start_goes_on_where_the_last_ended(way):
+def test_warm_start_continues_the_iterations(implementation):
     x = points(200)
     _, halfway = kmeans(x, 6, 3)
     resumed, _ = kmeans(x, 6, 2, halfway)
-    at_once, _ = kmeans(x, 6, 5)
-    assert torch.equal(resumed.labels, at_once.labels)
+    uninterrupted, _ = kmeans(x, 6, 5)
+    assert torch.equal(resumed.labels, uninterrupted.labels)
 
 
-def test_far_apart_groups_are_found(way):
+def test_separated_groups_become_clusters(implementation):
     x = points(120) * 0.01
     groups = torch.arange(120, device=DEVICE) % 4
     x = x + 3 * torch.eye(64, device=DEVICE, dtype=x.dtype)[groups]
@@ -92,7 +96,7 @@ def test_far_apart_groups_are_found(way):
     assert torch.equal(found.order[0, 0], groups.argsort(stable=True)), "the sort is stable"
 
 
-def test_an_empty_cluster_keeps_its_centroid(way):
+def test_empty_cluster_keeps_its_centroid(implementation):
     x = points(50)
     start = x[:, :, :3].float().clone()
     start[:, :, 1] = 1000.0
@@ -100,25 +104,25 @@ def test_an_empty_cluster_keeps_its_centroid(way):
     assert (found.sizes[..., 1] == 0).all() and torch.equal(means[:, :, 1], start[:, :, 1])
 
 
-def test_any_memory_layout(way):
+def test_any_memory_layout(implementation):
     x = points(70)
-    laid = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(kmeans(laid, 5)[1], kmeans(x, 5)[1])
+    token_major = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(kmeans(token_major, 5)[1], kmeans(x, 5)[1])
 
 
-def test_wrong_input_is_named():
+def test_invalid_arguments_raise():
     x = points(10)
-    with pytest.raises(ValueError, match="10 tokens make 1 to 10 clusters, not 11"):
+    with pytest.raises(ValueError, match=r"clusters must be in \[1, 10\] for 10 tokens, got 11"):
         kmeans(x, 11)
-    with pytest.raises(ValueError, match="at least one iteration, not 0"):
+    with pytest.raises(ValueError, match="iterations must be at least 1, got 0"):
         kmeans(x, 2, 0)
-    with pytest.raises(ValueError, match=r"centroids must be \[1, 2, 3, 64\], not \[1, 2, 2, 64\]"):
+    with pytest.raises(ValueError, match=r"centroids must have shape \[1, 2, 3, 64\], got \[1, 2, 2, 64\]"):
         kmeans(x, 3, 1, x[:, :, :2].float())
 
 
-def test_the_table_of_distances_is_never_whole(monkeypatch):
-    monkeypatch.setattr(launching, "why_not", lambda *_: "the moon is full")
-    monkeypatch.setattr(launching, "scores_at_once", lambda x: 64)
+def test_chunks_do_not_change_the_labels(monkeypatch):
+    use_pytorch(monkeypatch)
+    monkeypatch.setattr(launching, "chunk_elements", lambda x: 64)
     x = points(60)
     in_chunks, _ = kmeans(x, 5)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""The Triton kernels: in the interpreter where there is no GPU, else on it; and compiled for GPUs that are not here."""
+"""The Triton kernels against float64, on a GPU or in the interpreter; and their compiled code for all architectures."""
 
 from __future__ import annotations
 
@@ -12,49 +12,62 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention_cases import HALF, TOLERANCE, assert_near, exact, lacking, poisoned, qkv, random_plan, token_mask
+from attention_cases import (
+    HALF_DTYPES,
+    TOLERANCE,
+    assert_near,
+    exact,
+    nan_filled_memory,
+    qkv,
+    random_order,
+    random_plan,
+    skip_or_fail,
+    token_mask,
+)
 from dit_sparse import Plan
 from dit_sparse.eval.bench.compile_report import ATTENTION_KERNELS, MI300, rows_in_subprocess
 from dit_sparse.eval.bench.disassembly import count_main_loop
 from dit_sparse.kernels.executors import block_sparse
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import AMD, ARCHITECTURES, architecture
-from dit_sparse.kernels.permute import permuted
+from dit_sparse.kernels.permute import permute_tokens
 from dit_sparse.kernels.planning import block_mass
 from dit_sparse.plan import reorder
 
 pytestmark = pytest.mark.usefixtures("triton_preferred")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXACT = torch.float16 if DEVICE == "cuda" else torch.float32
-KERNELS = {"block_sparse", "block_ragged", "block_mass", "assign", "means", "permute", "select"}
-OLDEST = "3.6.0"  # Triton that pyproject.toml allows
-BARRIERS = {90: 5, 100: 11}  # in a step of the main loop; elsewhere 2. Blackwell's tiles go through shared memory
-SPILLED = 160  # bytes a thread may spill; a kernel of head_dim 256 holds 256 sums in 255 registers
+DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
+KERNELS = {
+    "block_sparse",
+    "block_ragged",
+    "block_mass",
+    "nearest_centroid",
+    "cluster_mean",
+    "permute_rows",
+    "select_top",
+}
+OLDEST_TRITON = "3.6.0"  # allowed by pyproject.toml
+MAX_BARRIERS = {90: 5, 100: 11}  # in a step of the main loop, otherwise 2; on sm100 tiles go through shared memory
+MAX_SPILLED = 160  # bytes of a thread; with head_dim 256 a thread accumulates 256 values in 255 registers
 
 
-def shuffled(*lead: int, tokens: int, fixed: int = 0) -> torch.Tensor:
-    """A random order whose last ``fixed`` places, where padding may lie, stay."""
-    free = torch.rand(*lead, tokens - fixed, generator=torch.Generator().manual_seed(3)).argsort(-1)
-    return torch.cat([free, torch.arange(tokens - fixed, tokens).expand(*lead, fixed)], -1)
-
-
-# shape of q, k, v; shape of the plan; blocks of 128 go through tensor descriptors in the interpreter and on Hopper
+# Arguments of qkv and random_plan. Blocks of 128 use tensor descriptors in the interpreter and on Hopper.
 CASES = {
     "ragged": (dict(tokens=300), dict()),
     "whole blocks": (dict(tokens=256), dict()),
     "fewer tokens than a block": (dict(tokens=37), dict()),
     "one token in the last block": (dict(tokens=257, heads=1), dict(density=1.0)),
-    "items and heads apart": (dict(tokens=300, batch=2), dict(batch=2, heads=2)),
+    "separate items and heads": (dict(tokens=300, batch=2), dict(batch=2, heads=2)),
     "lengths": (dict(tokens=300, batch=3, heads=1), dict(lengths=[300, 129, 1])),
-    "order": (dict(tokens=300), dict(order=shuffled(tokens=300))),
+    "order": (dict(tokens=300), dict(order=random_order(tokens=300))),
     "order for each head, grouped heads": (
         dict(tokens=300, heads=4, key_heads=2),
-        dict(heads=4, order=shuffled(1, 4, tokens=300)),
+        dict(heads=4, order=random_order(1, 4, tokens=300)),
     ),
     "grouped heads in a batch": (dict(tokens=300, batch=2, heads=4, key_heads=2), dict(batch=2, heads=4)),
     "order and lengths": (
         dict(tokens=300, batch=2, heads=1),
-        dict(order=shuffled(tokens=300, fixed=180), lengths=[120, 300]),
+        dict(order=random_order(tokens=300, fixed=180), lengths=[120, 300]),
     ),
     "head_dim 80": (dict(tokens=150, dim=80), dict()),
     "head_dim 96": (dict(tokens=150, dim=96), dict()),
@@ -63,7 +76,7 @@ CASES = {
 }
 
 
-def case(name: str, block: int, dtype: torch.dtype = EXACT) -> tuple[list[torch.Tensor], Plan]:
+def case(name: str, block: int, dtype: torch.dtype = DTYPE) -> tuple[list[torch.Tensor], Plan]:
     tensors, plan = CASES[name]
     q, k, v = (x.to(DEVICE) for x in qkv(**{"dim": 64} | tensors, dtype=dtype))
     return [q, k, v], random_plan(tensors["tokens"], block, **plan).to(DEVICE)
@@ -71,7 +84,7 @@ def case(name: str, block: int, dtype: torch.dtype = EXACT) -> tuple[list[torch.
 
 def check(q, k, v, plan, scale=None) -> None:
     assert block_sparse.why_not(q, k, plan) is None
-    with poisoned():
+    with nan_filled_memory():
         out, lse = block_sparse.attend(q, k, v, plan, scale)
     mask = token_mask(plan.to("cpu"), *q.shape[:2])
     expected, log_sum_exp = exact(q.cpu(), k.cpu(), v.cpu(), mask, scale)
@@ -88,12 +101,12 @@ def test_block_sparse_agrees_with_float64(shape, block):
 
 @pytest.mark.parametrize("block", [16, 32])
 @pytest.mark.parametrize("shape", ["ragged", "order and lengths", "head_dim 80"])
-def test_block_sparse_on_small_blocks(shape, block):
+def test_block_sparse_with_small_blocks(shape, block):
     (q, k, v), plan = case(shape, block)
     check(q[:, :1], k[:, :1], v[:, :1], replace(plan, index=plan.index[:, :1], count=plan.count[:, :1]))
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("block", [64, 128])
 def test_block_sparse_in_half_precision(block, dtype):
     (q, k, v), plan = case("ragged", block, dtype)
@@ -101,7 +114,7 @@ def test_block_sparse_in_half_precision(block, dtype):
 
 
 @pytest.mark.parametrize("block", [64, 128])
-def test_block_sparse_never_reads_padding_into_the_result(block):
+def test_padding_does_not_affect_block_sparse(block):
     (q, k, v), plan = case("lengths", block)
     clean, _ = block_sparse.attend(q, k, v, plan)
     for item, length in enumerate(plan.lengths.tolist()):
@@ -110,108 +123,109 @@ def test_block_sparse_never_reads_padding_into_the_result(block):
 
 
 @pytest.mark.parametrize("block", [64, 128])
-def test_block_sparse_reads_and_keeps_any_memory_layout(block):
+def test_block_sparse_supports_and_keeps_any_memory_layout(block):
     (q, k, v), plan = case("ragged", block)
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     check(q, k, v, plan)
-    assert block_sparse.attend(q, k, v, plan)[0].stride() == q.stride(), "as diffusers lays it out"
+    assert block_sparse.attend(q, k, v, plan)[0].stride() == q.stride(), "the layout of diffusers"
     check(*(torch.stack([x, x + 1], -1)[..., 0] for x in (q, k, v)), plan)
     shared = k[:, :1].expand(-1, 2, -1, -1)
     check(q, shared, v, plan)
 
 
-def test_long_rows_start_first_among_heads_that_share_the_cache():
+def test_schedule_starts_the_longest_programs_of_each_group_of_heads_first():
     count = random_plan(1000, 64, heads=6).count.expand(2, 6, -1)
     blocks = count.shape[-1]
-    for company in (1, 4, 100):
-        rows = launching.longest_first(count, company)
+    for heads_at_once in (1, 4, 100):
+        rows = launching.schedule_longest_first(count, heads_at_once)
         assert rows.dtype == torch.int32 and torch.equal(rows.sort().values, torch.arange(count.numel()).int())
-        for group in rows.long().split(company * blocks):
-            assert (group // blocks).unique().numel() == min(company, 12)
+        for group in rows.long().split(heads_at_once * blocks):
+            assert (group // blocks).unique().numel() == min(heads_at_once, 12)
             lengths = count.flatten()[group]
             assert torch.equal(lengths, lengths.sort(descending=True).values)
 
 
-def test_the_longest_rows_of_a_launch_start_first():
+def test_block_sparse_schedules_the_longest_programs_first():
     (q, k, v), plan = case("order for each head, grouped heads", 64)
-    arguments, *_ = block_sparse.launch(q, k, v, plan, None, launching.machine(q.device))
+    arguments, *_ = block_sparse.launch_arguments(q, k, v, plan, None, launching.device_architecture(q.device))
     count = plan.count.expand(1, 4, -1)
-    assert torch.equal(arguments["schedule"], launching.longest_first(count, 1)) and count.unique().numel() > 1
+    assert torch.equal(arguments["schedule"], launching.schedule_longest_first(count, 1))
+    assert count.unique().numel() > 1
 
 
-def test_block_sparse_says_what_it_lacks(monkeypatch):
+def test_block_sparse_why_not(monkeypatch):
     (q, k, _), plan = case("ragged", 64)
     why_not = block_sparse.why_not
-    assert "it computes in" in why_not(q.double(), k.double(), plan)
-    assert "head_dim must be one of 16, 32, 64, 80, 96, 128, 256, not 40" in why_not(q[..., :40], k[..., :40], plan)
-    assert "a block must have 16, 32, 64, 128 tokens, not 48" in why_not(q, k, replace(plan, block=48))
-    assert "no backward pass" in why_not(q.clone().requires_grad_(), k, plan)
-    monkeypatch.setattr(launching, "machine", lambda _: architecture(75))
+    assert "the same for all inputs, got torch.float64" in why_not(q.double(), k.double(), plan)
+    assert "requires a head_dim of 16, 32, 64, 80, 96, 128, 256, got 40" in why_not(q[..., :40], k[..., :40], plan)
+    assert "requires blocks of 16, 32, 64, 128 tokens, got 48" in why_not(q, k, replace(plan, block=48))
+    assert "has no backward pass" in why_not(q.clone().requires_grad_(), k, plan)
+    monkeypatch.setattr(launching, "device_architecture", lambda _: architecture(75))
     assert "compute capability 8.0 or newer" in why_not(q, k, plan)
-    monkeypatch.setattr(launching, "interpreted", lambda: False)
-    assert "it runs on a GPU and the tensors are on cpu" in why_not(q.cpu(), k.cpu(), plan)
+    monkeypatch.setattr(launching, "is_interpreted", lambda: False)
+    assert why_not(q.cpu(), k.cpu(), plan) == "requires CUDA, got cpu tensors"
 
 
-def test_every_capability_from_ampere_on_has_an_architecture():
+def test_compute_capabilities_from_ampere_on_have_launch_settings():
     assert architecture(75) is None
     assert architecture(87) is ARCHITECTURES[86] and architecture(103) is ARCHITECTURES[100]
-    for found in ARCHITECTURES.values():
+    for settings in ARCHITECTURES.values():
         for block in block_sparse.BLOCKS:
-            for dim in launching.DIMS:
-                tiling = found.tiling(block, dim)
-                assert block % tiling.keys == 0 and sum(tiling.columns(block, dim)) == dim
+            for dim in launching.HEAD_DIMS:
+                tiling = settings.tiling(block, dim)
+                assert block % tiling.keys == 0 and sum(tiling.tile_widths(block, dim)) == dim
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("version, capabilities", [(None, (80, 89, 90, 100, 120)), (OLDEST, (80, 90))])
-def test_compiles_for_every_architecture_and_fits(version, capabilities):
-    """One test a version, so that one worker compiles, two architectures at a time."""
+@pytest.mark.parametrize("version, capabilities", [(None, (80, 89, 90, 100, 120)), (OLDEST_TRITON, (80, 90))])
+def test_compiles_within_limits_for_every_nvidia_architecture(version, capabilities):
+    """One test per Triton version, so that a single worker compiles, for two architectures at a time."""
     pytest.importorskip("triton")
     folder = version and Path(sys.prefix, "beside", f"triton-{version}")
     if folder and not folder.is_dir():
-        lacking(f"Triton {version} is not beside the environment: make .venv/beside/triton-{version}")
+        skip_or_fail(f"requires Triton {version} in .venv/beside: run make .venv/beside/triton-{version}")
     with ThreadPoolExecutor(2) as pool:
         compiled = pool.map(partial(rows_in_subprocess, triton=folder), capabilities)
-        for capability, found in zip(capabilities, compiled, strict=True):
-            assert {row["triton"] for row in found} == {version or version_of("triton")}
-            check_compiled(capability, found)
+        for capability, rows in zip(capabilities, compiled, strict=True):
+            assert {row["triton"] for row in rows} == {version or version_of("triton")}
+            check_compiled(capability, rows)
 
 
 @pytest.mark.timeout(600)
-def test_compiles_for_amd_and_fits(monkeypatch):
+def test_compiles_within_limits_for_amd(monkeypatch):
     pytest.importorskip("triton")
-    found = rows_in_subprocess(MI300)
-    assert {row["kernel"] for row in found} == KERNELS
-    for row in found:
+    rows = rows_in_subprocess(MI300)
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
         assert row["shared_memory"] <= AMD.shared_memory and row["spilled"] == 0, row
         assert ("v_mfma" in row["instructions"]) == (row["features"] != "no products"), row
-    monkeypatch.setattr(launching, "interpreted", lambda: False)
+    monkeypatch.setattr(launching, "is_interpreted", lambda: False)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert launching.machine.__wrapped__(torch.device("cuda")) is AMD
+    assert launching.device_architecture.__wrapped__(torch.device("cuda")) is AMD
 
 
-def check_compiled(capability: int, found: list[dict]) -> None:
-    matrix = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
-    assert {row["kernel"] for row in found} == KERNELS
-    assert {(row["block"], row["head_dim"]) for row in found} >= {(64, 64), (64, 256), (128, 80), (128, 128)}
-    for row in found:
-        assert row["registers"] * 32 * row["warps"] <= 65_536, f"a processor has no room for one program: {row}"
-        assert row["spilled"] <= SPILLED and row["shared_memory"] <= ARCHITECTURES[capability].shared_memory, row
-        assert not row["serialized"], f"every product waits for the one before it: {row}"
+def check_compiled(capability: int, rows: list[dict]) -> None:
+    matrix_instruction = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert {(row["block"], row["head_dim"]) for row in rows} >= {(64, 64), (64, 256), (128, 80), (128, 128)}
+    for row in rows:
+        assert row["registers"] * 32 * row["warps"] <= 65_536, f"one program exceeds the registers of an SM: {row}"
+        assert row["spilled"] <= MAX_SPILLED and row["shared_memory"] <= ARCHITECTURES[capability].shared_memory, row
+        assert not row["serialized"], f"every matrix product waits for the previous one: {row}"
         if row["features"] == "no products":
             continue
         if row["kernel"] in ATTENTION_KERNELS:
-            assert row["loop"]["barriers"] <= BARRIERS.get(capability, 2), f"warps share the rows of a product: {row}"
+            assert row["loop"]["barriers"] <= MAX_BARRIERS.get(capability, 2), f"rows are split over warps: {row}"
             assert row["loop"]["spilled"] == 0 or row["head_dim"] == 256, row
-        few_rows = "16 queries" in row["features"] or row["block"] < 64  # too few for the larger units
+        few_rows = "16 queries" in row["features"] or row["block"] < 64  # too few for wgmma and tcgen05
         if row["head_dim"] <= 128 and not few_rows:
-            assert row["buffers"] >= 2, f"nothing is fetched while it computes: {row}"
-        assert ("mma.sync" if few_rows else matrix) in row["instructions"], row
-        by_descriptor = capability in (90, 100) and row["kernel"] != "assign" and row["block"] >= 64
-        assert ("cp.async.bulk.tensor" in row["instructions"]) == by_descriptor, row
+            assert row["buffers"] >= 2, f"loads do not overlap with computation: {row}"
+        assert ("mma.sync" if few_rows else matrix_instruction) in row["instructions"], row
+        uses_tma = capability in (90, 100) and row["kernel"] != "nearest_centroid" and row["block"] >= 64
+        assert ("cp.async.bulk.tensor" in row["instructions"]) == uses_tma, row
 
 
-def test_the_main_loop_is_the_first_innermost_one_that_multiplies():
+def test_main_loop_is_the_first_innermost_loop_with_matrix_products():
     code = """
         .L_x_0:
         /*0010*/                   LDG.E R2, desc[UR4][R2.64] ;
@@ -234,19 +248,19 @@ def test_the_main_loop_is_the_first_innermost_one_that_multiplies():
 MASS_CASES = [name for name in CASES if name not in ("head_dim 128", "head_dim 96")]
 
 
-def paid(q, k, plan, rows, scale=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """LSE ``[B, H, N]`` and what the queries of each block pay to each key block, from the whole softmax in float64."""
+def lse_and_mass(q, k, plan, rows, scale=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the LSE ``[B, H, N]`` and the block mass ``[B, H, Qb, Qb]``, from the full softmax in float64."""
     batch, heads, tokens, dim = q.shape
     k = k.double().repeat_interleave(heads // k.shape[1], 1)
     end = torch.full((batch,), tokens) if plan.lengths is None else plan.lengths
-    place = torch.arange(tokens).expand(batch, heads, -1) if plan.order is None else plan.order.argsort(-1)
-    place = place.expand(batch, heads, -1)
+    position = torch.arange(tokens) if plan.order is None else plan.order.argsort(-1)
+    position = position.expand(batch, heads, -1)
     scores = q.double() @ k.mT * (dim**-0.5 if scale is None else scale)
-    scores = scores.masked_fill((place >= end[:, None, None])[:, :, None], -torch.inf)
-    looks = (place % (plan.block // rows) == 0) & (place < end[:, None, None])
-    group = torch.nn.functional.one_hot(place // plan.block, plan.blocks).double()
-    looked = group * looks[..., None]
-    mass = looked.mT @ scores.softmax(-1) @ group / looked.sum(-2).clamp(min=1)[..., None]
+    scores = scores.masked_fill((position >= end[:, None, None])[:, :, None], -torch.inf)
+    is_sampled = (position % (plan.block // rows) == 0) & (position < end[:, None, None])
+    key_block = torch.nn.functional.one_hot(position // plan.block, plan.blocks).double()
+    query_block = key_block * is_sampled[..., None]
+    mass = query_block.mT @ scores.softmax(-1) @ key_block / query_block.sum(-2).clamp(min=1)[..., None]
     return scores.logsumexp(-1).float(), mass
 
 
@@ -254,97 +268,97 @@ def paid(q, k, plan, rows, scale=None) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("shape", MASS_CASES)
 def test_block_mass_agrees_with_float64(shape, block, rows):
     (q, k, _), plan = case(shape, block)
-    lse, expected = paid(q.cpu(), k.cpu(), plan.to("cpu"), rows)
+    lse, expected = lse_and_mass(q.cpu(), k.cpu(), plan.to("cpu"), rows)
     layout = dict(order=plan.order, lengths=plan.lengths)
-    with poisoned():
+    with nan_filled_memory():
         mass = block_mass.block_mass(q, k, lse.to(DEVICE), block, rows=rows, **layout)
         retained = block_mass.retained_mass(q, k, lse.to(DEVICE), plan, rows=rows)
     assert_near(mass.cpu(), expected, TOLERANCE[q.dtype])
     assert_near(retained.cpu(), (expected * plan.to("cpu").block_mask()).sum(-1), TOLERANCE[q.dtype])
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 def test_block_mass_in_half_precision(dtype):
     (q, k, _), plan = case("ragged", 64, dtype)
-    lse, expected = paid(q.cpu(), k.cpu(), plan.to("cpu"), 64)
+    lse, expected = lse_and_mass(q.cpu(), k.cpu(), plan.to("cpu"), 64)
     assert_near(block_mass.block_mass(q, k, lse.to(DEVICE), 64).cpu(), expected, TOLERANCE[dtype])
 
 
-def in_plain_pytorch(monkeypatch) -> None:
-    """And some query blocks at a time."""
-    monkeypatch.setattr(block_mass, "_by_triton", lambda *_: False)
-    monkeypatch.setattr(launching, "scores_at_once", lambda x: 1 << 15)
+def use_pytorch(monkeypatch) -> None:
+    """Compute the block mass in PyTorch, in chunks of several query blocks."""
+    monkeypatch.setattr(block_mass, "_supports_triton", lambda *_: False)
+    monkeypatch.setattr(launching, "chunk_elements", lambda x: 1 << 15)
 
 
-def test_block_mass_in_plain_pytorch_is_the_same(monkeypatch):
-    in_plain_pytorch(monkeypatch)
+def test_block_mass_in_pytorch_agrees_with_float64(monkeypatch):
+    use_pytorch(monkeypatch)
     for shape in MASS_CASES:
         (q, k, _), plan = case(shape, 64)
-        lse, expected = paid(q.cpu(), k.cpu(), plan.to("cpu"), 32, scale=0.1)
+        lse, expected = lse_and_mass(q.cpu(), k.cpu(), plan.to("cpu"), 32, scale=0.1)
         layout = dict(order=plan.order, lengths=plan.lengths, rows=32, scale=0.1)
         assert_near(block_mass.block_mass(q, k, lse.to(DEVICE), 64, **layout).cpu(), expected, TOLERANCE[q.dtype])
 
 
 @pytest.mark.parametrize("rows", [64, 16])
-def test_the_first_block_mass_finds_its_log_sum_exp(rows):
+def test_block_mass_and_lse(rows):
     for shape in ("ragged", "one token in the last block", "order for each head, grouped heads"):
         (q, k, _), plan = case(shape, 64)
-        lse, expected = paid(q.cpu(), k.cpu(), Plan.dense(plan.tokens, 64), rows)
-        mass, found = block_mass.first_block_mass(q, k, 64, rows=rows)
-        looks = torch.arange(plan.tokens) % (64 // rows) == 0
+        lse, expected = lse_and_mass(q.cpu(), k.cpu(), Plan.dense(plan.tokens, 64), rows)
+        mass, sampled_lse = block_mass.block_mass_and_lse(q, k, 64, rows=rows)
+        is_sampled = torch.arange(plan.tokens) % (64 // rows) == 0
         assert_near(mass.cpu(), expected, TOLERANCE[q.dtype])
-        assert_near(found.cpu(), lse * looks, TOLERANCE[q.dtype])
+        assert_near(sampled_lse.cpu(), lse * is_sampled, TOLERANCE[q.dtype])
 
 
-def test_the_first_block_mass_in_plain_pytorch_is_the_same(monkeypatch):
-    in_plain_pytorch(monkeypatch)
+def test_block_mass_and_lse_in_pytorch(monkeypatch):
+    use_pytorch(monkeypatch)
     for rows in (64, 16, 1):
-        test_the_first_block_mass_finds_its_log_sum_exp(rows)
+        test_block_mass_and_lse(rows)
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_queries_that_see_nothing_pay_nothing(plain, monkeypatch):
-    if plain:
-        in_plain_pytorch(monkeypatch)
+@pytest.mark.parametrize("pytorch", [False, True])
+def test_queries_without_keys_have_no_mass(pytorch, monkeypatch):
+    if pytorch:
+        use_pytorch(monkeypatch)
     (q, k, _), plan = case("ragged", 64)
-    lse, _ = paid(q.cpu(), k.cpu(), Plan.dense(plan.tokens, 64), 64)
+    lse, _ = lse_and_mass(q.cpu(), k.cpu(), Plan.dense(plan.tokens, 64), 64)
     lse[..., 64:128] = -torch.inf
     mass = block_mass.block_mass(q, k, lse.to(DEVICE), 64)
     assert not mass[..., 1, :].any() and mass.isfinite().all() and (mass[..., 2, :] > 0).all()
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_block_mass_hides_padding_and_needs_rows_that_divide_the_block(plain, monkeypatch):
-    if plain:
-        in_plain_pytorch(monkeypatch)
+@pytest.mark.parametrize("pytorch", [False, True])
+def test_block_mass_excludes_padding_and_requires_rows_that_divide_the_block(pytorch, monkeypatch):
+    if pytorch:
+        use_pytorch(monkeypatch)
     (q, k, _), plan = case("lengths", 64)
-    lse, _ = paid(q.cpu(), k.cpu(), plan.to("cpu"), 64)
+    lse, _ = lse_and_mass(q.cpu(), k.cpu(), plan.to("cpu"), 64)
     clean = block_mass.block_mass(q, k, lse.to(DEVICE), 64, lengths=plan.lengths)
     for item, length in enumerate(plan.lengths.tolist()):
         q[item, :, length:] = k[item, :, length:] = torch.nan
     assert torch.equal(block_mass.block_mass(q, k, lse.to(DEVICE), 64, lengths=plan.lengths), clean)
     for rows in (0, 48, 128):
-        with pytest.raises(ValueError, match="rows must divide the block of 64 tokens"):
+        with pytest.raises(ValueError, match=f"rows must divide the block of 64 tokens, got {rows}"):
             block_mass.block_mass(q, k, lse, 64, rows=rows)
 
 
 @pytest.mark.parametrize(
     "shape, order",
     [
-        (dict(tokens=300), shuffled(tokens=300)),
-        (dict(tokens=37, batch=2, heads=4, key_heads=2, dim=48), shuffled(2, 4, tokens=37)),
-        (dict(tokens=130, batch=2, heads=3, key_heads=1, dim=5), shuffled(1, 3, tokens=130)),
-        (dict(tokens=70, heads=2, dim=96), shuffled(1, 1, tokens=70)),
-        (dict(tokens=70, heads=2, dim=80, dtype=torch.float16), shuffled(1, 2, tokens=70)),
+        (dict(tokens=300), random_order(tokens=300)),
+        (dict(tokens=37, batch=2, heads=4, key_heads=2, dim=48), random_order(2, 4, tokens=37)),
+        (dict(tokens=130, batch=2, heads=3, key_heads=1, dim=5), random_order(1, 3, tokens=130)),
+        (dict(tokens=70, heads=2, dim=96), random_order(1, 1, tokens=70)),
+        (dict(tokens=70, heads=2, dim=80, dtype=torch.float16), random_order(1, 2, tokens=70)),
     ],
 )
-def test_permute_moves_whole_rows(shape, order):
+def test_permute_tokens(shape, order):
     _, k, v = (x.to(DEVICE) for x in qkv(**shape))
-    with poisoned():
-        moved = permuted(order.to(DEVICE), k, v)
-        laid = permuted(order.to(DEVICE), k.transpose(1, 2).contiguous().transpose(1, 2))
-    for copy, x in zip((*moved, *laid), (k, v, k), strict=True):
+    with nan_filled_memory():
+        copies = permute_tokens(order.to(DEVICE), k, v)
+        token_major = permute_tokens(order.to(DEVICE), k.transpose(1, 2).contiguous().transpose(1, 2))
+    for copy, x in zip((*copies, *token_major), (k, v, k), strict=True):
         assert torch.equal(copy, reorder(x, order.to(DEVICE)))
-    assert permuted(None, k)[0] is k
-    asked = permuted(order.to(DEVICE), k.requires_grad_())[0]
-    assert torch.equal(asked, moved[0]) and asked.requires_grad
+    assert permute_tokens(None, k)[0] is k
+    differentiable = permute_tokens(order.to(DEVICE), k.requires_grad_())[0]
+    assert torch.equal(differentiable, copies[0]) and differentiable.requires_grad
