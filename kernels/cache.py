@@ -1,4 +1,4 @@
-"""Where what was built or measured on this machine is kept."""
+"""The cache folder for compiled operators and measured costs."""
 
 from __future__ import annotations
 
