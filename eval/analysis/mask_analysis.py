@@ -150,7 +150,7 @@ def _row(name: str, density: float | None, method: Method, tables: Tensor) -> di
     return {"method": name, "settings": method.settings(), "density_asked": density} | means | {"tables": rounded}
 
 
-def efficiency_map(row: dict) -> Figure:
+def plot_efficiency(row: dict) -> Figure:
     """Return a heat map of one row's efficiency by layer and head."""
     title = f"{row['method']}: retained mass relative to the best mask at density {row['density']:.3f}"
     legend = [

@@ -238,7 +238,7 @@ def fit_power_law(tokens: Sequence[float], pairs: Sequence[float]) -> dict:
     return fit
 
 
-def cost_chart(result: dict, key: str, setting: str) -> Figure:
+def plot_cost(result: dict, key: str, setting: str) -> Figure:
     """Return a chart of one value of the rows against tokens, one line per method with the exponent of its pairs.
 
     Args:

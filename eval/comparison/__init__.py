@@ -1,1 +1,1 @@
-"""Compare methods on a model: clips made once, rows summarized, published settings reproduced."""
+"""Comparison of methods on a model: generation of clips, summary of rows, reproduction of published results."""

@@ -94,10 +94,10 @@ def test_command_writes_json_and_prints_a_table(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--executor", "magic"], "there is no 'magic'; there are reference, gather"),
-        (["--pattern", "plaid"], "there is no 'plaid'; there are radial, random_blocks, clusters"),
+        (["--executor", "magic"], "'magic'; there are reference, gather"),
+        (["--pattern", "plaid"], "'plaid'; there are radial, random_blocks, clusters"),
         (["--grid", "8"], "cannot read the grid '8'"),
-        (["--density", "2"], "above 0 and at most 1, not 2"),
+        (["--density", "2"], "density must be in (0, 1], got 2"),
     ],
 )
 def test_invalid_options_are_refused(options, message, tmp_path):

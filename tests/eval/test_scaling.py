@@ -158,10 +158,10 @@ def test_invalid_settings_raise(settings, message):
 
 def test_chart_names_every_method_with_its_exponent(result):
     for key, setting in (("density", "own"), ("modelled_seconds", "fixed")):
-        figure = scaling.cost_chart(result, key, setting)
+        figure = scaling.plot_cost(result, key, setting)
         texts = " ".join(text.get_text() for text in figure.findobj(Text))
         for name, fits in result["exponents"].items():
             exponent = (fits.get(setting) or fits["own"])["exponent"]
             assert f"{name}   n^{exponent:.2f}" in texts
     with pytest.raises(ValueError, match="at least one point"):
-        scaling.cost_chart(result | {"rows": [row | {"pairs": 0} for row in result["rows"]]}, "pairs", "own")
+        scaling.plot_cost(result | {"rows": [row | {"pairs": 0} for row in result["rows"]]}, "pairs", "own")

@@ -50,7 +50,7 @@ def test_forward_passes_are_timed_dense_and_sparse(name, monkeypatch):
     "options, message",
     [
         (["--model", "sora"], "there is no model 'sora'; there are wan2.1-1.3b, wan2.1-14b"),
-        (["--density", "0"], "above 0 and at most 1, not 0"),
+        (["--density", "0"], "density must be in (0, 1], got 0"),
         (["--method", "magic"], "magic"),
     ],
 )
