@@ -1,4 +1,4 @@
-"""Before anything is imported: without a GPU the Triton kernels run in Triton's interpreter."""
+"""Settings of all tests. Without a GPU, Triton kernels run in Triton's interpreter."""
 
 import os
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # as many workers as there are cores: more threads would wait for each other
+    torch.set_num_threads(1)  # there are as many workers as cores
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton decides when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it on import
 
 
 @pytest.fixture
 def triton_preferred(monkeypatch):
-    """Functions that have a plain form and a Triton form take Triton's, in the interpreter too."""
+    """Use the Triton implementation of functions that have one, also in the interpreter."""
     from dit_sparse.kernels.gpu import launching
 
     monkeypatch.setattr(launching, "prefers_triton", lambda x: x.is_cuda or launching.is_interpreted())
