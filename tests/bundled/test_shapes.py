@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 from dit_sparse.bundled.shapes_wan import prompts
 from dit_sparse.bundled.shapes_wan.autoencoder import CHANNELS, build_autoencoder, patchify
 from dit_sparse.bundled.shapes_wan.build import build_text_encoder, build_tokenizer, encode_prompts
+from dit_sparse.bundled.shapes_wan.card import write_card
 from dit_sparse.bundled.shapes_wan.concentration import attention_weights, other_frames_mass, top_block_mass
 from dit_sparse.bundled.shapes_wan.judge import accuracy, held_out_tasks, judge
 from dit_sparse.bundled.shapes_wan.scenes import SHAPES, Scene, Size, make_clip, random_scene
@@ -260,6 +262,13 @@ def test_concentration_of_uniform_and_of_sharp_attention():
 @pytest.fixture(scope="module")
 def bundled():
     return WanPipeline.from_pretrained(files("dit_sparse") / "assets" / "shapes-wan")
+
+
+def test_bundled_card_is_the_one_written_from_its_reports(tmp_path):
+    folder = shutil.copytree(files("dit_sparse") / "assets" / "shapes-wan", tmp_path / "shapes-wan")
+    expected = (folder / "README.md").read_text()
+    write_card(folder)
+    assert (folder / "README.md").read_text() == expected
 
 
 def test_bundled_text_encoder_generalises_to_held_out_pairs(bundled):

@@ -1,6 +1,6 @@
-"""Write the model card of a finished folder: `python -m dit_sparse.bundled.shapes_wan.card FOLDER`.
+"""Write the model card of an exported model: `python -m dit_sparse.bundled.shapes_wan.card FOLDER`.
 
-All numbers come from the folder: from FOLDER/reports/{training,concentration,accuracy}.json and the files' sizes.
+All numbers come from FOLDER/reports/{training,concentration,accuracy}.json and the sizes of the files in FOLDER.
 """
 
 import argparse
@@ -21,10 +21,9 @@ tags: [sparse-attention, toy-model]
 
 # shapes-wan
 
-A very small text-to-video model with the architecture of Wan: textured circles, squares and triangles cross a
-textured, drifting background. It exists to compare sparse-attention methods where there is no large model at hand:
-it is {megabytes:.1f} MB in size, runs on a CPU, and its attention is concentrated, because every texture is random
-and has to be matched from frame to frame.
+A small text-to-video model with the architecture of Wan, for comparing sparse-attention methods on any machine. It
+draws textured circles, squares and triangles that move over a textured background. It is {megabytes:.1f} MB in size and
+runs on a CPU. Its attention is concentrated: every texture is random, so the model has to match it between frames.
 
 ```python
 from diffusers import WanPipeline
@@ -40,67 +39,66 @@ video = pipe(
 ).frames[0]  # 21 frames
 ```
 
-It needs no code but diffusers. **It makes one frame more than `num_frames`**, because the pipeline rounds to
-4k + 1 for its usual autoencoder, and to k + 1 for this one, which does not compress time. Height and width are
-multiples of 16; one token is 4x4 pixels of one frame. The model was trained up to {full} tokens.
+It needs no code but diffusers. **The pipeline generates one frame more than `num_frames`**: it rounds to a multiple of
+the autoencoder's temporal compression plus one, and this autoencoder does not compress time. Height and width must be
+multiples of 16. One token is 4x4 pixels of one frame. The model was trained on clips of up to {full} tokens.
 
-## Parts
+## Components
 
 {parts}
 
-The autoencoder was computed, not trained: it folds 4x4 pixels into 48 channels and back, without loss. Only its
-decoder is of use here; the encoder of diffusers takes 4k + 1 frames. The text encoder was first taught which shape and
-direction belong to which colour word, then the transformer learnt to draw. The prompts it knows look like these:
+The autoencoder has analytic weights: it rearranges 4x4 pixels into 48 channels and back, without loss. Only the decoder
+is used for generation; the encoder of diffusers takes 4k + 1 frames. The text encoder was pretrained to classify shape
+and direction of the object that each colour word refers to, then the transformer was trained. Example prompts:
 
 - a red circle moves right
 - a green triangle slides upwards and a yellow square is moving to the left
 - a purple square travels down while a blue circle glides left over a background drifting right
 
-Colours: {colours}. Shapes: {shapes}. Directions: left, right, up, down. The part about the background is optional.
+Colours: {colours}. Shapes: {shapes}. Directions: left, right, up, down. The phrase about the background is optional.
 """
 
 TRAINING = """
 ## Training
 
-{steps} steps in {minutes} minutes on {device}, rectified flow, Muon and AdamW, averaged weights, clips drawn on the
-fly. {earlier}Repeat it with `python -m dit_sparse.bundled.shapes_wan.train`.
+{steps} steps in {minutes} minutes on {device}: rectified flow, Muon and AdamW, averaged weights (EMA), clips generated
+on the fly. {earlier}To repeat it, run `python -m dit_sparse.bundled.shapes_wan.train`.
 """
 
 CONCENTRATION = """
 ## Attention
 
-Share of the attention that falls on the best {kept:.0%} of the {block}-token key blocks (flat attention: {kept}),
-for unseen clips of {tokens} tokens, by layer and head. Mean {mean}; {above:.0%} of the heads are above 0.9.
-{elsewhere:.0%} of all attention goes to other frames than the query's own.
+Attention mass on the best {kept:.0%} of the {block}-token key blocks, by layer and head, for held-out clips of {tokens}
+tokens. Uniform attention has {kept}. The mean is {mean}; {above:.0%} of the heads are above 0.9. {elsewhere:.0%} of the
+attention mass is on other frames than the query's.
 
 {table}
 
-The loss at these noise levels is {losses}.
+Mean squared error of the velocity by noise level: {losses}.
 """
 
 ACCURACY = """
-## Does it follow the prompt?
+## Prompt following
 
-{prompts} prompts whose pairs of objects never occurred in training, {tokens} tokens, {steps} steps, guidance
-{guidance}, judged by a program (`python -m dit_sparse.bundled.shapes_wan.judge`). Clips of up to 6 frames have fast
-motion; clips that are both long and wide had a tenth of the last training and were not judged: there objects still
-double at times. Share of objects with the right ...
+{prompts} prompts with one or two objects; the pairs never occurred in training. {tokens} tokens, {steps} steps,
+guidance {guidance}, checked by a program (`python -m dit_sparse.bundled.shapes_wan.judge`). Clips of up to 6 frames have fast
+motion. Clips that are both long and large were used only in the last tenth of the training and are not part of this
+test; in them, objects sometimes appear twice. Fraction of objects with the correct attribute:
 
 {table}
 """
 
 FOOTER = """
-## What it is not
+## Limitations
 
-It draws nothing but these shapes, as well or as badly as the table above says, and knows no other words. Its quality
-says nothing about large models, nor does the speed-up of a method at some thousand tokens say anything about hundreds
-of thousands. What carries over is whether a method keeps the attention that matters: compare methods with each other
-on it, then go to a large model.
+The model draws only these shapes, with the accuracy above, and knows no other words. Its quality says nothing about
+large models, and speedups at a few thousand tokens say nothing about hundreds of thousands. What transfers is whether a
+method keeps the important attention: compare methods on this model, then test them on a large one.
 """
 
 
 def write_card(folder):
-    """Fill the card from the reports and write FOLDER/README.md."""
+    """Write FOLDER/README.md from the reports in FOLDER/reports."""
     reports = {name: _read(folder / "reports" / f"{name}.json") for name in ("training", "concentration", "accuracy")}
     accuracy, training = reports["accuracy"], reports["training"]
     header = HEADER.format(
@@ -134,7 +132,7 @@ def _parts_table(folder):
     for part in ("transformer", "text_encoder", "vae"):
         (weights,) = (folder / part).glob("*.safetensors")
         with safe_open(weights, "pt") as file:
-            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118, it is no mapping
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118, not a mapping
             count, kinds = sum(math.prod(s.get_shape()) for s in slices), {s.get_dtype() for s in slices}
         rows.append((part, f"{count:,}", "/".join(sorted(kinds)), f"{weights.stat().st_size / 1e6:.1f} MB"))
     return _table(("part", "parameters", "stored as", "size"), rows)
