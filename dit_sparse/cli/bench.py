@@ -1,4 +1,4 @@
-"""``dit-sparse bench``: what this machine can do."""
+"""``dit-sparse bench``: benchmarks of executors, transformers and scaling on this machine."""
 
 from __future__ import annotations
 
@@ -10,74 +10,78 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .terminal import console, names, one_sentence, progress_bars
+from .options import Method, OutJson, method_list
+from .terminal import console, make_table, one_sentence, progress_bars
 
-bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+REPEATED = "; may be repeated"
+DensityList = Annotated[list[float] | None, typer.Option("--density", "-d", help=f"Density{REPEATED}.")]
+
+bench = typer.Typer(help="Benchmarks of this machine.", no_args_is_help=True, rich_markup_mode=None)
 
 
-@bench.command("attention", epilog="Example: dit-sparse bench attention --out attention.json")
-def bench_attention(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file.")] = Path("out/attention.json"),
-    executor: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
-    grid: Annotated[list[str] | None, typer.Option(help="Token grids such as 21x45x80; may be repeated.")] = None,
-    head_dim: Annotated[list[int] | None, typer.Option(help="Head sizes; may be repeated.")] = None,
-    density: Annotated[list[float] | None, typer.Option("--density", "-d", help="May be repeated.")] = None,
-    pattern: Annotated[list[str] | None, typer.Option(help="radial, random_blocks, clusters; may be repeated.")] = None,
+@bench.command(epilog="Example: dit-sparse bench attention --out attention.json")
+def attention(
+    out: OutJson = Path("out/attention.json"),
+    executor: Annotated[list[str] | None, typer.Option(help=f"Executor{REPEATED}. Default: all.")] = None,
+    grid: Annotated[list[str] | None, typer.Option(help=f"Token grid such as 21x45x80{REPEATED}.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help=f"Head dimension{REPEATED}.")] = None,
+    density: DensityList = None,
+    pattern: Annotated[list[str] | None, typer.Option(help=f"radial, random_blocks or clusters{REPEATED}.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="About how long to measure in all.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Approximate duration of the benchmark.")] = None,
 ) -> None:
-    """Time every executor at hand against the best dense attention."""
+    """Time the executors, and the fastest dense attention of this machine."""
     with one_sentence():
         import torch
 
         from dit_sparse import Grid
-        from dit_sparse.eval.bench import attention as measure
+        from dit_sparse.eval.bench import attention as benchmark
         from dit_sparse.output.environment import conditions
         from dit_sparse.output.files import save_json, writable_file
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        executors, patterns = tuple(executor or measure.TIMED_EXECUTORS), tuple(pattern or measure.PATTERNS)
-        for asked, known in ((executors, measure.EXECUTORS), (patterns, measure.PATTERNS)):
-            if unknown := next((name for name in asked if name not in known), None):
-                raise ValueError(f"there is no {unknown!r}; there are {', '.join(known)}")
+        executors, patterns = tuple(executor or benchmark.TIMED_EXECUTORS), tuple(pattern or benchmark.PATTERNS)
+        for requested, known in ((executors, benchmark.EXECUTORS), (patterns, benchmark.PATTERNS)):
+            _check_known("executor or pattern", requested, known)
         grids = [Grid.parse(text) for text in grid or ()]
-        cases = measure.cases(device, grids, head_dim or (64, 128), density or (), patterns, heads)
+        cases = benchmark.cases(device, grids, head_dim or (64, 128), density or (), patterns, heads)
         writable_file(out)
-        rows, share = [], (seconds or (240 if device == "cuda" else 60)) / len(cases)
+        rows, seconds_per_case = [], (seconds or (240 if device == "cuda" else 60)) / len(cases)
         with progress_bars() as stage:
             progress = stage("cases")
-            for done, case in enumerate(cases):
-                progress(done, len(cases))
-                rows += measure.measure_case(case, executors, share)
+            for number, case in enumerate(cases):
+                progress(number, len(cases))
+                rows += benchmark.measure_case(case, executors, seconds_per_case)
             progress(len(cases), len(cases))
-        note = f"{cases[0].heads} heads, medians of runs that took turns"
+        note = f"{cases[0].heads} heads, medians of interleaved runs"
         save_json(out, {"rows": rows, "note": note} | conditions(device))
-    _print_bench(rows)
-    console.print(f"{len(rows)} rows in {escape(str(out))}")
+    _print_executors(rows)
+    console.print(f"{len(rows)} rows: {escape(str(out))}")
 
 
-@bench.command("transformer", epilog="Example: dit-sparse bench transformer --model wan2.1-1.3b --density 0.25")
-def bench_transformer(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file.")] = Path("out/transformer.json"),
-    model: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
-    method: Annotated[str, typer.Option("--method", "-m", help="One of `dit-sparse methods`.")] = "radial",
-    density: Annotated[list[float] | None, typer.Option("--density", "-d", help="May be repeated.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Forward passes of each kind: 2 on a GPU, else 3.")] = None,
+@bench.command(epilog="Example: dit-sparse bench transformer --model wan2.1-1.3b --method 'radial(sink=true)'")
+def transformer(
+    out: OutJson = Path("out/transformer.json"),
+    model: Annotated[list[str] | None, typer.Option(help=f"Model{REPEATED}. Default: all.")] = None,
+    method: Method = "radial",
+    density: DensityList = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Forward passes of each kind. Default: 2 on a GPU, 3 on a CPU.")
+    ] = None,
 ) -> None:
-    """Time one forward pass of full-size models with random weights; scaled down in proportion on a CPU."""
+    """Time a forward pass of full-size models with random weights; on a CPU, of scaled-down models."""
     with one_sentence():
         import torch
 
         from dit_sparse import SparseAttnProcessor
-        from dit_sparse.eval.bench import transformer as measure
+        from dit_sparse.eval.bench import transformer as benchmark
         from dit_sparse.output.environment import conditions
         from dit_sparse.output.files import save_json, writable_file
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rounds = rounds or (2 if device == "cuda" else 3)
-        models, densities = tuple(model or measure.MODELS), tuple(density or measure.DENSITIES)
-        if unknown := next((name for name in models if name not in measure.MODELS), None):
-            raise ValueError(f"there is no model {unknown!r}; there are {', '.join(measure.MODELS)}")
+        models, densities = tuple(model or benchmark.MODELS), tuple(density or benchmark.DENSITIES)
+        _check_known("model", models, benchmark.MODELS)
         for value in densities:
             SparseAttnProcessor(method, density=value)
         writable_file(out)
@@ -86,87 +90,98 @@ def bench_transformer(
             for name in models:
                 progress = stage(name)
                 progress(0, len(densities))
-                for row in measure.measure_model(name, device, densities, method, rounds):
+                for number, row in enumerate(benchmark.measure_model(name, device, densities, method, rounds), 1):
                     rows.append(row)
-                    progress(sum(r["model"] == name for r in rows), len(densities))
+                    progress(number, len(densities))
         scaled = "" if device == "cuda" else "one layer, 256 channels and tokens in proportion, "
-        note = f"{scaled}random weights, medians of {rounds} forward passes, dense ones taken beside the sparse"
+        note = f"{scaled}random weights, medians of {rounds} forward passes, dense and sparse interleaved"
         save_json(out, {"rows": rows, "note": note} | conditions(device))
     _print_transformers(rows)
-    console.print(f"{len(rows)} rows in {escape(str(out))}")
+    console.print(f"{len(rows)} rows: {escape(str(out))}")
 
 
-@bench.command("scaling", epilog="Example: dit-sparse bench scaling --methods radial,svg --frames 8,16,32,64,128")
-def bench_scaling(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file; its pictures lie beside it.")] = Path(
-        "out/scaling.json"
-    ),
-    methods: Annotated[str | None, typer.Option(help="Names, separated by commas.")] = None,
-    density: Annotated[float, typer.Option("--density", "-d", help="Beside the methods' own settings.")] = 0.25,
-    frames: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = "8,16,32,64,128",
+@bench.command(epilog="Example: dit-sparse bench scaling --methods 'radial(sink=true),svg' --frames 8,16,32,64,128")
+def scaling(
+    out: OutJson = Path("out/scaling.json"),
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas.")] = None,
+    density: Annotated[
+        float, typer.Option("--density", "-d", help="Density to measure, in addition to the methods' own settings.")
+    ] = 0.25,
+    frames: Annotated[
+        str, typer.Option(help="Video lengths in latent frames, separated by commas.")
+    ] = "8,16,32,64,128",
     frame: Annotated[str, typer.Option(help="Tokens of a frame, HEIGHTxWIDTH.")] = "30x52",
-    most_tokens: Annotated[int | None, typer.Option(min=1, help="Longest sequence that scorers look at.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", "--most-tokens", min=1, help="Longest sequence for methods that are not static."),
+    ] = None,
 ) -> None:
-    """Cost and density of methods as videos grow longer, with the fitted exponents."""
+    """Measure how the cost of methods grows with the length of the video, and fit exponents."""
     with one_sentence():
         from dit_sparse import Grid
-        from dit_sparse.eval.bench import scaling
+        from dit_sparse.eval.bench import scaling as benchmark
         from dit_sparse.output.files import save_figure, save_json, writable_file
 
         grid = Grid.parse(f"1x{frame}")
         try:
             lengths = [int(length) for length in frames.split(",")]
         except ValueError:
-            raise ValueError(f"--frames is lengths separated by commas, such as 8,16,32, not {frames[:60]!r}") from None
-        compared = scaling.METHODS if methods is None else names(methods)
-        size = {"height": grid.height, "width": grid.width, "max_tokens": most_tokens}
-        task = scaling.Scaling(compared, density, lengths, **size)
+            message = f"--frames must be lengths separated by commas, such as 8,16,32, got {frames[:60]!r}"
+            raise ValueError(message) from None
+        names = benchmark.METHODS if methods is None else method_list(methods)
+        size = {"height": grid.height, "width": grid.width, "max_tokens": max_tokens}
+        task = benchmark.Scaling(names, density, lengths, **size)
         writable_file(out)
         with progress_bars() as stage:
             result = task.run(stage("plans"))
         save_json(out, result)
-        for setting, what in (("own", "density"), ("fixed", "modelled_seconds")):
-            save_figure(out.with_name(f"{out.stem}-{setting}.png"), scaling.cost_chart(result, what, setting))
+        for setting, key in (("own", "density"), ("fixed", "modelled_seconds")):
+            save_figure(out.with_name(f"{out.stem}-{setting}.png"), benchmark.plot_cost(result, key, setting))
     _print_exponents(result["exponents"])
-    console.print(f"{len(result['rows'])} rows in {escape(str(out))}, pictures beside it")
+    console.print(f"{len(result['rows'])} rows and two plots: {escape(str(out))}")
 
 
-def _print_exponents(found: dict) -> None:
-    table = Table("method", "own settings", "fixed density", box=None, header_style="bold")
-    told = lambda fit: (
-        "-" if not fit or fit["exponent"] is None else f"n^{fit['exponent']:.2f} ({fit['points']} lengths)"
-    )
-    for name, fits in found.items():
-        table.add_row(escape(name), told(fits.get("own")), told(fits.get("fixed")))
-    console.print(table)
+def _check_known(kind: str, names: tuple, known: object) -> None:
+    if unknown := next((name for name in names if name not in known), None):
+        raise ValueError(f"there is no {kind} {unknown!r}; there are {', '.join(known)}")
 
 
-def _print_bench(rows: list[dict]) -> None:
-    """A table for every shape of the inputs; times in milliseconds, and "ideal" is density times the dense one."""
-    ran, ms = [row for row in rows if "why_not" not in row], lambda seconds: f"{1000 * seconds:.2f}"
-    for shape, alike in groupby(ran, lambda r: f"{r['tokens']} x {r['head_dim']}, {r['dtype']}"):
-        alike = list(alike)
-        fastest = min(alike, key=lambda r: r["dense_seconds"])
-        console.print(f"\n{shape}: dense attention takes {ms(fastest['dense_seconds'])} ms by {fastest['dense']}")
-        columns = ("pattern", "executor", "ms", "speed-up", "ideal", "TFLOP/s", "plan", "order")
+def _print_executors(rows: list[dict]) -> None:
+    """Print a table for every shape of the inputs; "of ideal" is the speedup times the density."""
+    measured, ms = [row for row in rows if "why_not" not in row], lambda seconds: f"{1000 * seconds:.2f}"
+    for shape, group in groupby(measured, lambda row: f"{row['tokens']} x {row['head_dim']}, {row['dtype']}"):
+        group = list(group)
+        dense = min(group, key=lambda row: row["dense_seconds"])
+        console.print(f"\n{shape}: dense attention takes {ms(dense['dense_seconds'])} ms by {dense['dense']}")
+        columns = ("pattern", "executor", "ms", "speedup", "of ideal", "TFLOP/s", "plan", "order")
         table = Table(box=None, header_style="bold")
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
-        for r in alike:
-            speed = (f"{r['speedup']:.2f}x", f"{1 / r['cost_per_block']:.0%}", f"{r['tflops']:.2f}")
-            beside = (ms(r["planning_seconds"]), ms(r["permute_seconds"]))
-            table.add_row(f"{r['pattern']} {r['density']:.2f}", r["executor"], ms(r["seconds"]), *speed, *beside)
+        for row in group:
+            speed = (f"{row['speedup']:.2f}x", f"{1 / row['cost_per_block']:.0%}", f"{row['tflops']:.2f}")
+            overhead = (ms(row["planning_seconds"]), ms(row["permute_seconds"]))
+            pattern = f"{row['pattern']} {row['density']:.2f}"
+            table.add_row(pattern, row["executor"], ms(row["seconds"]), *speed, *overhead)
         console.print(table)
-    console.print()
-    for name, reason in sorted({(r["executor"], r["why_not"]) for r in rows if "why_not" in r}):
-        console.print(f"{name} did not run everywhere: {reason}", highlight=False, markup=False)
+    console.print("\nplan: planning overhead (ms); order: time of the permutation (ms)", highlight=False)
+    for name, reason in sorted({(row["executor"], row["why_not"]) for row in rows if "why_not" in row}):
+        console.print(f"{name} did not run in every case: {reason}", highlight=False, markup=False)
 
 
 def _print_transformers(rows: list[dict]) -> None:
-    table = Table(
-        "model", "layers", "tokens", "density", "dense, s", "sparse, s", "ratio", box=None, header_style="bold"
+    table = make_table("model", "layers", "tokens", "density", "dense (s)", "sparse (s)", "speedup")
+    for row in rows:
+        shape = (row["model"], str(row["layers"]), str(row["tokens"]), f"{row['density']:.2f}")
+        seconds = (f"{row['seconds_dense']:.2f}", f"{row['seconds_sparse']:.2f}")
+        table.add_row(*shape, *seconds, f"{row['speedup']:.2f}x")
+    console.print(table)
+
+
+def _print_exponents(exponents: dict) -> None:
+    table = make_table("method", "own settings", "fixed density")
+    text = lambda fit: (
+        "-" if not fit or fit["exponent"] is None else f"n^{fit['exponent']:.2f} ({fit['points']} lengths)"
     )
-    for r in rows:
-        shape = (r["model"], str(r["layers"]), str(r["tokens"]), f"{r['density']:.2f}")
-        table.add_row(*shape, f"{r['seconds_dense']:.2f}", f"{r['seconds_sparse']:.2f}", f"{r['speedup']:.2f}x")
+    for name, fits in exponents.items():
+        table.add_row(escape(name), text(fits.get("own")), text(fits.get("fixed")))
     console.print(table)

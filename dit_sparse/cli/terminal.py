@@ -1,46 +1,57 @@
-"""What all commands share: where they print, how they end, how they show progress."""
+"""Output of the commands: consoles, error messages, tables and progress bars."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
-console, complaints = Console(), Console(stderr=True)
+console, error_console = Console(), Console(stderr=True)
 
 
 @contextmanager
-def one_sentence():
-    """Wrong input ends in one sentence on standard error and exit code 2; Ctrl-C in 130."""
+def one_sentence() -> Iterator[None]:
+    """End the command with one sentence on standard error: exit code 2 for wrong input, 1 for a RuntimeError, 130 for
+    Ctrl-C."""
     try:
         yield
     except (ValueError, RuntimeError, OSError) as error:
-        complaints.print(f"dit-sparse: {_told(error)}", highlight=False, markup=False, soft_wrap=True)
+        print_error(_message(error))
         raise typer.Exit(1 if isinstance(error, RuntimeError) else 2) from None
     except KeyboardInterrupt:
-        complaints.print("dit-sparse: interrupted")
+        print_error("interrupted")
         raise typer.Exit(130) from None
 
 
-def _told(error: Exception) -> str:
+def print_error(message: str) -> None:
+    error_console.print(f"dit-sparse: {message}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        place = error.filename2 or error.filename  # of two the second, which a finished file was to replace
-        return f"{place}: {error.strerror}" if place else error.strerror
+        path = error.filename2 or error.filename  # os.replace has two: the second is the file that the user named
+        return f"{path}: {error.strerror}" if path else error.strerror
     return str(error)
 
 
-def names(text: str) -> list[str]:
-    """``"radial, svg"``: both."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def make_table(*columns: str) -> Table:
+    """Return a table with these headings."""
+    return Table(*columns, box=None, header_style="bold")
+
+
+def decimals(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 @contextmanager
-def progress_bars():
-    """Yields ``stage(name)``, which begins a bar and returns ``progress(done, steps)``. Of many bars the first and the
-    latest stay in sight."""
+def progress_bars() -> Iterator[Any]:
+    """Yield ``stage(name)``, which starts a bar and returns ``progress(done, steps)``. The first and latest bars stay
+    visible."""
     columns = (
         TextColumn("{task.description:>14}"),
         BarColumn(),
@@ -48,7 +59,7 @@ def progress_bars():
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=complaints) as bars:
+    with Progress(*columns, console=error_console) as bars:
 
         def stage(name: str) -> Any:
             for old in bars.task_ids[1:-3]:

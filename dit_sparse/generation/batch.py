@@ -1,23 +1,16 @@
-"""Many prompts, one after the other, on one device or many: what is done is not done again.
+"""Generate a clip for each prompt of a list, on one device or many, and resume after an interruption.
 
-Every clip is a video and a JSON file of the same name with all that decided and was measured; the JSON comes last, so
-a clip without it is not done. Under ``accelerate launch`` the first process tells all others what is left, and each
-takes every n-th of it: no clip twice, and what a process that dies leaves is done by the next start. After that they
-do not speak with each other, so that none can wait for a dead one.
+Every clip is a video and a JSON file of the same name with its settings and measurements. The JSON file is written
+last, so a clip without it is not done. Under ``accelerate launch`` the processes share the clips that are left; the
+next start generates the clips of a process that was killed.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
-import os
 import re
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +22,31 @@ from ..bundled import BUNDLED
 from ..output.environment import conditions
 from ..output.files import for_json, save_json, writable_folder
 from ..output.media import save_video
-from .generate import Progress, generate, load, usual_call, usual_fps
-from .prompts import LARGEST, Row
+from .generate import Progress, Stage, default_call, default_fps, generate, load_pipeline
+from .processes import Interrupted, interruptible, shard
+from .prompts import MAX_NUMBER, Row
 
-ARGUMENTS = {"steps": "num_inference_steps", "frames": "num_frames", "height": "height", "width": "width"}
-ARGUMENTS |= {"guidance": "guidance_scale", "negative_prompt": "negative_prompt"}
-Stage = Callable[[str], Progress]
-_shares = itertools.count()
-
-
-class Stopped(Exception):
-    """Somebody asked to stop, and the current step has ended."""
+CALL_ARGUMENTS = {  # of rows, and of the pipeline call
+    "steps": "num_inference_steps",
+    "frames": "num_frames",
+    "height": "height",
+    "width": "width",
+    "guidance": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One clip."""
+    """One clip to generate.
+
+    Attributes:
+        name: of its files, without the suffix.
+        prompt, seed, call: prompt, seed of the noise, and further arguments of the pipeline call.
+        processor: the sparse attention.
+        model: the bundled model, a local diffusers folder, or a name on the hub.
+        fps: frames per second of the video file.
+    """
 
     name: str
     prompt: str
@@ -55,34 +57,38 @@ class Job:
     fps: int
 
     @property
-    def asked(self) -> dict:
-        """All that decides the clip, as plain values."""
-        settings = self.processor.settings
-        told = {"model": self.model, "prompt": self.prompt, "seed": self.seed, "call": self.call, "fps": self.fps}
-        told |= {"method": type(settings.method).__name__, "settings": settings.method.settings()}
-        told |= {"schedule": asdict(settings.schedule), "executor": settings.executor, "block": settings.block}
-        return json.loads(json.dumps(for_json(told)))
+    def settings(self) -> dict:
+        """All settings that determine the clip, as plain values. Files store them under ``"asked"``."""
+        run = self.processor.settings
+        values = {"model": self.model, "prompt": self.prompt, "seed": self.seed, "call": self.call, "fps": self.fps}
+        values |= {"method": type(run.method).__name__, "settings": run.method.settings()}
+        values |= {"schedule": asdict(run.schedule), "executor": run.executor, "block": run.block}
+        return json.loads(json.dumps(for_json(values)))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is to be made; everything is checked before any long work.
+    """A list of clips to generate. All arguments are checked before any long work.
 
     Attributes:
-        rows: names and rows, as ``read_rows`` gives them.
+        rows: names and rows, as `read_rows` returns them.
         out: folder for the videos, their JSON files and ``manifest.json``.
-        model: the bundled one, a local diffusers folder, or a name on the hub.
-        usual: settings of `SparseAttnProcessor` for rows that do not say otherwise.
-        call: arguments of the pipeline, likewise.
-        seed, seeds: the first seed, and how many clips there are of a row, with one seed more each.
-        retries: how often a clip that failed is tried again; not one that did not fit into memory.
-        fps: frames a second of the files; None: those of the model.
+        model: the bundled model, a local diffusers folder, or a name on the hub.
+        settings: arguments of `SparseAttnProcessor` for rows without their own; None means its default.
+        call: arguments of the pipeline call for rows without their own.
+        seed: seed of the first clip of a row without its own.
+        seeds: clips of each row, with consecutive seeds.
+        retries: further attempts for a clip that fails, except for lack of memory.
+        fps: frames per second of the video files; None: the default of the model.
+
+    Raises:
+        ValueError: an argument or row is invalid, or the folder holds clips with other settings or is not writable.
     """
 
     rows: Sequence[tuple[str, Row]]
     out: Path
     model: str = BUNDLED
-    usual: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
     call: dict = field(default_factory=dict)
     seed: int = 0
     seeds: int = 1
@@ -91,83 +97,86 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.retries < 0:
-            raise ValueError(f"seeds is at least 1 and retries at least 0, not {self.seeds} and {self.retries}")
-        taken = {"manifest"}  # some file systems do not tell capitals apart
+            raise ValueError(f"seeds must be at least 1 and retries at least 0, got {self.seeds} and {self.retries}")
+        names = {"manifest"}  # compared in lower case, because some file systems ignore case
         for job in self.jobs():
-            if job.name.lower() in taken:
+            if job.name.lower() in names:
                 raise ValueError(f"two clips, or a clip and the manifest, would both be named {job.name}")
-            taken.add(job.name.lower())
+            names.add(job.name.lower())
             if not 0 <= job.seed < 2**63:
-                raise ValueError(f"{job.name}: a seed is at least 0 and below 2**63, not {job.seed}")
-            for what, number in (job.call | {"fps": job.fps}).items():
-                if isinstance(number, int | float) and not abs(number) <= LARGEST:
-                    raise ValueError(f"{job.name}: {what} is a number up to {LARGEST}, not {number}")
-            found = self._result(job) or {}
-            if found.get("status") == "done" and found.get("asked") != job.asked:
-                raise ValueError(f"{self.out} holds {job.name} made with other settings: choose another --out")
+                raise ValueError(f"{job.name}: the seed must be in [0, 2**63), got {job.seed}")
+            for key, value in (job.call | {"fps": job.fps}).items():
+                if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
+                    raise ValueError(f"{job.name}: {key} must be in [-{MAX_NUMBER}, {MAX_NUMBER}], got {value}")
+            stored = self._stored_result(job) or {}
+            if stored.get("status") == "done" and not _same_settings(stored.get("asked"), job.settings):
+                raise ValueError(f"{self.out} holds {job.name} with other settings: choose another --out")
         writable_folder(self.out)
 
     def jobs(self) -> list[Job]:
-        """Every clip, in the order of the rows."""
-        usual, fps = usual_call(self.model), self.fps or usual_fps(self.model)
-        made = []
+        """Return all clips, in the order of the rows."""
+        call, fps = default_call(self.model) | self.call, self.fps or default_fps(self.model)
+        jobs = []
         for name, row in self.rows:
-            own = {to: getattr(row, key) for key, to in ARGUMENTS.items()}
-            call = usual | self.call | {to: given for to, given in own.items() if given is not None}
-            processor, first = self._processor(name, row), self.seed if row.seed is None else row.seed
-            for number in range(self.seeds):
-                each = name if self.seeds == 1 else f"{name}-seed{first + number}"
-                made.append(Job(each, row.prompt, first + number, call, processor, self.model, fps))
-        return made
+            row_call = {argument: getattr(row, key) for key, argument in CALL_ARGUMENTS.items()}
+            row_call = call | {argument: value for argument, value in row_call.items() if value is not None}
+            processor, first_seed = self._processor(name, row), self.seed if row.seed is None else row.seed
+            for seed in range(first_seed, first_seed + self.seeds):
+                clip_name = name if self.seeds == 1 else f"{name}-seed{seed}"
+                jobs.append(Job(clip_name, row.prompt, seed, row_call, processor, self.model, fps))
+        return jobs
 
     def _processor(self, name: str, row: Row) -> SparseAttnProcessor:
-        special = {key: getattr(row, key) for key in ("method", "density", "dense_steps")}
+        row_settings = {key: getattr(row, key) for key in ("method", "density", "dense_steps")}
+        row_settings = {key: value for key, value in row_settings.items() if value is not None}
         try:
-            return SparseAttnProcessor(**self.default_budget | {key: x for key, x in special.items() if x is not None})
+            return SparseAttnProcessor(**self.settings | row_settings)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: {error}") from None
 
     def run(self, stage: Stage) -> dict:
-        """Make this process's share of what is left. Returns the manifest.
+        """Generate this process's share of the clips that are left, and return the manifest.
 
         Raises:
-            Stopped: after SIGINT or SIGTERM, at the end of a step. What was done stays done.
+            Interrupted: SIGINT or SIGTERM was received. Finished clips stay valid.
         """
         jobs, progress = self.jobs(), stage("clips")
-        share = set(_shard(lambda: self._left(jobs)))
-        mine = [job for job in jobs if job.name in share]
-        with _stop_flag(lambda: stage("stopping")) as stopping:
-            pipe = prepare(load(self.model)) if mine else None
+        names = set(shard(lambda: self._names_left(jobs)))
+        own_jobs = [job for job in jobs if job.name in names]
+        with interruptible(lambda: stage("stopping")) as signals:
+            pipe = prepare(load_pipeline(self.model)) if own_jobs else None
             try:
-                for number, job in enumerate(mine):
-                    if stopping:
-                        raise Stopped
-                    self._make(pipe, job, _told(progress, number, len(mine), stopping))
+                for number, job in enumerate(own_jobs):
+                    if signals:
+                        raise Interrupted
+                    self._generate_or_fail(pipe, job, _batch_progress(progress, number, len(own_jobs), signals))
                 progress(len(jobs), len(jobs))
             finally:
-                manifest = self._manifest(jobs)
+                manifest = self._write_manifest(jobs)
         return manifest
 
-    def _left(self, jobs: Sequence[Job]) -> list[str]:
-        """The names of what is not done. Only the first process asks, before any begins: nobody's draft is in use."""
+    def _names_left(self, jobs: Sequence[Job]) -> list[str]:
+        """Return the names of the clips that are not done. Only the first process calls it, before any clip begins, so
+        that no partial file is in use."""
         self._remove_partial_files({job.name for job in jobs} | {"manifest"})
-        return [job.name for job in jobs if not self._done(job)]
+        return [job.name for job in jobs if not self._is_done(job)]
 
-    def _make(self, pipe: Any, job: Job, progress: Progress) -> None:
+    def _generate_or_fail(self, pipe: Any, job: Job, progress: Progress) -> None:
+        """Generate a clip, or record why it failed: one failure must not end the batch."""
         for _ in range(1 + self.retries):
             try:
-                return self._clip(pipe, job, progress)
-            except Stopped:
+                return self._generate(pipe, job, progress)
+            except Interrupted:
                 raise
-            except Exception as wrong:  # one clip must not end a night's work; the manifest tells
-                too_much, error = _out_of_memory(wrong), f"{type(wrong).__name__}: {_first_line(wrong)}"
-            torch.cuda.empty_cache()  # not before the error has gone, which holds tensors
-            if too_much:
-                error = f"out of memory: fewer frames, a smaller size or a lower density may fit ({error})"
+            except Exception as error:
+                out_of_memory, message = _is_out_of_memory(error), f"{type(error).__name__}: {_first_line(error)}"
+            torch.cuda.empty_cache()  # after the except block, because the error holds tensors
+            if out_of_memory:
+                message = f"out of memory: use fewer frames, a smaller size or a lower density ({message})"
                 break
-        save_json(self._path(job, "json"), {"status": "failed", "error": error, "asked": job.asked})
+        save_json(self._path(job, "json"), {"status": "failed", "error": message, "asked": job.settings})
 
-    def _clip(self, pipe: Any, job: Job, progress: Progress) -> None:
+    def _generate(self, pipe: Any, job: Job, progress: Progress) -> None:
         pipe.set_attn_processor(job.processor)
         try:
             clip = generate(pipe, job.prompt, job.seed, job.call, progress)
@@ -176,124 +185,89 @@ class Batch:
             pipe.set_attn_processor(None)
         video = self._path(job, "mp4")
         save_video(video, clip.frames, job.fps)
-        if not _whole(video):  # the encoder says nothing when the disk is full or somebody kills it
+        if not _is_complete(video):  # the encoder reports neither a full disk nor that it was killed
             video.unlink()
-            raise OSError(f"{video} could not be written whole; is the disk full?")
-        done = {"status": "done", "seconds": clip.seconds, "report": report, "asked": job.asked}
-        save_json(self._path(job, "json"), done | conditions())
+            raise OSError(f"{video} is incomplete: is the disk full?")
+        result = {"status": "done", "seconds": clip.seconds, "report": report, "asked": job.settings}
+        save_json(self._path(job, "json"), result | conditions())
 
-    def _manifest(self, jobs: Sequence[Job]) -> dict:
-        """All clips and how they stand, written to ``manifest.json``."""
-        manifest, before = self._status(jobs), None
-        while manifest["count"] != before:  # another process may have ended a clip, and its manifest be the older one
+    def _write_manifest(self, jobs: Sequence[Job]) -> dict:
+        """Write the status of all clips to ``manifest.json`` and return it."""
+        manifest, counts = self._status(jobs), None
+        while manifest["count"] != counts:  # another process may have finished a clip meanwhile
             save_json(self.out / "manifest.json", manifest)
-            before, manifest = manifest["count"], self._status(jobs)
-        if before["done"] == len(jobs):  # an encoder can outlive the process that was killed
+            counts, manifest = manifest["count"], self._status(jobs)
+        if counts["done"] == len(jobs):  # an encoder can outlive the process that was killed
             self._remove_partial_files({job.name for job in jobs})
         return manifest
 
     def _status(self, jobs: Sequence[Job]) -> dict:
         clips = []
         for job in jobs:
-            found = self._result(job) or {"status": "missing", "asked": job.asked}
-            clips.append({"name": job.name} | found)
-        number = {status: sum(clip["status"] == status for clip in clips) for status in ("done", "failed", "missing")}
-        return {"count": number, "clips": clips}
+            result = self._stored_result(job) or {"status": "missing", "asked": job.settings}
+            clips.append({"name": job.name} | result)
+        counts = {status: sum(clip["status"] == status for clip in clips) for status in ("done", "failed", "missing")}
+        return {"count": counts, "clips": clips}
 
     def _remove_partial_files(self, names: set[str]) -> None:
-        """Remove the drafts that killed processes left."""
+        """Remove the files that killed processes left half-written."""
         for path in self.out.glob(".*"):
-            draft = re.fullmatch(r"\.(.+)\.[^.]+\.(mp4|json)", path.name)
-            if draft and draft[1] in names:
+            partial = re.fullmatch(r"\.(.+)\.[^.]+\.(mp4|json)", path.name)
+            if partial and partial[1] in names:
                 path.unlink(missing_ok=True)
 
-    def _done(self, job: Job) -> bool:
-        return (self._result(job) or {}).get("status") == "done" and self._path(job, "mp4").exists()
+    def _is_done(self, job: Job) -> bool:
+        return (self._stored_result(job) or {}).get("status") == "done" and self._path(job, "mp4").exists()
 
-    def _result(self, job: Job) -> dict | None:
+    def _stored_result(self, job: Job) -> dict | None:
         try:
-            found = json.loads(self._path(job, "json").read_text())
+            result = json.loads(self._path(job, "json").read_text())
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and "status" in found else None
+        return result if isinstance(result, dict) and "status" in result else None
 
     def _path(self, job: Job, kind: str) -> Path:
         return self.out / f"{job.name}.{kind}"
 
 
-def _shard(left: Callable[[], list[str]]) -> list[str]:
-    """This process's part of what is left, as the first process sees it: what others see may have changed since."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        return left()
-    from torch.distributed import DistStoreError
+def _same_settings(stored: Any, settings: Any) -> bool:
+    """Whether two settings agree. The names of settings may differ between versions; their order and values may not."""
 
-    store, rank, world = _rendezvous()
-    key = f"dit-sparse-batch-{next(_shares)}"
-    if rank == 0:
-        store.set(key, json.dumps(left()))
-    names = json.loads(store.get(key))
-    store.set(f"{key}-{rank}", "heard")
-    if rank == 0:  # the store may be in this process, and end with it; but do not wait long for one that died
-        with suppress(DistStoreError):
-            store.wait([f"{key}-{other}" for other in range(world)], timedelta(minutes=1))
-    return names[rank::world]
+    def values(part: Any) -> Any:
+        if isinstance(part, dict):  # capitals are class names, such as {"Top": {"density": 0.2}}
+            return [(key if key[:1].isupper() else "", values(value)) for key, value in part.items()]
+        return [values(value) for value in part] if isinstance(part, list) else part
+
+    return values(stored) == values(settings)
 
 
-@functools.cache
-def _rendezvous() -> tuple[Any, int, int]:
-    """A store that all processes of a launch reach, which of them this is, and how many they are."""
-    from torch.distributed import rendezvous
+def _batch_progress(progress: Progress, number: int, count: int, signals: list[int]) -> Progress:
+    """Return the progress of clip ``number`` of ``count``, which raises `Interrupted` after a signal."""
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return next(rendezvous("env://"))
-
-
-@contextmanager
-def _stop_flag(heard: Callable[[], Any]) -> Iterator[list]:
-    """A list that is no longer empty once SIGINT or SIGTERM came; a second one ends the process at once."""
-    stopping: list[int] = []
-    before = {}
-
-    def stop(number: int, _: Any) -> None:
-        stopping.append(number)
-        signal.signal(number, before[number])
-        heard()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, stop)
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _told(progress: Progress, number: int, count: int, stopping: list) -> Progress:
-    def told(step: int, steps: int) -> None:
+    def on_step(step: int, steps: int) -> None:
         progress(number * steps + step, count * steps)
-        if stopping:
-            raise Stopped
+        if signals:
+            raise Interrupted
 
-    return told
+    return on_step
 
 
-def _whole(video: Path) -> bool:
-    """Whether an MP4 file ends where its last part ends, and has the index, which is written last."""
-    parts, at, end = set(), 0, video.stat().st_size
+def _is_complete(video: Path) -> bool:
+    """Whether the boxes of an MP4 file end at its end and include the index, which is written last."""
+    boxes, position, end = set(), 0, video.stat().st_size
     with video.open("rb") as file:
-        while at < end:
-            file.seek(at)
-            size, part = int.from_bytes(file.read(4), "big"), file.read(4)
+        while position < end:
+            file.seek(position)
+            size, box = int.from_bytes(file.read(4), "big"), file.read(4)
             size = int.from_bytes(file.read(8), "big") if size == 1 else size
             if size < 8:
                 return False
-            parts.add(part)
-            at += size
-    return at == end and b"moov" in parts
+            boxes.add(box)
+            position += size
+    return position == end and b"moov" in boxes
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Loading a pipeline and making one clip with it."""
+"""Load a diffusers pipeline and generate one clip with it."""
 
 from __future__ import annotations
 
@@ -17,49 +17,61 @@ from numpy.typing import NDArray
 from ..bundled import BUNDLED, BUNDLED_CALL, BUNDLED_FPS, SMALL_CALL, model_source
 from ..output.files import to_uint8
 
-USUAL_FPS = 16
+DEFAULT_FPS = 16
 
 Progress = Callable[[int, int], None]
-Watch = Callable[[int, int, torch.Tensor], None]
+Stage = Callable[[str], Progress]
+LatentsObserver = Callable[[int, int, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """``frames [F, H, W, 3]`` uint8, and the seconds from the call to the end of the last denoising step."""
+    """A generated video.
+
+    Attributes:
+        frames: ``[F, H, W, 3]``, uint8.
+        seconds: time from the pipeline call to the end of the last denoising step, without decoding.
+    """
 
     frames: NDArray
     seconds: float
 
 
-def usual_call(model: str, small: bool = False) -> dict:
-    """Arguments of the pipeline where nobody says otherwise; ``small``: of a clip that the bundled model makes in some
-    seconds, for commands that need many."""
-    usual = SMALL_CALL if small else BUNDLED_CALL
-    return dict(usual) if model == BUNDLED else {}
+def default_call(model: str, small: bool = False) -> dict:
+    """Return the default arguments of the pipeline call.
+
+    Args:
+        model: the bundled model has defaults; for other models the dict is empty.
+        small: a clip that takes seconds on a CPU, for commands that generate many.
+    """
+    return dict(SMALL_CALL if small else BUNDLED_CALL) if model == BUNDLED else {}
 
 
-def usual_fps(model: str) -> int:
-    """Frames a second where nobody says otherwise."""
-    return BUNDLED_FPS if model == BUNDLED else USUAL_FPS
+def default_fps(model: str) -> int:
+    """Return the default frames per second of a video file."""
+    return BUNDLED_FPS if model == BUNDLED else DEFAULT_FPS
 
 
-def load(model: str, device: str | None = None) -> Any:
-    """A diffusers pipeline: the bundled ``shapes-wan``, a local folder or a name on the hub; on ``device``, or on a GPU
-    if there is one.
+def load_pipeline(model: str, device: str | None = None) -> Any:
+    """Load a diffusers pipeline.
+
+    Args:
+        model: the bundled ``shapes-wan``, a local diffusers folder, or a name on the Hugging Face hub.
+        device: default: ``cuda`` if there is a GPU, else ``cpu``.
 
     Raises:
-        ValueError: it cannot be loaded; the message says why.
+        ValueError: the model cannot be loaded.
     """
     from diffusers import DiffusionPipeline
     from diffusers.pipelines.wan import pipeline_wan
 
     bundled = model == BUNDLED
-    if not bundled and _looks_like_a_path(model) and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model} is no diffusers pipeline: it has no model_index.json")
+    if not bundled and _is_path(model) and not (Path(model) / "model_index.json").is_file():
+        raise ValueError(f"{model} is not a diffusers pipeline: it has no model_index.json")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if bundled or device == "cpu" else torch.bfloat16
-    if bundled:  # its autoencoder keeps every frame, and the pipeline's advice on their number is about others
-        pipeline_wan.logger.addFilter(_no_advice_on_frames)
+    if bundled:  # the warning about num_frames does not apply: the bundled autoencoder keeps every frame
+        pipeline_wan.logger.addFilter(_is_not_frame_warning)
     try:
         with _no_loading_bars():
             pipe = DiffusionPipeline.from_pretrained(model_source(model), dtype=dtype)
@@ -70,47 +82,59 @@ def load(model: str, device: str | None = None) -> Any:
 
 
 def generate(
-    pipe: Any, prompt: str, seed: int, call: dict, progress: Progress | None = None, watch: Watch | None = None
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    call: dict,
+    progress: Progress | None = None,
+    observer: LatentsObserver | None = None,
 ) -> Clip:
-    """One clip from one seed; ``call`` holds further arguments of the pipeline. ``progress(done, steps)`` is told how
-    far it is, and ``watch(step, steps, latents)`` sees the latents after every step."""
-    finished: list[float] = []
+    """Generate one clip.
 
-    def step_ended(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
+    Args:
+        pipe: a diffusers pipeline.
+        prompt, seed: prompt, and seed of the noise.
+        call: further arguments of the pipeline call.
+        progress: ``progress(done, steps)`` is called after every denoising step.
+        observer: ``observer(step, steps, latents)`` is called after every denoising step.
+    """
+    step_ends: list[float] = []
+
+    def on_step_end(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
         if pipe.device.type == "cuda":
             torch.cuda.synchronize()
-        finished.append(time.perf_counter())
+        step_ends.append(time.perf_counter())
         if progress:
             progress(step + 1, pipe.num_timesteps)
-        if watch:
-            watch(step, pipe.num_timesteps, values["latents"])
+        if observer:
+            observer(step, pipe.num_timesteps, values["latents"])
         return values
 
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
-    frames = pipe(prompt, generator=generator, output_type="np", callback_on_step_end=step_ended, **call).frames[0]
-    return Clip(to_uint8(np.asarray(frames)), finished[-1] - begin)
+    frames = pipe(prompt, generator=generator, output_type="np", callback_on_step_end=on_step_end, **call).frames[0]
+    return Clip(to_uint8(np.asarray(frames)), step_ends[-1] - begin)
 
 
-def _no_advice_on_frames(record: logging.LogRecord) -> bool:
+def _is_not_frame_warning(record: logging.LogRecord) -> bool:
     return "num_frames - 1" not in record.getMessage()
 
 
 @contextmanager
 def _no_loading_bars() -> Iterator[None]:
-    """Downloads keep their bars; reading files from the disk needs none."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+    """Hide the progress bars of reading weights from disk; downloads keep theirs."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    for library in (of_diffusers, of_transformers):
+    for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library in (of_diffusers, of_transformers):
+        for library in (diffusers_logging, transformers_logging):
             library.enable_progress_bar()
 
 
-def _looks_like_a_path(model: str) -> bool:
+def _is_path(model: str) -> bool:
     return Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1

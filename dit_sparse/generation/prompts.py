@@ -1,4 +1,4 @@
-"""Prompt files: a prompt a line (.txt), or rows with settings of their own (.csv with a header, .jsonl)."""
+"""Prompt files: one prompt per line (.txt), or rows with their own settings (.csv with a header, .jsonl)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-LONGEST_PROMPT = 10_000  # characters
-LONGEST_NAME = 80
-LARGEST = 100_000  # of steps, frames, pixels
-RESERVED = {"con", "prn", "aux", "nul"} | {f"{port}{number}" for port in ("com", "lpt") for number in range(10)}
+from ..notation.settings import alternatives_to
 
-Count = Annotated[int | None, Field(gt=0, le=LARGEST)]
-Text = Annotated[str, Field(max_length=LONGEST_PROMPT)]
+MAX_PROMPT = 10_000  # characters
+MAX_NAME = 80  # characters
+MAX_NUMBER = 100_000  # steps, frames or pixels
+RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{port}{number}" for port in ("com", "lpt") for number in range(10)}
+
+Count = Annotated[int | None, Field(gt=0, le=MAX_NUMBER)]
+Text = Annotated[str, Field(max_length=MAX_PROMPT)]
 
 
 class Row(BaseModel):
-    """One prompt, and what is special about it; None: as for all.
+    """One prompt with its own settings; None: the setting of the batch.
 
     Attributes:
-        prompt, negative_prompt: what to show, and what not.
-        id: names the files; without one they are named by number and prompt.
-        seed: of the first clip.
-        method, density, dense_steps: as for `SparseAttnProcessor`.
-        steps, frames, height, width, guidance: arguments of the pipeline.
+        prompt, negative_prompt: what the video shows, and what it must not show.
+        id: name of the files. Default: number and prompt.
+        seed: seed of the first clip.
+        method, density, dense_steps: arguments of `SparseAttnProcessor`; the method may be ``radial(sink=true)``,
+            ``cached(svg2)`` or ``profile:NAME``.
+        steps, frames, height, width, guidance: arguments of the pipeline call.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -47,49 +50,47 @@ class Row(BaseModel):
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
-    """The rows of a file, each with the name that its files are to bear.
+    """Return the rows of a file, each with the name of its output files.
 
     Raises:
-        ValueError: the file cannot be read, a row is wrong or names are there twice; the message says which line.
+        ValueError: the file cannot be read, a row is invalid, or a name is used twice; the message names the line.
     """
-    readers = {".txt": _lines, ".csv": _table, ".jsonl": _objects}
-    kind = path.suffix.lower()
-    if kind not in readers:
-        raise ValueError(f"prompts come as {', '.join(readers)}, not {path.name}")
-    found: dict[str, tuple[int, Row]] = {}
-    names = []
-    for line, values in readers[kind](path):
-        row = _row(path, line, values)
-        name = file_name(row, len(names) + 1)
-        if name.lower() in found:  # some file systems do not tell them apart
-            raise ValueError(f"{path}, line {line}: {name!r} is the name of line {found[name.lower()][0]} too")
-        found[name.lower()] = (line, row)
-        names.append(name)
-    if not names:
+    readers = {".txt": _read_text, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    suffix = path.suffix.lower()
+    if suffix not in readers:
+        raise ValueError(f"a prompt file must be one of {', '.join(readers)}, got {path.name}")
+    rows: dict[str, tuple[int, str, Row]] = {}  # by the name in lower case, because some file systems ignore case
+    for line, values in readers[suffix](path):
+        row = _validate(path, line, values)
+        name = file_name(row, len(rows) + 1)
+        if name.lower() in rows:
+            raise ValueError(f"{path}, line {line}: the name {name!r} is already used in line {rows[name.lower()][0]}")
+        rows[name.lower()] = (line, name, row)
+    if not rows:
         raise ValueError(f"there are no prompts in {path}")
-    return [(name, row) for name, (_, row) in zip(names, found.values(), strict=True)]
+    return [(name, row) for _, name, row in rows.values()]
 
 
 def file_name(row: Row, number: int) -> str:
-    """A name that is safe in any folder: letters, digits, ``-``, ``_`` and ``.``, none of them a path. What had to be
-    changed in an id is followed by a digest of it, so that different ids have different names."""
-    told = row.id if row.id else f"{number:04d}-{row.prompt}"
-    safe = "".join(sign if sign.isascii() and (sign.isalnum() or sign in "-_.") else "_" for sign in told)
-    safe = safe.lstrip("._-")[:LONGEST_NAME].rstrip("._-")
-    if safe.partition(".")[0].lower() in RESERVED:  # names of devices on Windows
+    """Return a file name that is safe on every file system, of ASCII letters, digits, ``-``, ``_`` and ``.``. If an id
+    had to be changed, a digest of it follows, so that different ids have different names."""
+    text = row.id if row.id else f"{number:04d}-{row.prompt}"
+    safe = "".join(sign if sign.isascii() and (sign.isalnum() or sign in "-_.") else "_" for sign in text)
+    safe = safe.lstrip("._-")[:MAX_NAME].rstrip("._-")
+    if safe.partition(".")[0].lower() in RESERVED_NAMES:  # device names on Windows
         safe = f"id-{safe}"
     if row.id and safe != row.id:
         safe = f"{safe}-{hashlib.sha256(row.id.encode()).hexdigest()[:8]}".lstrip("-")
     return safe
 
 
-def _row(path: Path, line: int, values: object) -> Row:
+def _validate(path: Path, line: int, values: object) -> Row:
     place = f"{path}, line {line}"
     if not isinstance(values, dict):
-        raise ValueError(f'{place}: a row is an object such as {{"prompt": "a cat"}}')
+        raise ValueError(f'{place}: a row must be an object such as {{"prompt": "a cat"}}')
     for name, value in values.items():
         if name not in Row.model_fields:
-            raise ValueError(f"{place}: there is no setting {name[:40]!r}; there are {', '.join(Row.model_fields)}")
+            raise ValueError(f"{place}: there is no setting {name[:40]!r}; {alternatives_to(name, Row.model_fields)}")
         if isinstance(value, bool):
             raise ValueError(f"{place}: {name} cannot be {str(value).lower()}")
     try:
@@ -100,45 +101,45 @@ def _row(path: Path, line: int, values: object) -> Row:
     if not row.prompt:
         raise ValueError(f"{place}: the prompt is empty")
     if "\0" in row.prompt + (row.negative_prompt or ""):
-        raise ValueError(f"{place}: a zero byte in the prompt")
+        raise ValueError(f"{place}: the prompt contains a zero byte")
     return row
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict]]:
-    for line, text in _text(path):
+def _read_text(path: Path) -> Iterator[tuple[int, dict]]:
+    for line, text in _numbered_lines(path):
         if text.strip():
             yield line, {"prompt": text}
 
 
-def _objects(path: Path) -> Iterator[tuple[int, object]]:
-    for line, text in _text(path):
+def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
+    for line, text in _numbered_lines(path):
         if not text.strip():
             continue
         try:
             yield line, json.loads(text)
         except (ValueError, RecursionError):
-            raise ValueError(f"{path}, line {line}: this is no JSON") from None
+            raise ValueError(f"{path}, line {line}: not JSON") from None
 
 
-def _table(path: Path) -> Iterator[tuple[int, dict]]:
-    reader = csv.DictReader((text for _, text in _text(path)), strict=True)
+def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader((text for _, text in _numbered_lines(path)), strict=True)
     try:
         header = [name.strip() for name in reader.fieldnames or ()]
         if "prompt" not in header:
-            raise ValueError(f"{path} needs a header with a column 'prompt', and commas between columns")
+            raise ValueError(f"{path} needs a header with a column 'prompt', with commas between columns")
         if len(set(header)) < len(header):
             raise ValueError(f"{path} has two columns of the same name")
         reader.fieldnames = header
         for values in reader:
             if None in values:
-                raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has")
+                raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
             yield reader.line_num, {name: value for name, value in values.items() if value not in ("", None)}
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _text(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers, from 1; UTF-8, with or without a mark of it, and with any kind of line ends."""
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file, with or without a byte order mark, and their numbers from 1."""
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -147,7 +148,7 @@ def _text(path: Path) -> Iterator[tuple[int, str]]:
         try:
             text = piece.decode()
         except UnicodeDecodeError:
-            raise ValueError(f"{path}, line {line}: this is not UTF-8; save the file as UTF-8") from None
+            raise ValueError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
         if "\0" in text:
-            raise ValueError(f"{path}, line {line}: a zero byte; this is no text")
+            raise ValueError(f"{path}, line {line}: a zero byte, so this is not a text file")
         yield line, text + "\n"

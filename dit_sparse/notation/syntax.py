@@ -75,6 +75,12 @@ def has_settings(node: Node) -> bool:
     return any(isinstance(one, ProfileName) or (isinstance(one, Call) and one.settings) for one in nodes(node))
 
 
+def sets_density(node: Node) -> bool:
+    """Return whether a text determines the density: it holds a density, a budget or a profile."""
+    keys = {key for one in nodes(node) if isinstance(one, Call) for key, _ in one.settings}
+    return bool(keys & {"density", "budget"}) or any(isinstance(one, ProfileName) for one in nodes(node))
+
+
 def split_list(text: str, separator: str = ",") -> list[str]:
     """Split at separators outside parentheses and quotes; the parts are stripped."""
     parts, depth = [""], 0

@@ -1,4 +1,4 @@
-"""The commands, as a user types them: what they print, what they refuse, what they leave behind."""
+"""The commands: help, output, files, and one-sentence errors."""
 
 import json
 import re
@@ -6,73 +6,110 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from dit_sparse import METHODS
-from dit_sparse.cli.main import app, count_or_fraction
+from dit_sparse.cli.main import app
+from dit_sparse.cli.options import call_arguments, count_or_fraction, method_list
 from dit_sparse.kernels.executors import EXECUTORS
+from dit_sparse.methods import method
+
+STATIC = [name for name in METHODS if method(name, density=0.5).static]
+COMMANDS = sorted(typer.main.get_command(app).commands)
 
 
 def call(*arguments: str):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "methods", "show", "doctor"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("bench", "eval")])
 def test_every_command_has_help_with_an_example(command):
     result = call(command, "--help")
     assert result.exit_code == 0
     assert f"Example: dit-sparse {command}" in result.output
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("bench", name) for name in ("attention", "transformer", "scaling")]
+    + [("eval", name) for name in ("video", "export", "attention")],
+    ids=" ".join,
+)
+def test_commands_of_groups_have_help_with_an_example(command):
+    result = call(*command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: dit-sparse {' '.join(command)}" in result.output
+
+
 def test_methods_as_table_and_as_json():
-    assert all(name in call("methods").output for name in METHODS)
+    output = call("methods").output
+    assert all(name in output for name in METHODS) and "sink=false" in output.replace("\n", "")
     rows = json.loads(call("methods", "--json").output)
     assert [row["name"] for row in rows] == list(METHODS)
     assert all(row["source"].startswith("https://") and row["summary"] for row in rows)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("svg2", "pbs")])
-def test_show_draws_in_the_terminal_and_to_a_file(method, tmp_path):
-    result = call(
-        "show", method, "--grid", "226+3x9x10", "--density", "0.5", "--block", "32", "--png", tmp_path / "m.png"
-    )
-    assert result.exit_code == 0
+@pytest.mark.parametrize("text", [*STATIC, "radial(sink=true)", "radial|sink(frames=2)", "pooled(window)"])
+def test_show_draws_in_the_terminal_and_to_a_file(text, tmp_path):
+    grid = ("--grid", "226+3x9x10", "--density", "0.5", "--block", "32")
+    result = call("show", text, *grid, "--png", tmp_path / "m.png")
+    assert result.exit_code == 0, result.output
     assert "226 text + 3x9x10" in result.output
     assert (tmp_path / "m.png").stat().st_size > 1000
 
 
-def test_doctor_tells_every_executor_s_verdict():
-    found = json.loads(call("doctor", "--json", "--quick").output)
-    assert set(found["executors"]) == set(EXECUTORS)
-    assert found["executors"]["gather"] == "ok"
-    assert re.search("not tried|a C\\+\\+ compiler", found["executors"]["flex"]), "it would compile for a while"
-    assert found["versions"]["torch"]
+def test_show_prints_the_canonical_text_and_the_density():
+    shown = lambda *arguments: call("show", *arguments).output.splitlines()[-1]
+    assert shown("radial( sink=true, decay=0.2 )").startswith("radial(decay=0.2, sink=true)  21x20x20")
+    assert shown("radial").endswith("density 0.250") and shown("radial(density=0.4)").endswith("density 0.400")
+
+
+@pytest.mark.parametrize("text", [name for name in METHODS if name not in STATIC] + ["cached(radial)", "pooled(svg)"])
+def test_show_refuses_methods_that_need_queries(text):
+    result = call("show", text)
+    assert result.exit_code == 2 and "plans from queries and keys" in result.stderr, result.output
+
+
+def test_doctor_lists_every_executor():
+    result = json.loads(call("doctor", "--json", "--quick").output)
+    assert set(result["executors"]) == set(EXECUTORS)
+    assert result["executors"]["gather"] == "ok"
+    assert re.search("not checked|needs a C", result["executors"]["flex"]), "it would compile for a while"
+    assert result["versions"]["torch"]
 
 
 BAD = {
     "unknown method": (["show", "nonsense"], "no method 'nonsense'"),
-    "clusters of nothing": (["show", "svg2"], "svg2 clusters tokens by what they hold"),
-    "density 0": (["demo", "--density", "0"], "density must be in"),
-    "density 2": (["generate", "x", "--density", "2"], "density must be in"),
-    "grid": (["show", "radial", "--grid", "4x4"], "cannot read the grid"),
-    "executor": (["demo", "--executor", "warp"], "no executor 'warp'"),
-    "dense steps": (["demo", "--dense-steps", "some"], "--dense-steps is a count"),
-    "dense steps above 1": (["demo", "--dense-steps", "1.5"], "dense_steps is a count"),
+    "misspelt method": (["generate", "x", "--method", "radail"], "did you mean 'radial'?"),
+    "misspelt setting": (["generate", "x", "-m", "radial(dekay=1)"], "did you mean 'decay'?"),
+    "misspelt profile": (["generate", "x", "-m", "profile:shapes_wan"], "did you mean 'shapes-wan'?"),
+    "type of a setting": (["demo", "-m", "radial(decay=x)"], "decay of radial must be a number, got 'x'"),
+    "open parenthesis": (["demo", "-m", "radial(decay=1"], "expected ',' or ')' (character 15)"),
+    "deep nesting": (["demo", "-m", "pooled(" * 10_000], "nested more than 32 levels deep"),
+    "density of a profile": (["demo", "-m", "profile:shapes-wan", "-d", "0.3"], "takes no density"),
+    "two densities": (["demo", "-m", "radial(density=0.2)", "-d", "0.3"], "density of radial is given twice"),
+    "density 0": (["demo", "--density", "0"], "density must be in (0, 1]"),
+    "density 2": (["generate", "x", "--density", "2"], "density must be in (0, 1]"),
+    "grid": (["show", "radial", "--grid", "4x4"], "grid"),
+    "executor": (["demo", "--executor", "warp"], "'warp'"),
+    "dense steps": (["demo", "--dense-steps", "some"], "--dense-steps must be a count"),
+    "dense steps above 1": (["demo", "--dense-steps", "1.5"], "dense_steps must be a count"),
     "one step": (["demo", "--steps", "1"], "at least 2 steps"),
-    "not an mp4": (["generate", "x", "--out", "x.gif"], "ends in .mp4"),
-    "no frames": (["generate", "x", "--frames", "0"], "must be positive"),
-    "no model": (["generate", "x", "--model", "./nowhere"], "no diffusers pipeline"),
-    "block": (["show", "radial", "--block", "7"], "block is 16 to 256"),
+    "not an mp4": (["generate", "x", "--out", "x.gif"], "must be a file that ends in .mp4"),
+    "no frames": (["generate", "x", "--frames", "0"], "num_frames must be at least 1"),
+    "no model": (["generate", "x", "--model", "./nowhere"], "not a diffusers pipeline"),
+    "block": (["show", "radial", "--block", "7"], "block must be in [16, 256]"),
     "output": (["demo", "--out", "/proc/nothing"], "cannot write into"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "said"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call(*arguments)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.output + result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
@@ -86,18 +123,44 @@ def test_a_damaged_model_folder_is_refused(tmp_path):
     assert not (tmp_path / "x.mp4").exists()
 
 
-def test_generate_writes_a_video(tmp_path):
-    size = ("--steps", "2", "--frames", "2", "--height", "64", "--width", "64")
-    result = call("generate", "a blue square moves up", *size, "--dense-steps", "1", "--out", tmp_path / "v.mp4")
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("radial", "radial: density requested 0.250"),
+        ("radial(sink=true)", "radial(sink=true): density requested -"),
+        (
+            "cached(subblock(subblocks=2, density=0.3), replan_interval=1)",
+            "cached(subblock(subblocks=2), replan_interval=1): ",
+        ),
+        ("profile:shapes-wan", "profile:shapes-wan: density requested -"),
+    ],
+)
+def test_generate_writes_a_video(text, line, tmp_path):
+    size = ("--steps", "2", "--frames", "2", "--height", "32", "--width", "32")
+    result = call("generate", "a blue square", "-m", text, *size, "--dense-steps", "1", "--out", tmp_path / "v.mp4")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "v.mp4").stat().st_size > 1000
-    assert "radial: density asked 0.250" in result.output
+    assert line in result.output, result.output
 
 
 @pytest.mark.parametrize(("text", "value"), [(None, None), ("3", 3), ("0.2", 0.2), ("1.0", 1.0)])
-def test_a_count_is_an_integer_and_a_fraction_is_not(text, value):
-    found = count_or_fraction(text)
-    assert found == value and type(found) is type(value)
+def test_a_count_is_an_integer_and_a_fraction_is_a_float(text, value):
+    parsed = count_or_fraction(text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_lists_of_methods_are_split_outside_parentheses():
+    assert method_list("radial(sink=true, decay=0.2), svg@0.3,,pooled(svg)@own") == [
+        "radial(sink=true, decay=0.2)",
+        "svg@0.3",
+        "pooled(svg)@own",
+    ]
+
+
+def test_call_arguments_are_those_that_are_given():
+    assert call_arguments(steps=4, guidance=0.0) == {"num_inference_steps": 4, "guidance_scale": 0.0}
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 2, got 1"):
+        call_arguments(steps=1, min_steps=2)
 
 
 def test_the_installed_command_answers():

@@ -1,4 +1,4 @@
-"""The commands that judge: `eval video`, `eval export`, `eval attention`, `bench scaling`."""
+"""`eval video`, `eval export`, `eval attention`, `bench scaling` and `report`, and the files they read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dit_sparse.cli.main import app
-from dit_sparse.cli.measure import read_prompts
+from dit_sparse.cli.options import read_prompts
 from dit_sparse.eval.comparison.clip_store import ClipRecord, ClipStore
 from dit_sparse.eval.comparison.result_schema import read_result
-from dit_sparse.eval.report.page import page
+from dit_sparse.eval.report.page import render_page
 from dit_sparse.eval.report.tables import RESULTS
 from dit_sparse.output.files import atomic_write, for_json, save_json
 from dit_sparse.output.media import read_video, save_video
@@ -35,23 +35,23 @@ def videos(tmp_path):
     return tmp_path
 
 
-def test_a_video_is_judged_by_itself_and_against_another(videos):
-    judged = run("eval", "video", videos / "a.mp4", "--reference", videos / "b.mp4", "--json", videos / "x.json")
-    assert judged.exit_code == 0, judged.output
+def test_video_prints_quality_and_fidelity_to_a_reference(videos):
+    result = run("eval", "video", videos / "a.mp4", "--reference", videos / "b.mp4", "--json", videos / "x.json")
+    assert result.exit_code == 0, result.output
     found = json.loads((videos / "x.json").read_text())
     assert 0 < found["quality"]["temporal_flickering"] < 1 and 5 < found["fidelity"]["psnr"]["pooled"] < 30
-    assert "temporal_flickering" in judged.output and "ms_ssim" in judged.output
+    assert "temporal_flickering" in result.output and "ms_ssim" in result.output
     same = run("eval", "video", videos / "a.mp4", "--reference", videos / "a.mp4", "--json", videos / "y.json")
     assert same.exit_code == 0 and json.loads((videos / "y.json").read_text())["fidelity"]["psnr"]["pooled"] == "inf"
 
 
-def test_a_video_is_read_as_it_was_written(videos):
+def test_videos_are_read_as_written(videos):
     frames, fps = read_video(videos / "a.mp4")
     assert frames.shape[0] == 3 and frames.dtype == np.uint8 and fps == 8
 
 
-def compared() -> dict:
-    """What a comparison once wrote, of one prompt and two seeds."""
+def stored_result() -> dict:
+    """A stored comparison, changed to one prompt and two seeds."""
     result = json.loads((RESULTS / "cpu" / "compare.json").read_text())
     rows = [row | {"seconds": 3.0} for row in result["rows"][:3]]
     return result | {"prompts": ["a red circle"], "seeds": 2, "rows": rows}
@@ -68,7 +68,7 @@ def put(shelf: ClipStore, row: dict, seed: int, frames: np.ndarray, **other: obj
 )
 def test_clips_of_a_row_are_written_for_vbench(tmp_path, other):
     """And not what another comparison left in the folder, earlier or later."""
-    result, shelf = compared(), ClipStore(tmp_path / "clips")
+    result, shelf = stored_result(), ClipStore(tmp_path / "clips")
     (tmp_path / "compare.json").write_text(json.dumps(result))
     own = result["rows"][1]
     for seed in (0, 1):
@@ -88,8 +88,8 @@ def test_clips_of_a_row_are_written_for_vbench(tmp_path, other):
         assert fps == 8 and np.abs(frames.astype(int) - clip(seed)).max() <= 3
 
 
-def test_one_clip_at_a_time_is_held(tmp_path, monkeypatch):
-    result, shelf, held = compared(), ClipStore(tmp_path / "clips"), []
+def test_export_holds_one_clip_at_a_time(tmp_path, monkeypatch):
+    result, shelf, held = stored_result(), ClipStore(tmp_path / "clips"), []
     (tmp_path / "compare.json").write_text(json.dumps(result | {"model": "some/model"}))
     for seed in (0, 1):
         put(shelf, result["rows"][0], seed, clip(seed))
@@ -103,7 +103,7 @@ def test_one_clip_at_a_time_is_held(tmp_path, monkeypatch):
     assert held == [True, 16]
 
 
-def test_attention_beside_the_best_mask(tmp_path):
+def test_attention_writes_efficiencies_and_plots(tmp_path):
     looked = run("eval", "attention", "--methods", "random_blocks,subblock", "--block", 16, "--out", tmp_path, *SMALL)
     assert looked.exit_code == 0, looked.output
     rows = {row["method"]: row for row in json.loads((tmp_path / "analysis.json").read_text())["rows"]}
@@ -139,8 +139,8 @@ def test_bad_input_is_one_sentence(command, words, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_clips_that_are_not_there_are_named(tmp_path):
-    result = compared()
+def test_missing_clips_are_named(tmp_path):
+    result = stored_result()
     (tmp_path / "compare.json").write_text(json.dumps(result))
     for given, words in (("svg 0.1", "there are dense, random_blocks"), ("dense", "has no clips")):
         refused = run("eval", "export", tmp_path, "--row", given, "--out", tmp_path / "out")
@@ -152,12 +152,12 @@ def test_clips_that_are_not_there_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/compare*.json")), ids=lambda path: path.parent.name)
-def test_results_that_ship_are_read(path):
-    assert page(read_result(path)).endswith("</html>\n")
+def test_stored_results_are_read(path):
+    assert render_page(read_result(path)).rstrip().endswith("</html>")
 
 
 def damaged(**changes: object) -> dict:
-    result = compared()
+    result = stored_result()
     result["rows"][1] |= changes.pop("row", {})
     return result | changes
 
@@ -177,7 +177,7 @@ def damaged(**changes: object) -> dict:
         (damaged(row={"mass": [[]]}), "rows.1.mass.0: List should have"),
         (damaged(row={"speedup": "2"}), "rows.1.speedup: Input should be a valid number"),
         (damaged(row={"strip": "' onload='alert(1)"}), "rows.1.strip: String should match"),
-        ({key: value for key, value in compared().items() if key != "steps"}, "steps: Field required"),
+        ({key: value for key, value in stored_result().items() if key != "steps"}, "steps: Field required"),
     ],
 )
 def test_a_damaged_result_is_one_sentence(result, words, tmp_path):
@@ -188,15 +188,15 @@ def test_a_damaged_result_is_one_sentence(result, words, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_what_cannot_be_written_is_one_sentence(tmp_path):
-    (tmp_path / "compare.json").write_text(json.dumps(compared()))
+def test_unwritable_pages_are_one_sentence(tmp_path):
+    (tmp_path / "compare.json").write_text(json.dumps(stored_result()))
     (tmp_path / "report.html").mkdir()
     refused = run("report", tmp_path, "--html")
     assert refused.exit_code == 2 and "report.html: Is a directory" in refused.output.replace("\n", "")
     assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "report.html"}
 
 
-def test_json_is_json(tmp_path):
+def test_json_has_no_infinity_or_nan(tmp_path):
     save_json(tmp_path / "x.json", {"a": [np.inf, (-np.inf, 1.5)], "b": float("nan"), "c": {"d": True, "e": None}})
     told = (tmp_path / "x.json").read_text()
     assert json.loads(told, parse_constant=lambda name: pytest.fail(name)) == {
@@ -207,7 +207,7 @@ def test_json_is_json(tmp_path):
     assert for_json({"psnr": np.inf}) == {"psnr": "inf"} and float("inf") == np.inf
 
 
-def test_drafts_of_one_file_are_two(tmp_path):
+def test_concurrent_writes_of_a_file_have_their_own_partial_files(tmp_path):
     """Two threads of one process may write it."""
     with atomic_write(tmp_path / "x.json") as one, atomic_write(tmp_path / "x.json") as other:
         assert one != other
@@ -225,7 +225,7 @@ def test_drafts_of_one_file_are_two(tmp_path):
         ("a.jsonl", '{"prompt": "a cat"}\n', ["a cat"]),
     ],
 )
-def test_prompts_come_from_files(tmp_path, name, content, prompts):
+def test_prompts_are_read_from_files(tmp_path, name, content, prompts):
     (tmp_path / name).write_text(content)
     assert read_prompts(str(tmp_path / name)) == prompts
 
@@ -233,12 +233,12 @@ def test_prompts_come_from_files(tmp_path, name, content, prompts):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("a.csv", "prompt,seed\na cat,1\n", "sets seed too"),
+        ("a.csv", "prompt,seed\na cat,1\n", "sets seed, which only"),
         ("a.txt", "\n", "there are no prompts"),
-        ("a.md", "a cat", "prompts come as"),
+        ("a.md", "a cat", "a prompt file must be one of"),
     ],
 )
-def test_other_files_of_prompts_are_refused(tmp_path, name, content, words):
+def test_invalid_prompt_files_are_refused(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     refused = run("profile", "shapes-wan", "--check", "shapes-wan", "--prompts", tmp_path / name)
     assert refused.exit_code == 2 and words in refused.output.replace("\n", " ")
@@ -254,7 +254,7 @@ def test_other_files_of_prompts_are_refused(tmp_path, name, content, words):
         (["eval", "video", "a.mp4", "--json", "."], "--json names a file"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_the_work(command, words, videos, monkeypatch):
+def test_unwritable_files_are_refused_before_the_work(command, words, videos, monkeypatch):
     monkeypatch.chdir(videos)
     work = ("bench.scaling.Scaling.run", "bench.attention.measure_case", "bench.transformer.measure_model")
     for name in (*work, "quality.vbench_style.quality"):

@@ -1,0 +1,167 @@
+"""``dit-sparse compare``, ``report`` and ``reproduce``: methods compared with dense attention and with papers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .options import (
+    Block,
+    DenseSteps,
+    Densities,
+    Executor,
+    Frames,
+    Height,
+    Model,
+    OutFolder,
+    Prompts,
+    Seeds,
+    Steps,
+    Width,
+    call_arguments,
+    count_or_fraction,
+    method_list,
+    numbers,
+    read_prompts,
+)
+from .terminal import console, decimals, make_table, one_sentence, progress_bars
+
+QUICK_PROMPTS, QUICK_STEPS = 2, 6
+
+
+def compare(
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Rows, separated by commas: all, or methods such as 'radial(sink=true)', 'pooled(svg2)', profile:X. "
+            "METHOD@0.3 is one row at this density, METHOD@own one at the method's own settings."
+        ),
+    ] = "all",
+    density: Densities = "0.25",
+    prompts: Prompts = "4",
+    seeds: Seeds = 1,
+    model: Model = "shapes-wan",
+    dense_steps: DenseSteps = "0.25",
+    executor: Executor = "auto",
+    block: Block = None,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    per_branch: Annotated[
+        bool,
+        typer.Option("--per-branch", help="Separate plans for the branches of guidance; slower and less accurate."),
+    ] = False,
+    quality: Annotated[bool, typer.Option("--quality", help="Also score each clip with VBench-style metrics.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: two prompts, six steps, short clips.")] = False,
+    out: OutFolder = Path("out/compare"),
+) -> None:
+    """Compare methods with dense attention and with each other. The same command resumes an interrupted comparison."""
+    with one_sentence():
+        from dit_sparse import Schedule
+        from dit_sparse.eval.comparison.comparison import QUICK_CALL, Comparison
+        from dit_sparse.eval.report.page import write_page
+
+        call = {"num_inference_steps": QUICK_STEPS} if quick else {}
+        if quick and model == "shapes-wan":
+            call = QUICK_CALL
+        task = Comparison(
+            methods=method_list(methods),
+            prompts=read_prompts(prompts)[: QUICK_PROMPTS if quick else None],
+            densities=numbers(density),
+            seeds=seeds,
+            out=out,
+            schedule=Schedule(dense_steps=count_or_fraction(dense_steps), per_branch=per_branch),
+            executor=executor,
+            block=block,
+            quality=quality,
+            model=model,
+            call=call | call_arguments(steps, frames, height, width, min_steps=2),
+        )
+        with progress_bars() as stage:
+            result = task.run(stage)
+        write_page(result, out / "report.html")
+    console.print(_comparison_table(result["rows"]))
+    console.print(f"{len(result['prompts'])} prompts, {result['device']}; {escape(str(out / 'report.html'))}")
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="A folder of `dit-sparse compare`, or its compare.json.")],
+    html: Annotated[bool, typer.Option("--html", help="Write report.html next to compare.json.")] = False,
+) -> None:
+    """Print the table of a comparison, or write its page, from compare.json."""
+    with one_sentence():
+        from dit_sparse.eval.comparison.result_schema import read_result
+        from dit_sparse.eval.report.page import write_page
+        from dit_sparse.eval.report.tables import compare_table
+
+        path = results / "compare.json" if results.is_dir() else results
+        result = read_result(path)
+        if not html:
+            print(compare_table(result))
+            return
+        page = path.with_name("report.html")
+        write_page(result, page)
+    console.print(f"open {escape(str(page))} in a browser")
+
+
+def reproduce(
+    recipe: Annotated[str | None, typer.Argument(help="Name or TOML file of a recipe. Default: list them.")] = None,
+    prompts: Prompts = "4",
+    seeds: Seeds = 1,
+    executor: Executor = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder. Default: out/RECIPE.")] = None,
+) -> None:
+    """Repeat the experiment of a paper, and print published and measured results."""
+    with one_sentence():
+        from dit_sparse.eval.comparison.reproduce import Recipe, published_and_measured, recipes
+        from dit_sparse.eval.report.page import write_page
+
+        if recipe is None:
+            for name in recipes():
+                console.print(f"{name:28} {Recipe.load(name).title}", highlight=False)
+            return
+        paper = Recipe.load(recipe)
+        folder = out or Path("out") / Path(recipe).stem
+        task = paper.comparison(read_prompts(prompts), folder, seeds, executor)
+        paper.check_call()
+        console.print(f"{paper.title}\n{paper.source}, on {paper.hardware}", highlight=False, markup=False)
+        with progress_bars() as stage:
+            result = task.run(stage)
+        write_page(result, folder / "report.html")
+    console.print(_reproduction_table(list(published_and_measured(paper, result))))
+    console.print(f"published / measured on {result['device']}; {escape(str(folder / 'report.html'))}")
+    console.print("published speedups are end-to-end, measured speedups are of the denoising")
+
+
+def _comparison_table(rows: list[dict]) -> Table:
+    headings = ("density", "relative error", "retained mass", "PSNR (dB)", "over random (dB)", "SSIM")
+    table = make_table("method", *headings, "speedup", "attention speedup", "planning overhead")
+    mean = lambda statistics: statistics and statistics["mean"]
+    for row in sorted(rows, key=lambda row: (row["density_asked"] or 0, -(mean(row["psnr"]) or 999))):
+        table.add_row(
+            escape(row["name"]),
+            decimals(row["density_achieved"], 3) + (" !" if row["density_hit"] is False else ""),
+            decimals(row["error"], 2),
+            decimals(row["retained"], 2),
+            decimals(mean(row["psnr"]), 1),
+            decimals(mean(row["over_random"]), 1),
+            decimals(mean(row["ssim"]), 3),
+            f"{row['speedup']:.2f}x",
+            f"{row['attention_speedup']:.2f}x",
+            f"{row['planning_share']:.0%}",
+        )
+    return table
+
+
+def _reproduction_table(rows: list[dict]) -> Table:
+    columns = {"density": "density", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "speedup": "speedup"}
+    table = make_table("row", *columns.values())
+    digits = lambda value: "-" if value is None else f"{value:.3g}"
+    for row in rows:
+        table.add_row(escape(row["row"]), *(" / ".join(map(digits, row[column])) for column in columns))
+    return table

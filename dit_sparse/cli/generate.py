@@ -1,0 +1,129 @@
+"""``dit-sparse generate`` and ``dit-sparse demo``: one sparse video, and one next to its dense video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .options import (
+    Block,
+    DenseSteps,
+    Density,
+    Executor,
+    Fps,
+    Frames,
+    Guidance,
+    Height,
+    JsonFile,
+    Method,
+    Model,
+    OutFolder,
+    Seed,
+    Steps,
+    Width,
+    call_arguments,
+    count_or_fraction,
+)
+from .terminal import console, make_table, one_sentence, progress_bars
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    model: Model = "shapes-wan",
+    method: Method = "radial",
+    density: Density = None,
+    dense_steps: DenseSteps = None,
+    executor: Executor = "auto",
+    block: Block = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    guidance: Guidance = None,
+    fps: Fps = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The video file to write.")] = Path("out/video.mp4"),
+) -> None:
+    """Generate one video with sparse attention, with any supported diffusers pipeline."""
+    with one_sentence():
+        from dit_sparse import SparseAttnProcessor
+        from dit_sparse.generation import generate as generation
+        from dit_sparse.output.files import writable_folder
+        from dit_sparse.output.media import save_video
+
+        processor = SparseAttnProcessor(
+            method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
+        )
+        if out.suffix != ".mp4":
+            raise ValueError(f"--out must be a file that ends in .mp4, got {out}")
+        arguments = call_arguments(steps, frames, height, width, guidance)
+        writable_folder(out.parent)
+        pipe = generation.load_pipeline(model)
+        run = processor.attach(pipe)
+        with progress_bars() as stage:
+            call = generation.default_call(model) | arguments
+            clip = generation.generate(pipe, prompt, seed, call, stage("denoising"))
+        save_video(out, clip.frames, fps or generation.default_fps(model))
+    console.print(escape(str(run.report())))
+    console.print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {escape(str(out))}")
+
+
+def demo(
+    method: Method = "radial",
+    density: Density = None,
+    dense_steps: DenseSteps = None,
+    executor: Executor = "auto",
+    block: Block = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt for the bundled model.")] = None,
+    seed: Seed = 0,
+    steps: Steps = None,
+    out: OutFolder = Path("out/demo"),
+    json_file: JsonFile = None,
+) -> None:
+    """Generate one video densely and sparsely from the same seed with the bundled model, and compare them."""
+    with one_sentence():
+        from dit_sparse import SparseAttnProcessor
+        from dit_sparse.bundled import BUNDLED_PROMPT
+        from dit_sparse.demo.demo import Demo
+        from dit_sparse.output.files import save_json, writable_file
+
+        processor = SparseAttnProcessor(
+            method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
+        )
+        task = Demo(prompt or BUNDLED_PROMPT, processor, out, seed, call_arguments(steps))
+        if json_file:
+            writable_file(json_file, "--json")
+        with progress_bars() as stage:
+            result = task.run(stage)
+        if json_file:
+            save_json(json_file, result)
+    _print_demo(result)
+    console.print(f"videos, plots and result.json: {escape(str(out))}")
+
+
+def _print_demo(result: dict) -> None:
+    table = make_table("", "dense", escape(result["method"]), "speedup")
+    by_step = [result[f"attention_by_step_{kind}"] for kind in ("dense", "sparse")]
+    dense_steps = result["dense_steps"]
+    seconds = {
+        "denoising time (s)": (result["seconds_dense"], result["seconds_sparse"]),
+        "attention time (s)": (result["attention_seconds_dense"], result["attention_seconds_sparse"]),
+    }
+    if dense_steps:
+        seconds[f"- first {dense_steps} steps, dense"] = [sum(steps[:dense_steps]) for steps in by_step]
+        seconds[f"- other {result['steps'] - dense_steps} steps"] = [sum(steps[dense_steps:]) for steps in by_step]
+    for label, (dense, sparse) in seconds.items():
+        table.add_row(label, f"{dense:.1f}", f"{sparse:.1f}", f"{dense / sparse:.2f}x" if sparse else "-")
+    achieved = result["density_achieved"]
+    table.add_row("density of the sparse calls", "1", "-" if achieved is None else f"{achieved:.3f}")
+    table.add_row("density of the whole run", "1", f"{result['density_run']:.3f}")
+    table.add_row("PSNR (dB)", "", f"{result['psnr']:.1f}")
+    table.add_row("SSIM", "", f"{result['ssim']:.3f}")
+    console.print(table)
+    console.print(
+        f"{result['steps']} steps, {result['grid']} tokens, executor {result['executor']}, {result['device']}",
+        highlight=False,
+    )

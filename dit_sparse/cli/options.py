@@ -1,0 +1,128 @@
+"""Options that several commands share, and the values that their texts stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MAX_PROMPTS = 60  # prompts of the bundled model
+
+Model = Annotated[str, typer.Option(help="shapes-wan, a local diffusers folder, or a name on the Hugging Face hub.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        "-m",
+        help="Method, with settings and compositions: radial, 'radial(sink=true)', 'radial|sink', 'cached(svg2)', "
+        "profile:NAME. See `dit-sparse methods`.",
+    ),
+]
+Methods = Annotated[
+    str, typer.Option(help="Methods, separated by commas, such as 'radial(sink=true),svg,pooled(svg)'.")
+]
+Density = Annotated[
+    float | None,
+    typer.Option(
+        "--density",
+        "-d",
+        help="Fraction of the query-key pairs to compute, in (0, 1]. Default: 0.25 if the method has no settings.",
+    ),
+]
+Densities = Annotated[str, typer.Option("--density", "-d", help="Densities, separated by commas.")]
+DenseSteps = Annotated[
+    str | None,
+    typer.Option(
+        help="First denoising steps that stay dense: a count or a fraction. Default: 0.25, or that of the profile."
+    ),
+]
+Executor = Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")]
+Block = Annotated[int | None, typer.Option(help="Tokens in a block.")]
+
+Prompts = Annotated[str, typer.Option(help="Number of bundled prompts, or a .txt, .csv or .jsonl file of prompts.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Clips of each prompt, with seeds of their own.")]
+
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: that of the pipeline.")]
+Frames = Annotated[int | None, typer.Option(help="Frames of the video.")]
+Height = Annotated[int | None, typer.Option(help="Height in pixels.")]
+Width = Annotated[int | None, typer.Option(help="Width in pixels.")]
+Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")]
+Fps = Annotated[int | None, typer.Option(min=1, help="Frames per second of the file.")]
+
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
+OutJson = Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def call_arguments(
+    steps: int | None = None,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    guidance: float | None = None,
+    min_steps: int = 1,
+) -> dict:
+    """Return the arguments of a pipeline call that are not None.
+
+    Raises:
+        ValueError: a number is too small.
+    """
+    counts = {"num_inference_steps": steps, "num_frames": frames, "height": height, "width": width}
+    for name, value in counts.items():
+        minimum = min_steps if name == "num_inference_steps" else 1
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    arguments = counts | {"guidance_scale": guidance}
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def count_or_fraction(text: str | None) -> int | float | None:
+    """Return an int for text such as ``"3"``, a float for text such as ``"0.2"``. Raises ValueError for other text."""
+    if text is None:
+        return None
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--dense-steps must be a count such as 3 or a fraction such as 0.2, got {text!r}") from None
+
+
+def numbers(text: str, option: str = "--density") -> list[float]:
+    """Return the numbers of a list such as ``"0.15,0.25"``. Raises ValueError for other text."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        message = f"{option} must be numbers separated by commas, such as 0.15,0.25, got {text[:60]!r}"
+        raise ValueError(message) from None
+
+
+def method_list(text: str) -> list[str]:
+    """Return the methods of a list separated by commas; commas in parentheses belong to the settings."""
+    from dit_sparse.notation.syntax import split_list
+
+    return [part for part in split_list(text) if part]
+
+
+def read_prompts(text: str) -> list[str]:
+    """Return that number of bundled prompts, or the prompts of a file.
+
+    Raises:
+        ValueError: the text is neither a number nor a file, or the file sets more than prompts.
+    """
+    from dit_sparse.bundled.shapes_wan.judge import held_out_tasks
+    from dit_sparse.generation.prompts import read_rows
+
+    if text.isdecimal() and 1 <= int(text) <= MAX_PROMPTS:
+        return [task.text for task in held_out_tasks(int(text))]
+    if not Path(text).suffix:
+        raise ValueError(
+            f"--prompts must be a number from 1 to {MAX_PROMPTS}, or a .txt, .csv or .jsonl file, got {text[:60]!r}"
+        )
+    rows = [row for _, row in read_rows(Path(text))]
+    settings = set().union(*(row.model_dump(exclude_none=True) for row in rows)) - {"prompt", "id"}
+    if settings:
+        names = ", ".join(sorted(settings))
+        raise ValueError(f"{text} sets {names}, which only `dit-sparse batch` reads: remove the columns")
+    return [row.prompt for row in rows]

@@ -1,0 +1,73 @@
+"""Share work among the processes of a launch, and stop it at a signal.
+
+The first process tells the others what is left, and each process takes every n-th item. The processes do not
+communicate after that, so none waits for a process that was killed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+_shard_numbers = itertools.count()
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM was received, and the current denoising step has ended."""
+
+
+def shard(names_left: Callable[[], list[str]]) -> list[str]:
+    """Return this process's share of the clips that are left, as the first process sees them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return names_left()
+    from torch.distributed import DistStoreError
+
+    store, rank, world_size = _rendezvous()
+    key = f"dit-sparse-batch-{next(_shard_numbers)}"
+    if rank == 0:
+        store.set(key, json.dumps(names_left()))
+    names = json.loads(store.get(key))
+    store.set(f"{key}-{rank}", "received")
+    if rank == 0:  # the store may end with this process, so wait for the others, but not long for one that was killed
+        with suppress(DistStoreError):
+            store.wait([f"{key}-{other}" for other in range(world_size)], timedelta(minutes=1))
+    return names[rank::world_size]
+
+
+@functools.cache
+def _rendezvous() -> tuple[Any, int, int]:
+    """Return the store, the rank and the number of processes of a launch."""
+    from torch.distributed import rendezvous
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return next(rendezvous("env://"))
+
+
+@contextmanager
+def interruptible(on_signal: Callable[[], Any]) -> Iterator[list[int]]:
+    """Yield a list that the first SIGINT or SIGTERM is appended to; a second one ends the process at once."""
+    signals: list[int] = []
+    handlers = {}
+
+    def handle(number: int, _: Any) -> None:
+        signals.append(number)
+        signal.signal(number, handlers[number])
+        on_signal()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, handle)
+    try:
+        yield signals
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
