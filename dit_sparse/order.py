@@ -20,7 +20,7 @@ def row_major(grid: Grid) -> Tensor:
 
 
 def frame_last(grid: Grid) -> Tensor:
-    """Pixel by pixel: the same place of all frames side by side, as for SVG's temporal heads (arXiv:2502.01776)."""
+    """Place by place: the same place of all frames side by side, as for SVG's temporal heads (arXiv:2502.01776)."""
     frame, row, column = _video_coordinates(grid)
     return _sort_video(grid, (row * grid.width + column) * grid.frames + frame)
 
