@@ -81,9 +81,9 @@ ACCURACY = """
 ## Prompt following
 
 {prompts} prompts with one or two objects; the pairs never occurred in training. {tokens} tokens, {steps} steps,
-guidance {guidance}, checked by a program (`python -m dit_sparse.bundled.shapes_wan.judge`). Clips of up to 6 frames have fast
-motion. Clips that are both long and large were used only in the last tenth of the training and are not part of this
-test; in them, objects sometimes appear twice. Fraction of objects with the correct attribute:
+guidance {guidance}, checked by a program (`python -m dit_sparse.bundled.shapes_wan.judge`). Clips of up to 6 frames
+have fast motion. Clips that are both long and large were used only in the last tenth of the training and are not part
+of this test; in them, objects sometimes appear twice. Fraction of objects with the correct attribute:
 
 {table}
 """
