@@ -25,7 +25,7 @@ from dit_sparse.kernels.executors import EXECUTORS, executor, flex, gather, refe
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.pick import AUTO, pick
 
-EXACT_EXECUTORS = ["reference", "gather", "cpu"] + ["block_sparse"] * launching.interpreted()
+EXACT_EXECUTORS = ["reference", "gather", "cpu"] + ["block_sparse"] * launching.is_interpreted()
 for_every_executor = pytest.mark.parametrize("name", EXACT_EXECUTORS)
 
 # arguments of qkv; arguments of random_plan
