@@ -20,6 +20,7 @@ from .style import (
     TEXT_SIZE,
     SeriesStyle,
     Theme,
+    contrast,
     finish,
     new_figure,
     printable,
@@ -72,7 +73,7 @@ def plot_heat_map(
     axes.pcolormesh(values, cmap=theme.color_map(), vmin=0, vmax=1, edgecolors=theme.paper, linewidth=1.5)
     for (layer, head), value in np.ndenumerate(values):
         text = f"{labels[layer][head]} {value:.2f}" if labels else f"{value:.2f}"
-        color = theme.paper if value > 0.55 else theme.ink
+        color = max(("black", "white"), key=lambda ink: contrast(ink, theme.color_map()(value)))
         axes.text(head + 0.5, layer + 0.5, text, size=SMALL_SIZE, color=color, ha="center", va="center")
     style_axes(axes, theme)
     axes.invert_yaxis()
@@ -197,7 +198,7 @@ def plot_intervals(
     points: Sequence[Point], title: str, x_label: str, limits: tuple[float, float], theme: Theme = LIGHT
 ) -> Figure:
     """Plot the ``y`` of each point and its confidence interval on a horizontal axis, the first point on top."""
-    figure = new_figure(3.7, 0.2 * len(points) + 0.5, theme, title)
+    figure = new_figure(3.4, 0.2 * len(points) + 0.5, theme, title)
     axes = figure.subplots()
     rows = np.arange(len(points))
     low = [point.y if point.low is None else point.low for point in points]

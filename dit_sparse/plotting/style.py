@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,14 @@ from html import escape
 from itertools import cycle, islice
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
+from matplotlib.typing import ColorType
 
 _SVG = "http://www.w3.org/2000/svg"
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11.0, 9.0, 8.0  # points
@@ -69,6 +72,14 @@ DARK = Theme(
     series=("#7db7ff", "#fe9563", "#77ca8a", "#cb99ff", "#d9ac5f", "#61c6d1", "#ff84b0", "#a6c66b", "#f0b7b2",
             "#aeb9cb"),
 )  # fmt: skip
+
+
+def contrast(color: ColorType, other: ColorType) -> float:
+    """Return the contrast ratio of two colours by WCAG 2, 1 to 21; text requires 4.5."""
+    srgb = np.array([to_rgb(color), to_rgb(other)])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    dark, light = sorted(linear @ (0.2126, 0.7152, 0.0722))
+    return (light + 0.05) / (dark + 0.05)
 
 
 @dataclass(frozen=True)
@@ -174,6 +185,8 @@ def figure_to_svg(
     root.attrib = {"viewBox": root.get("viewBox"), "xmlns": _SVG, "class": "plot", "role": "group", "aria-label": label}
     root.set("style", "stroke-linejoin: round")
     svg = ET.tostring(root, encoding="unicode")
+    svg = re.sub(r" font-family: [^;]*;| transform=\"rotate\(-0 [^)]*\)\"", "", svg)
+    svg = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", svg)
     for name, color in theme.css_variables().items():
         svg = svg.replace(f": {color}", f": var({name}, {color})")
     return svg
@@ -186,7 +199,11 @@ def figure_to_html(figure: Figure) -> str:
 
 
 def _simplify(root: ET.Element, titles: Mapping[str, str]) -> None:
-    """Remove what an element inside a page does not need, group the series and name the links."""
+    """Remove what an element inside a page does not need, group the series and name the links.
+
+    The labels of series can be focused; other links are for pointers alone, so that a reader with a keyboard does not
+    pass all markers.
+    """
     elements = list(root.iter())
     for element in elements:
         element.tag = element.tag.rpartition("}")[2]
@@ -196,15 +213,17 @@ def _simplify(root: ET.Element, titles: Mapping[str, str]) -> None:
     for parent in elements:
         for child in list(parent):
             gid = child.get("id", "")
-            if child.tag in ("metadata", "style"):
+            if child.tag in ("metadata", "style") or gid.startswith("series-"):
                 parent.remove(child)
-            elif gid.startswith("series-"):
-                parent.remove(child)
+            if gid.startswith("series-"):
                 groups.setdefault(gid, ET.Element("g", {"class": "series"})).append(child)
             if gid and f"#{gid}" not in references:
                 del child.attrib["id"]
-            if title := titles.get(child.get("href", "")):
-                child.set("aria-label", title)
-                child.insert(0, ET.Element("title"))
-                child[0].text = title
     root.extend(groups.values())
+    labels = {link for group in groups.values() for link in group.iter("a") if link.find("text") is not None}
+    for link in root.iter("a"):
+        link.attrib = {"href": link.get("href")} | ({} if link in labels else {"tabindex": "-1"})
+        if title := titles.get(link.get("href")):
+            link.set("aria-label", title)
+            link.insert(0, ET.Element("title"))
+            link[0].text = title

@@ -1,7 +1,6 @@
-"""The tables of the README, made from the methods and from result files, never by hand.
+"""Generate the tables of the README from the methods and the stored results.
 
-``python -m dit_sparse.eval.report.readme`` rewrites what stands in README.md between ``<!-- table: name -->`` and
-``<!-- end -->``.
+``python -m dit_sparse.eval.report.readme`` rewrites README.md between ``<!-- table: name -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from .tables import ROOT, markdown
 
 
 def method_rows() -> list[dict]:
-    """Name, summary, settings with defaults and source of every method."""
+    """Return name, summary, settings with defaults, and source of every method."""
     return [
         {
             "name": name,
-            "summary": _first_sentence(_paper(cls)),
-            "settings": {f.name: _shown(f.default) for f in fields(cls) if f.name != "density"},
-            "source": _source(_paper(cls)),
+            "summary": _first_sentence(_file_docstring(cls)),
+            "settings": {f.name: _value(f.default) for f in fields(cls) if f.name != "density"},
+            "source": _source(_file_docstring(cls)),
         }
         for name, cls in METHODS.items()
     ]
 
 
-def _shown(default: object) -> object:
+def _value(default: object) -> object:
     return name_of(default) if isinstance(default, Method) else default
 
 
 def _source(doc: str) -> str:
-    """The address of the first paper that a docstring names, or the first address in it."""
+    """Return the address of the first paper in a docstring, or else the first address."""
     if paper := re.search(r"arXiv:(\d{4}\.\d{5})", doc):
         return f"https://arxiv.org/abs/{paper[1]}"
     return re.search(r"https://\S+[^\s.,]", doc)[0]
@@ -70,8 +69,8 @@ def model_table() -> str:
     )
 
 
-def _paper(cls: type) -> str:
-    """The docstring of the method's file, where its source is cited."""
+def _file_docstring(cls: type) -> str:
+    """Return the docstring of a method's file, which cites its source."""
     return importlib.import_module(cls.__module__).__doc__
 
 
@@ -91,8 +90,8 @@ TABLES = {
 }
 
 
-def rewritten(text: str) -> str:
-    """The README with every table made anew."""
+def update_tables(text: str) -> str:
+    """Return the text of the README with all tables generated again."""
     return re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
@@ -103,4 +102,4 @@ def rewritten(text: str) -> str:
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    readme.write_text(rewritten(readme.read_text()))
+    readme.write_text(update_tables(readme.read_text()))

@@ -1,4 +1,4 @@
-"""What was measured, as tables: from the JSON files in ``eval/results/``, and from a comparison of one's own."""
+"""Markdown tables of stored results: of the JSON files in ``eval/results/``, or of one comparison."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from dit_sparse.eval.bench.attention import PATTERNS
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "eval" / "results"
-TIMED = (
-    "Clips kept from an earlier run bring the seconds of that time, and machines have slow minutes: small differences "
-    "in speed may be theirs."
-)
+TIMING_NOTE = "Clips of an earlier run keep its timings, and small differences in speed may be noise of the machine."
 
 
 def demo_table() -> str:
-    """One row for every ``eval/results/*/demo-*.json``."""
+    """Return a row for every ``eval/results/*/demo-*.json``."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/demo-*.json"))]
     results.sort(key=lambda r: (r["device"], -float(r["psnr"])))
     rows = (
@@ -34,12 +31,12 @@ def demo_table() -> str:
         )
         for r in results
     )
-    columns = ("method", "density", "whole run", "PSNR, dB", "SSIM", "denoising", "attention")
+    columns = ("method", "density", "run density", "PSNR (dB)", "SSIM", "denoising speedup", "attention speedup")
     return markdown(columns, rows) + "\n\n" + _demo_conditions(results)
 
 
 def compare_tables() -> str:
-    """What every ``eval/results/*/compare.json`` found at the density that is nearest to .25."""
+    """Return the table of every ``eval/results/*/compare.json`` at the density closest to 0.25."""
     tables = []
     for path in sorted(RESULTS.glob("*/compare.json")):
         result = json.loads(path.read_text())
@@ -48,102 +45,115 @@ def compare_tables() -> str:
 
 
 def branches_tables() -> str:
-    """From every ``eval/results/*/compare-per-branch.json`` and the ``compare.json`` beside it."""
+    """Return a table for every ``eval/results/*/compare-per-branch.json`` and the ``compare.json`` next to it."""
     tables = []
     for path in sorted(RESULTS.glob("*/compare-per-branch.json")):
-        shared, apart = (json.loads(path.with_name(name).read_text()) for name in ("compare.json", path.name))
-        tables.append(branches_table(shared, apart))
+        shared, separate = (json.loads(path.with_name(name).read_text()) for name in ("compare.json", path.name))
+        tables.append(branches_table(shared, separate))
     return "\n\n".join(tables)
 
 
-def branches_table(shared: dict, apart: dict) -> str:
-    """The rows that two comparisons have in common, with one plan for both branches and with a plan for each. Raises
-    ValueError where the comparisons differ in more than that."""
+def branches_table(shared: dict, separate: dict) -> str:
+    """Return the common rows of two comparisons: one plan shared by both branches of guidance, and a plan per branch.
+
+    Raises:
+        ValueError: the comparisons differ in anything else.
+    """
     same = ("model", "call", "prompts", "seeds", "schedule", "executor", "block", "versions", "device")
-    told = shared | {"schedule": shared["schedule"] | {"per_branch": True}}
-    if differ := [name for name in same if told[name] != apart[name]]:
-        raise ValueError(f"comparisons with one plan and with two differ in {', '.join(differ)}, too")
+    expected = shared | {"schedule": shared["schedule"] | {"per_branch": True}}
+    if differ := [name for name in same if expected[name] != separate[name]]:
+        raise ValueError(f"comparisons with one plan and with two must not differ in {', '.join(differ)}")
     others = {row["name"]: row for row in shared["rows"] if row["error"] and row["method"] != "random_blocks"}
-    pairs = ((others[row["name"]], row) for row in apart["rows"] if row["name"] in others)
+    pairs = [(others[row["name"]], row) for row in separate["rows"] if row["name"] in others]
     gain = lambda pair: pair[0]["psnr"]["mean"] - pair[1]["psnr"]["mean"]
-    rows = (
-        (f"`{one['name']}`", *(f"{row['psnr']['mean']:.1f}{_between(row['psnr']['interval'])}" for row in (one, two)))
-        + (f"{gain((one, two)):+.1f}", *(f"{row['planning_share']:.0%}" for row in (one, two)))
-        for one, two in sorted(pairs, key=gain, reverse=True)
-    )
-    columns = ("row", "PSNR, one plan", "PSNR, a plan each", "dB", "planning, one plan", "planning, a plan each")
-    return f"{markdown(columns, rows)}\n\nGuidance {apart['call']['guidance_scale']:g}; {_compare_conditions(apart)}"
+    rows = [
+        (f"`{pair[0]['name']}`", *(f"{row['psnr']['mean']:.1f}{_bounds(row['psnr']['interval'])}" for row in pair))
+        + (f"{gain(pair):+.1f}", *(f"{row['planning_share']:.0%}" for row in pair))
+        for pair in sorted(pairs, key=gain, reverse=True)
+    ]
+    columns = ("row", "PSNR (dB), shared plan", "PSNR (dB), plan per branch", "gain of sharing (dB)")
+    columns += ("planning overhead, shared", "planning overhead, per branch")
+    guidance = separate["call"]["guidance_scale"]
+    return f"{markdown(columns, rows)}\n\nGuidance {guidance:g}; {_compare_conditions(separate)}"
 
 
 def compare_table(result: dict, density: float | None = None) -> str:
-    """One row a method and density of a comparison, the nearest to dense first, and the conditions; or only the rows of
-    one density, those without one, and the dense ones that cost as much as any of them."""
+    """Return the rows of a comparison by density, the most similar to the dense video first, and the conditions.
+
+    Args:
+        density: only the rows of this density, those without one, and the dense runs of the same cost as any of them.
+    """
     rows = result["rows"]
     if density is not None:
         rows = [row for row in rows if row["density_asked"] in (None, density)]
         names = {row["name"] for row in rows}
         rows = [row for row in rows if names.intersection(row.get("equal_to", names))]
-    told = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+    number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
     mean = lambda spread: spread and spread["mean"]
-    quality = lambda row: (row["density_asked"] or 0, -(mean(row["psnr"]) or 999))
-    rows = [
+    order = lambda row: (row["density_asked"] or 0, -(mean(row["psnr"]) or 999))
+    cells = [
         (
-            f"`{r['name']}`" + costs_like(r, result["rows"]),
-            told(r["density_achieved"], 2) + (" (!)" if r["density_hit"] is False else ""),
-            told(r["density_run"], 2),
-            told(r["error"], 2),
-            told(r["retained"], 2),
-            told(mean(r["psnr"]), 1) + _between(r["psnr"] and r["psnr"]["interval"]),
-            told(mean(r["over_random"]), 1),
-            told(mean(r["ssim"]), 3),
+            ", ".join(filter(None, (f"`{r['name']}`", same_cost_note(r, result["rows"])))),
+            number(r["density_achieved"], 2) + (" (!)" if r["density_hit"] is False else ""),
+            number(r["density_run"], 2),
+            number(r["error"], 2),
+            number(r["retained"], 2),
+            number(mean(r["psnr"]), 1) + _bounds(r["psnr"] and r["psnr"]["interval"]),
+            number(mean(r["over_random"]), 1),
+            number(mean(r["ssim"]), 3),
             f"{r['speedup']:.2f}x",
             f"{r['attention_speedup']:.2f}x",
             f"{r['planning_share']:.0%}",
         )
-        for r in sorted(rows, key=quality)
+        for r in sorted(rows, key=order)
     ]
-    columns = ("row", "density", "whole run", "error", "kept", "PSNR, dB", "over random", "SSIM")
-    columns += ("denoising", "attention", "planning")
-    told = f"{markdown(columns, rows)}\n\n{_compare_conditions(result)} {TIMED}"
-    return f"{told} {unfinished(result)}".rstrip()
+    columns = ("row", "density", "run density", "output error", "retained mass", "PSNR (dB)", "over random (dB)")
+    columns += ("SSIM", "denoising speedup", "attention speedup", "planning overhead")
+    notes = (_compare_conditions(result), TIMING_NOTE, unfinished_note(result))
+    return f"{markdown(columns, cells)}\n\n{' '.join(filter(None, notes))}"
 
 
-def costs_like(row: dict, rows: Sequence[dict]) -> str:
-    """What has the cost of a dense row with fewer steps: densities, where most rows of a density have it, else rows."""
-    asked = Counter(one["density_asked"] for one in rows)
-    alike = [one for one in rows if one["name"] in row.get("equal_to", ())]
-    often = Counter(one["density_asked"] for one in alike)
-    whole = sorted(density for density in often.keys() - {None} if often[density] > asked[density] / 2)
-    told = [f"{density:g}" for density in whole]
-    told += [one["name"] for one in alike if one["density_asked"] not in whole]
-    return f", costs like {', '.join(told)}" if told else ""
+def same_cost_note(row: dict, rows: Sequence[dict]) -> str:
+    """Return which rows a dense run with fewer steps costs as much as, "" for other rows.
+
+    A density stands for its rows if most of them have this cost.
+    """
+    by_density = Counter(one["density_asked"] for one in rows)
+    equal = [one for one in rows if one["name"] in row.get("equal_to", ())]
+    equal_by_density = Counter(one["density_asked"] for one in equal)
+    densities = sorted(d for d in equal_by_density.keys() - {None} if equal_by_density[d] > by_density[d] / 2)
+    names = [f"{density:g}" for density in densities]
+    names += [one["name"] for one in equal if one["density_asked"] not in densities]
+    return f"same cost as {', '.join(names)}" if names else ""
 
 
-def unfinished(result: dict) -> str:
-    """A warning about a comparison that was stopped, or still runs."""
+def unfinished_note(result: dict) -> str:
+    """Return a warning if the comparison was stopped or is still running, else ""."""
     return "" if result.get("finished", True) else f"Unfinished: only the first {len(result['rows'])} rows are here."
 
 
 def executor_table() -> str:
-    """Speed-up over the best dense attention of the same process at density .25, and what part it is of dividing by the
-    density, by the shape of the plan, from ``eval/results/*/attention.json``."""
+    """Return speedups over the best dense attention of the same process at density 0.25, by the pattern of the plan.
+
+    In parentheses: the density of the plan, and the speedup relative to the ideal of 1 / density.
+    """
     rows, notes = [], []
     for path in sorted(RESULTS.glob("*/attention.json")):
-        result, speeds, beside = json.loads(path.read_text()), {}, defaultdict(list)
+        result, speedups, overheads = json.loads(path.read_text()), {}, defaultdict(list)
         for r in (row for row in result["rows"] if "why_not" not in row and row["density_asked"] == 0.25):
             shape = (r["executor"], r["dtype"], f"{r['tokens']} x {r['head_dim']}")
-            told = f"{r['speedup']:.2f}x ({r['density']:.2f}, {1 / r['cost_per_block']:.0%})"
-            speeds.setdefault(shape, {})[r["pattern"]] = told
-            beside[r["pattern"]].append((r["planning_seconds"] + r["permute_seconds"]) / r["dense_seconds"])
-        rows += [(*shape, *(found.get(name, "-") for name in PATTERNS)) for shape, found in speeds.items()]
-        told = ", ".join(f"{name.replace('_', ' ')} {statistics.median(beside[name]):.0%}" for name in beside)
-        notes.append(f"{_measured_on(result)} Planning and order take, of dense attention: {told}.")
+            cell = f"{r['speedup']:.2f}x ({r['density']:.2f}, {1 / r['cost_per_block']:.0%})"
+            speedups.setdefault(shape, {})[r["pattern"]] = cell
+            overheads[r["pattern"]].append((r["planning_seconds"] + r["permute_seconds"]) / r["dense_seconds"])
+        rows += [(*shape, *(cells.get(name, "-") for name in PATTERNS)) for shape, cells in speedups.items()]
+        shares = ", ".join(f"{name.replace('_', ' ')} {statistics.median(overheads[name]):.0%}" for name in overheads)
+        notes.append(f"{_measured_on(result)} Planning and reordering take, of the time of dense attention: {shares}.")
     columns = ("executor", "dtype", "tokens x head_dim", *(name.replace("_", " ") for name in PATTERNS))
     return markdown(columns, rows) + "\n\n" + " ".join(notes)
 
 
 def transformer_table() -> str:
-    """Seconds of a forward pass, dense and sparse, from ``eval/results/*/transformer.json``."""
+    """Return the seconds of a forward pass, dense and sparse, from ``eval/results/*/transformer.json``."""
     text = []
     for path in sorted(RESULTS.glob("*/transformer.json")):
         result = json.loads(path.read_text())
@@ -152,29 +162,29 @@ def transformer_table() -> str:
             + (f"{r['seconds_dense']:.2f}", f"{r['seconds_sparse']:.2f}", f"{r['speedup']:.2f}x")
             for r in result["rows"]
         )
-        columns = ("model", "heads", "layers", "tokens", "density", "dense, s", "sparse, s", "ratio")
+        columns = ("model", "heads", "layers", "tokens", "density", "dense (s)", "sparse (s)", "speedup")
         row = result["rows"][0]
         text.append(f"{markdown(columns, rows)}\n\n`{row['method']}`, {row['dtype']}, {_measured_on(result)}")
     return "\n\n".join(text)
 
 
 def scaling_table() -> str:
-    """Fitted exponents of the computed pairs, from ``eval/results/*/scaling.json``."""
+    """Return the fitted exponents of the computed pairs, from ``eval/results/*/scaling.json``."""
     text = []
     for path in sorted(RESULTS.glob("*/scaling.json")):
         result = json.loads(path.read_text())
         rows = []
         for name, fits in result["exponents"].items():
             own = fits["own"]
-            wrong = "" if own["standard_error"] is None else f" ± {own['standard_error']:.2f}"
+            error = "" if own["standard_error"] is None else f" ± {own['standard_error']:.2f}"
             longest = [r for r in result["rows"] if r["method"] == name and r["setting"] == "own"][-1]
             rows.append(
-                (f"`{name}`", f"{own['exponent']:.2f}{wrong}", "{:,} to {:,}".format(*own["tokens"]))
+                (f"`{name}`", f"{own['exponent']:.2f}{error}", "{:,} to {:,}".format(*own["tokens"]))
                 + (f"{longest['density']:.2f}", f"{longest['planning_seconds']:.2f}")
             )
-        columns = ("method, own settings", "exponent", "tokens", "density at the longest", "its plan, s")
-        told = f"{result['frame']} tokens a frame, block {result['block']}, {result['heads']} heads, {result['device']}"
-        text.append(markdown(columns, rows) + f"\n\n{told}, commit {result['commit']}.")
+        columns = ("method, own settings", "exponent", "tokens", "density at the longest", "planning time there (s)")
+        note = f"{result['frame']} tokens per frame, block {result['block']}, {result['heads']} heads"
+        text.append(markdown(columns, rows) + f"\n\n{note}, {result['device']}, commit {result['commit']}.")
     return "\n\n".join(text)
 
 
@@ -184,36 +194,36 @@ def _demo_conditions(results: Sequence[dict]) -> str:
     r = results[0]
     same = ("device", "commit", "steps", "dense_steps", "dense_calls", "grid", "seed", "prompt")
     mixed = [key for key in same if len({str(other[key]) for other in results}) > 1]
-    speeds = ", ".join(f"{_of_dense_steps(other):.2f}x" for other in results)
-    told = (
-        f"`{r['model']}`, “{r['prompt']}”, seed {r['seed']}, {r['grid']} tokens, {r['steps']} steps of which the first "
-        f"{r['dense_steps']} dense (in them, attention is {speeds}), {r['executor']} executor, {r['device']}, "
-        f"torch {r['versions']['torch']}, commit {r['commit']}."
+    speedups = ", ".join(f"{_dense_steps_speedup(other):.2f}x" for other in results)
+    conditions = (
+        f"`{r['model']}`, “{r['prompt']}”, seed {r['seed']}, {r['grid']} tokens, {r['steps']} steps, the first "
+        f"{r['dense_steps']} of them dense (attention speedup in these: {speedups}), {r['executor']} executor, "
+        f"{r['device']}, torch {r['versions']['torch']}, commit {r['commit']}."
     )
-    return told + (f" Rows differ in {', '.join(mixed)}: see their files." if mixed else "")
+    return conditions + (f" Rows differ in {', '.join(mixed)}: see their files." if mixed else "")
 
 
-def _of_dense_steps(result: dict) -> float:
-    """How much faster the attention of its dense steps was than that of the dense run."""
+def _dense_steps_speedup(result: dict) -> float:
+    """Return the speedup of attention in the dense steps of the sparse run over the same steps of the dense run."""
     first = slice(result["dense_steps"])
     dense, sparse = (sum(result[f"attention_by_step_{run}"][first]) for run in ("dense", "sparse"))
     return dense / sparse if sparse else 1.0
 
 
-def clips_told(result: dict) -> str:
-    """How many clips there are of a row."""
+def count_clips(result: dict) -> str:
+    """Return the numbers of prompts and seeds of each row in words."""
     prompts, seeds = len(result["prompts"]), result["seeds"]
     return f"{prompts} prompt{'s' * (prompts > 1)}" + (f", {seeds} seeds each" if seeds > 1 else "")
 
 
-def _between(bounds: Sequence[float] | None) -> str:
+def _bounds(bounds: Sequence[float] | None) -> str:
     return "" if bounds is None else f" [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
 
 def _compare_conditions(result: dict) -> str:
     schedule = result["schedule"]
     return (
-        f"`{result['model']}`, {clips_told(result)}, {', '.join(result['grids'])} tokens, {result['steps']} steps, "
+        f"`{result['model']}`, {count_clips(result)}, {', '.join(result['grids'])} tokens, {result['steps']} steps, "
         f"dense_steps={schedule['dense_steps']}, {result['device']}, torch {result['versions']['torch']}, "
         f"commit {result['commit']}."
     )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 from typer.testing import CliRunner
 
 from dit_sparse.cli.main import app
-from dit_sparse.eval.report import page
-from dit_sparse.eval.report.tables import RESULTS, branches_table, compare_table
+from dit_sparse.eval.report.page import render_page, write_page
+from dit_sparse.eval.report.tables import RESULTS, TIMING_NOTE, branches_table, compare_table
+from dit_sparse.plotting.style import DARK, LIGHT
 
 LARGEST = json.loads((RESULTS / "cpu" / "compare.json").read_text())
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(not BROWSER, reason="requires Chromium")
 QUALITY = {"temporal_flickering": 0.9, "imaging_quality": {"unavailable": "weights are missing"}}
 
 
@@ -23,58 +27,101 @@ def result() -> dict:
 
 
 class _Tags(HTMLParser):
+    """Checks that tags are closed, and collects the text, the cells of each table row and all addresses."""
+
     def __init__(self):
         super().__init__()
-        self.open, self.text, self.sources = [], [], []
+        self.open, self.text, self.rows, self.addresses, self.ids = [], [], {}, [], []
 
     def handle_starttag(self, tag, attrs):
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        attrs = dict(attrs)
+        assert tag != "script" and not any(name.startswith("on") for name in attrs)
+        self.addresses += [attrs[name] for name in ("src", "href") if name in attrs]
+        self.ids += [attrs["id"]] if "id" in attrs else []
         if tag not in ("meta", "img"):
-            self.open.append(tag)
+            self.open.append((tag, attrs.get("id")))
 
     def handle_startendtag(self, tag, attrs):
-        pass
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
         self.text.append(data)
+        for tag, name in self.open:
+            if tag == "tr" and name:
+                self.rows.setdefault(name, []).append(data.strip())
 
 
-def test_the_page_stands_alone_and_has_every_row(result):
+def parsed(html: str) -> _Tags:
     tags = _Tags()
-    tags.feed(page.page(result))
+    tags.feed(html)
     assert not tags.open
-    assert tags.sources and all(source.startswith("data:") for source in tags.sources)
+    return tags
+
+
+def test_report_needs_no_other_file_and_all_its_links_lead_somewhere(result):
+    tags = parsed(render_page(result))
+    assert len(tags.ids) == len(set(tags.ids))
+    for address in tags.addresses:
+        assert address.startswith("data:") or address.removeprefix("#") in tags.ids, address
     text = " ".join(tags.text)
-    for row in result["rows"]:
-        assert text.count(row["name"]) >= 2
-    for told in (*result["prompts"], result["device"], "dense_steps", "temporal flickering", "imaging quality"):
-        assert told in text
+    for expected in (*result["prompts"], result["device"], "dense_steps", "temporal flickering", "imaging quality"):
+        assert expected in text
 
 
-def test_a_density_that_was_missed_is_marked():
+def test_table_has_every_number_of_every_row():
+    """What tooltips and charts show can be read without a mouse."""
+    tags = parsed(render_page(LARGEST))
+    assert len(tags.rows) == len(LARGEST["rows"]) > 40
+    for number, row in enumerate(LARGEST["rows"]):
+        cells = tags.rows[f"row-{number}"]
+        assert cells[1 if cells[0] == "" else 0] == row["name"] or row["name"] in cells
+        numbers = [f"{row['density_run']:.2f}", f"{row['speedup']:.2f}x", f"{row['planning_share']:.0%}"]
+        if row["psnr"]:
+            numbers += [f"{row['psnr']['mean']:.1f}", "{:.1f} to {:.1f}".format(*row["psnr"]["interval"])]
+        assert set(numbers) <= set(cells), row["name"]
+
+
+def test_charts_label_every_row():
+    """Both Pareto plots, wide and narrow, name each method; the interval plots name each row."""
+    text = " ".join(parsed(render_page(LARGEST)).text)
+    for row in LARGEST["rows"]:
+        if row["psnr"]:
+            assert text.count(row["name"]) >= 4, "tooltips, interval plot, table, frames"
+            assert text.count(row["name"] if row["method"] == "dense" else row["method"]) >= 8
+
+
+def test_report_has_a_light_and_a_dark_theme(result):
+    html = render_page(result)
+    light, dark = html.split("prefers-color-scheme: dark")[:2]
+    for name, color in LIGHT.css_variables().items():
+        assert f"{name}: {color};" in light and f"{name}: {DARK.css_variables()[name]};" in dark
+    assert f"fill: {LIGHT.ink}" not in html, "figures take their colours from the theme"
+
+
+def test_missed_density_is_marked():
     missed = [row["name"] for row in LARGEST["rows"] if row["density_hit"] is False]
     (line,) = [line for line in compare_table(LARGEST).splitlines() if "(!)" in line]
     assert missed == ["rettention(subblock) 0.25"] and missed[0] in line
-    told = page.page(LARGEST)
-    (after,) = told.split("<span class=missed")[1:]
-    assert told.split("<span class=missed")[0].endswith(f"<td>{missed[0]}</td><td>") and "0.583 !" in after[:60]
+    (cells,) = [cells for cells in parsed(render_page(LARGEST)).rows.values() if "asked 0.25" in cells]
+    assert missed[0] in cells and "0.583" in cells
 
 
-def test_a_dense_row_stands_beside_the_densities_of_its_cost():
+def test_dense_run_names_the_rows_of_the_same_cost():
     rows = [dict(row) for row in LARGEST["rows"]]
     most_of_15 = [row["name"] for row in rows if row["density_asked"] == 0.15][1:]
     rows[-2]["equal_to"], rows[-1]["equal_to"] = most_of_15, ["svg 0.25", "profile:shapes-wan"]
     result = LARGEST | {"rows": rows}
-    told, one = compare_table(result), compare_table(result, 0.15)
-    assert "`dense, 6 steps`, costs like 0.15 |" in told
-    assert "`dense, 7 steps`, costs like svg 0.25, profile:shapes-wan |" in told
+    full, one = compare_table(result), compare_table(result, 0.15)
+    assert "`dense, 6 steps`, same cost as 0.15 |" in full
+    assert "`dense, 7 steps`, same cost as svg 0.25, profile:shapes-wan |" in full
     rows[-1]["equal_to"] = ["svg 0.25"]
     assert "`dense, 7 steps`" in one and "dense, 7 steps" not in compare_table(result, 0.15)
     assert "`dense, 6 steps`" in one and "`svg 0.15`" in one and "`svg 0.25`" not in one
-    assert "dense, 6 steps, costs like 0.15" in page.page(result)
+    assert "same cost as 0.15" in parsed(render_page(result)).rows[f"row-{len(rows) - 2}"]
 
 
 def test_one_plan_stands_beside_a_plan_each():
@@ -84,23 +131,70 @@ def test_one_plan_stands_beside_a_plan_each():
     (radial,) = [row for row in LARGEST["rows"] if row["name"] == "radial 0.25"]
     told = branches_table(LARGEST, apart)
     assert f"| {radial['psnr']['mean'] - 20:+.1f} |" in told and told.count("\n| `") == 1 and "`radial 0.25`" in told
-    with pytest.raises(ValueError, match="differ in block, too"):
+    with pytest.raises(ValueError, match="must not differ in block"):
         branches_table(LARGEST, apart | {"block": 99})
 
 
-def test_what_a_comparison_cannot_say_is_said():
-    why = "`lpips` needs weights"
-    assert "Unfinished" not in page.page(LARGEST) + compare_table(LARGEST)
+def test_missing_rows_and_metrics_are_named():
+    reason = "`lpips` needs weights"
+    assert "Unfinished" not in render_page(LARGEST) + compare_table(LARGEST)
     part = LARGEST | {"finished": False, "rows": LARGEST["rows"][:5]}
-    part["rows"] = [row | {"lpips": row["lpips"] and {"unavailable": why}} for row in part["rows"]]
-    for told in (page.page(part), compare_table(part)):
-        assert "only the first 5 rows" in told and "slow minutes" in told
-    assert f"LPIPS is not here: {why}" in page.page(part)
+    part["rows"] = [row | {"lpips": row["lpips"] and {"unavailable": reason}} for row in part["rows"]]
+    for text in (render_page(part), compare_table(part)):
+        assert "only the first 5 rows" in text and TIMING_NOTE in text
+    assert f"LPIPS is not available: {reason}" in render_page(part)
 
 
-def test_the_page_does_not_run_what_a_prompt_says(result):
-    told = page.page(result | {"prompts": ["<script>alert(1)</script>"]})
-    assert "<script>" not in told and "&lt;script&gt;" in told
+def test_report_of_dense_rows_or_of_equal_clips_has_no_charts(result):
+    dense = parsed(render_page(result | {"rows": result["rows"][:1]}))
+    assert "No row can be compared with the dense video yet." in " ".join(dense.text)
+    equal = result["rows"][1]["psnr"] | {"mean": None, "median": None, "interval": None, "each": [None]}
+    rows = [result["rows"][0], result["rows"][1] | {"psnr": equal, "over_random": None}]
+    assert "inf" in parsed(render_page(result | {"rows": rows})).rows["row-1"]
+
+
+@pytest.mark.parametrize(
+    "hostile", ["<script>alert(1)</script>", "' onload='alert(1)", '"><img src=x>', "$\\frac{", "a\0b"]
+)
+def test_report_escapes_every_string(result, hostile):
+    rows = [row | {"name": hostile, "method": hostile, "quality": {hostile: 0.5}} for row in result["rows"][1:3]]
+    rows[0]["lpips"] = {"unavailable": hostile}
+    rows[1]["strip"] = hostile
+    result |= {"rows": rows, "prompts": [hostile], "model": hostile, "device": hostile, "call": {hostile: hostile}}
+    images = [address for address in parsed(render_page(result)).addresses if not address.startswith("#")]
+    assert len(images) == len(rows) and all(image.startswith("data:image/webp") for image in images)
+
+
+@pytest.mark.parametrize("key", ["speedup", "density_run", "planning_share", "density_achieved"])
+def test_report_refuses_text_in_the_place_of_a_number(result, key):
+    rows = [row | {key: "<b>1</b>"} for row in result["rows"]]
+    with pytest.raises((TypeError, ValueError)):
+        render_page(result | {"rows": rows})
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_report_fits_the_width_of_the_window(tmp_path, width):
+    from playwright.sync_api import sync_playwright
+
+    write_page(LARGEST, tmp_path / "report.html")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        tab = browser.new_context(viewport={"width": width, "height": 900}).new_page()
+        tab.goto((tmp_path / "report.html").as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") == width
+        cut = """[...document.querySelectorAll(".plot text")].filter(text => {
+            const box = text.getBoundingClientRect(), card = text.closest(".card").getBoundingClientRect()
+            return box.width && (box.left < card.left || box.right > card.right)
+        }).length"""
+        assert tab.evaluate(cut) == 0
+        tab.evaluate("document.querySelector('.scroll').scrollLeft = 1e4")
+        first = "document.querySelector('#row-1 th').getBoundingClientRect()"
+        card = "document.querySelector('.scroll').getBoundingClientRect()"
+        assert tab.evaluate(f"Math.abs({first}.left - {card}.left)") < 2, "the first column stays"
+        browser.close()
 
 
 def test_report_needs_the_json_alone(result, tmp_path):
@@ -108,7 +202,7 @@ def test_report_needs_the_json_alone(result, tmp_path):
     table = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert table.exit_code == 0 and all(f"`{row['name']}`" in table.output for row in result["rows"])
     run = CliRunner().invoke(app, ["report", str(tmp_path / "compare.json"), "--html"])
-    assert run.exit_code == 0 and (tmp_path / "report.html").read_text() == page.page(result)
+    assert run.exit_code == 0 and (tmp_path / "report.html").read_text() == render_page(result)
 
 
 @pytest.mark.parametrize(
