@@ -10,7 +10,7 @@ from torch import Tensor
 from .grid import Grid, Site
 from .kernels.pick import pick
 from .method import AttentionOutput, Method
-from .methods import method as method_named
+from .methods import method_at_density
 from .plan import Plan
 
 
@@ -21,7 +21,7 @@ def attention(
     *,
     grid: Grid,
     method: str | Method = "radial",
-    density: float | None = 0.25,
+    density: float | None = None,
     lengths: Tensor | None = None,
     block: int = 64,
     executor: str = "auto",
@@ -33,8 +33,9 @@ def attention(
         q: queries after RoPE, ``[B, H, N, D]``.
         k, v: keys and values, ``[B, Hkv, N, D]``; Hkv divides H.
         grid: layout of the N tokens.
-        method: a name from ``dit_sparse.METHODS`` or a Method.
-        density: fraction of the query-key pairs to compute, for a method given by name; a Method has its own.
+        method: a Method, or its text such as ``"radial"``, ``"radial(sink=true)"`` or ``"pooled(svg)"``.
+        density: fraction of the query-key pairs to compute, for a method given as text; a Method has its own. Default:
+            0.25 if the text has no settings.
         lengths: tokens of each batch item before its padding, ``[B]``; None: no padding.
         block: tokens in a block.
         executor: "auto" or the name of an executor.
@@ -50,9 +51,9 @@ def attention(
     """
     _check(q, k, v, grid, lengths, block)
     if isinstance(method, str):
-        method = method_named(method, density=density)
+        method = method_at_density(method, density)
     if not isinstance(method, Method):
-        raise ValueError(f"method must be a name or a dit_sparse.Method, got {type(method).__name__}")
+        raise ValueError(f"method must be a text or a dit_sparse.Method, got {type(method).__name__}")
     site, memory = Site(grid, block), {}
     method.begin_generation(q, site)
     plan = method.plan(q, k, site, memory) or Plan.dense(grid.tokens, block, q.device)

@@ -7,8 +7,8 @@ from typing import Any
 from ..composition import Cached, PerHead
 from ..method import Method
 from ..notation.parser import parse
-from ..notation.registry import Registry
-from ..notation.syntax import write
+from ..notation.registry import LoadProfile, Registry
+from ..notation.syntax import has_settings, write
 from .adaspa import AdaSpa
 from .asa import ASA
 from .dense import Dense
@@ -62,6 +62,7 @@ PARTS: dict[str, type[Method]] = {
 }
 
 REGISTRY = Registry(METHODS, PARTS)
+DEFAULT_DENSITY = 0.25
 
 
 def method(text: str, /, **settings: Any) -> Method:
@@ -76,6 +77,26 @@ def method(text: str, /, **settings: Any) -> Method:
         ValueError: the text cannot be read, a name or setting is unknown, or a value is invalid.
     """
     return REGISTRY.build(parse(text), settings)
+
+
+def method_at_density(
+    text: str, density: float | None, settings: dict[str, Any] | None = None, load_profile: LoadProfile | None = None
+) -> Method:
+    """Return the method that a text describes, at a density; None: 0.25, if neither text nor ``settings`` set anything.
+
+    Args:
+        text: as for `method`.
+        density: fraction of the query-key pairs to compute.
+        settings: further settings, as for `method`.
+        load_profile: returns the method of a profile; None: profiles are refused.
+
+    Raises:
+        ValueError: as `method`.
+    """
+    node = parse(text)
+    if density is None and not settings and not has_settings(node):
+        density = DEFAULT_DENSITY
+    return REGISTRY.build(node, (settings or {}) | ({} if density is None else {"density": density}), load_profile)
 
 
 def method_text(method: Method) -> str:

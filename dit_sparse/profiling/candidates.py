@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from ..composition import PerHead, nested_methods
 from ..method import Method
-from ..methods import method
+from ..methods import method, name_of
 from ..methods.dense import Dense
 from ..methods.rettention import Rettention
+from ..notation.syntax import split_list
 
 VDIT_MODES = ("svg.spatial", "svg.temporal", "vdit.vertical", "vdit.skip")
 SPREAD = (0.4, 0.7, 1.0, 1.5, 2.5)  # densities as multiples of the target, if heads may differ in density
@@ -34,7 +35,8 @@ def parse_candidates(names: str, density: float, spread: Sequence[float] = SPREA
     """Return dense attention and the named methods at several densities.
 
     Args:
-        names: methods separated by commas; ``vdit`` stands for its four modes.
+        names: methods separated by commas, such as ``radial(sink=true),svg.temporal``; ``vdit`` stands for its four
+            modes.
         density: the target density.
         spread: densities to try, as multiples of ``density``. Those of 1 and above are skipped.
 
@@ -64,7 +66,7 @@ def parse_candidates(names: str, density: float, spread: Sequence[float] = SPREA
 
 def _expand(names: str) -> list[str]:
     """Return the names without repetitions, with the modes of ``vdit`` in its place."""
-    split = (name.strip() for name in names.split(",") if name.strip())
+    split = [name_of(method(name)) for name in split_list(names) if name]
     return list(dict.fromkeys(mode for name in split for mode in (VDIT_MODES if name == "vdit" else (name,))))
 
 

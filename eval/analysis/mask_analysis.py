@@ -125,10 +125,10 @@ def methods_by_name(methods: Sequence[str | Method], density: float | None) -> d
     by_name: dict[str, Method] = {}
     for name_or_method in methods:
         if isinstance(name_or_method, str):
-            name, one = name_or_method, method(name_or_method, **({} if density is None else {"density": density}))
+            one = method(name_or_method, **({} if density is None else {"density": density}))
         else:
-            name = name_of(name_or_method)
             one = name_or_method if density is None else replace(name_or_method, density=density)
+        name = name_of(one)
         if any(isinstance(part, Rettention | PerHead) for part in nested_methods(one)):
             raise ValueError(f"{name} cannot be measured on single calls: it depends on earlier calls or on its layer")
         if name in by_name:

@@ -18,6 +18,8 @@ from dit_sparse import METHODS, Schedule, SparseAttnProcessor
 from dit_sparse.bundled import BUNDLED
 from dit_sparse.generation.generate import Progress, default_call
 from dit_sparse.methods import method
+from dit_sparse.notation.parser import parse
+from dit_sparse.notation.syntax import has_settings
 from dit_sparse.output.environment import conditions
 from dit_sparse.output.files import save_json, writable_folder
 
@@ -35,7 +37,7 @@ class Comparison:
     """Settings of a comparison. Everything is checked at construction.
 
     Attributes:
-        methods: rows: names of ``dit-sparse methods``, compositions such as ``radial|sink``, ``profile:NAME``, ``all``;
+        methods: rows: methods as text, such as ``radial(sink=true)``, ``radial|sink`` or ``profile:NAME``, or ``all``;
             ``svg@0.3`` is a single row at this density, ``radial@own`` one at the method's own settings.
         prompts: every row has a clip for each prompt and seed.
         out: folder for ``compare.json`` and the clips. An interrupted comparison resumes from the clips in it, and a
@@ -112,9 +114,9 @@ class Comparison:
     def processor(self, name: str, density: float | None) -> SparseAttnProcessor:
         """Return the processor of a row. ``min_tokens=0``, so that short sequences are sparse as well."""
         settings = {"schedule": self.schedule, "executor": self.executor, "block": self.block, "min_tokens": 0}
-        if name.startswith("profile:"):
-            return SparseAttnProcessor.from_profile(name.removeprefix("profile:"), **settings)
-        return SparseAttnProcessor(method(name) if density is None else method(name, density=density), **settings)
+        if density is None and not has_settings(parse(name)):  # a name alone would get the default density
+            return SparseAttnProcessor(method(name), **settings)
+        return SparseAttnProcessor(name, density=density, **settings)
 
     def run(self, stage: Stage) -> dict:
         """Generate all clips and summarize the rows; the file is written after every row.

@@ -1,10 +1,17 @@
-"""Text form of the rows of a comparison: ``svg``, ``svg@0.3``, ``radial@own``, ``profile:NAME``."""
+"""Text form of the rows of a comparison: a method, with or without a density of its own.
+
+Examples: ``svg``, ``svg@0.3``, ``radial(sink=true)@own``, ``asa(budget=mass(0.9))``, ``profile:NAME``.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dit_sparse import SparseAttnProcessor
 from dit_sparse.budget import check_density
+from dit_sparse.methods import name_of
+from dit_sparse.notation.parser import parse
+from dit_sparse.notation.syntax import sets_density, split_list
 
 
 @dataclass(frozen=True)
@@ -13,7 +20,7 @@ class RowRequest:
 
     Attributes:
         text: the row as requested.
-        method: name of the method or profile.
+        method: canonical text of the method, without its density.
         density: requested density; None: the method's own settings.
         every_density: whether the method gets a row at every density of the comparison.
     """
@@ -25,25 +32,32 @@ class RowRequest:
 
 
 def parse_row(text: str) -> RowRequest:
-    """Read the text form of a row.
+    """Read the text form of a row. A method that sets its density or budget, and a profile, is one row.
 
     Raises:
         ValueError: the text has another form, or the density is not in (0, 1].
     """
-    if text.startswith("profile:") or text == "dense":
-        return RowRequest(text, text)
-    method, at, density = text.partition("@")
-    if not at:
-        return RowRequest(text, method, every_density=True)
-    if method == "dense":
-        raise ValueError(f"{text!r}: dense attention computes all pairs and takes no density, write dense")
-    if density in ("", "own"):
-        return RowRequest(text, method)
+    method, *densities = split_list(text, "@")
+    node = parse(method)
+    parsed = SparseAttnProcessor(method).settings.method
+    name = name_of(parsed)
+    if name == "dense":
+        if densities:
+            raise ValueError(f"{text!r}: dense attention computes all pairs and takes no density, write dense")
+        return RowRequest(text, name)
+    if sets_density(node):
+        if densities not in ([], ["own"]):
+            raise ValueError(f"{text!r}: the method sets its density or budget, write {name}")
+        return RowRequest(text, name, parsed.density)
+    if not densities:
+        return RowRequest(text, name, every_density=True)
+    if densities == ["own"]:
+        return RowRequest(text, name)
     try:
-        value = float(density)
+        (density,) = map(float, densities)
     except ValueError:
         raise ValueError(f"{text!r}: write METHOD@DENSITY, such as svg@0.3, or METHOD@own") from None
-    return RowRequest(text, method, round_density(value))
+    return RowRequest(text, name, round_density(density))
 
 
 def round_density(density: float) -> float:

@@ -45,7 +45,7 @@ BAD = {
     "no block": (LOOSE(block=0), "block"),
     "negative block": (LOOSE(block=-16), "block"),
     "unknown method": (LOOSE(method="radail"), "no method 'radail'"),
-    "no method": (LOOSE(method=None), "method must be a name or a dit_sparse.Method"),
+    "no method": (LOOSE(method=None), "method must be a text or a dit_sparse.Method"),
     "density above one": (LOOSE(method="radial", density=1.5), "density must be in"),
     "unknown executor": (LOOSE(method="radial", executor="cuda"), "executor must be one of .* got 'cuda'"),
 }

@@ -20,6 +20,7 @@ from dit_sparse.cli.main import app
 from dit_sparse.eval.comparison import runner
 from dit_sparse.eval.comparison.comparison import Comparison, steps_of_equal_cost
 from dit_sparse.eval.comparison.row_syntax import RowRequest, parse_row
+from dit_sparse.methods import method_text
 
 SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
 CALL = {"num_inference_steps": 3, "num_frames": 2, "height": 32, "width": 32}
@@ -128,6 +129,10 @@ def test_every_density_has_random_blocks_once(tmp_path):
         ({"methods": ["dense@own"]}, "dense attention computes all pairs"),
         ({"methods": ["svg@half"]}, "write METHOD@DENSITY"),
         ({"methods": ["svg@2"]}, "density must be in"),
+        ({"methods": ["svg@0.2@0.3"]}, "write METHOD@DENSITY"),
+        ({"methods": ["radial(density=0.3)@0.2"]}, "the method sets its density or budget, write radial"),
+        ({"methods": ["profile:shapes-wan@0.2"]}, "the method sets its density or budget, write profile:shapes-wan"),
+        ({"methods": ["radial(dekay=1)"]}, "radial has no setting 'dekay'"),
         ({"densities": [0.00001]}, "density must be in"),
         ({"prompts": ["a", "b", "a"]}, "'a' is given twice"),
         ({"schedule": Schedule(16), "call": {"num_inference_steps": 16}}, "keeps all 16 steps dense"),
@@ -147,6 +152,12 @@ def test_invalid_settings_raise_before_any_work(settings, message, tmp_path):
         ("radial|sink@0.3", RowRequest("radial|sink@0.3", "radial|sink", 0.3)),
         ("radial@own", RowRequest("radial@own", "radial")),
         ("profile:shapes-wan", RowRequest("profile:shapes-wan", "profile:shapes-wan")),
+        ("radial( sink=true )", RowRequest("radial( sink=true )", "radial(sink=true)", every_density=True)),
+        ("radial(sink=true)@0.3", RowRequest("radial(sink=true)@0.3", "radial(sink=true)", 0.3)),
+        ("radial(density=0.3)", RowRequest("radial(density=0.3)", "radial", 0.3)),
+        ("cached(svg(density=0.3))@own", RowRequest("cached(svg(density=0.3))@own", "cached(svg)", 0.3)),
+        ("asa(budget=mass(0.9))", RowRequest("asa(budget=mass(0.9))", "asa(budget=mass(0.9))")),
+        ("pooled(profile:shapes-wan)", RowRequest("pooled(profile:shapes-wan)", "pooled(profile:shapes-wan)")),
         ("dense", RowRequest("dense", "dense")),
     ],
 )
@@ -158,6 +169,21 @@ def test_densities_are_rounded_to_four_digits(tmp_path):
     comparison = Comparison(["radial@0.250002"], PROMPTS, tmp_path, densities=(0.25, 0.2500001))
     assert comparison.densities == [0.25]
     assert [spec.name for spec in comparison.specs()[1:]] == ["random_blocks 0.25", "radial 0.25"]
+
+
+def test_settings_of_a_row_reach_its_processor(tmp_path):
+    texts = ["radial(sink=true)@0.3", "radial(sink=true)@own", "radial(density=0.2)", "asa(budget=mass(0.9))"]
+    comparison = Comparison([*texts, "radial@own", "profile:shapes-wan"], PROMPTS, tmp_path)
+    specs = {spec.name: spec.processor.settings for spec in comparison.specs()}
+    names = ["radial(sink=true) 0.3", "radial(sink=true)", "radial 0.2", "asa(budget=mass(0.9))", "radial"]
+    assert [method_text(specs[name].method) for name in names] == [
+        "radial(density=0.3, sink=true)",
+        "radial(sink=true)",
+        "radial(density=0.2)",
+        "asa(budget=mass(0.9))",
+        "radial",
+    ]
+    assert specs["profile:shapes-wan"].schedule == comparison.schedule
 
 
 def test_rows_are_unique(tmp_path):
