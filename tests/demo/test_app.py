@@ -1,7 +1,9 @@
-"""The page of app.py in a real browser, and what may be asked of it."""
+"""The Gradio page of app.py: validated requests, the method settings of the form, and the page in a browser."""
 
+import dataclasses
 import importlib.util
 import json
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -11,107 +13,135 @@ from threading import Event
 import pytest
 
 from attention_cases import ALL
-from dit_sparse.demo.device_pool import Cancelled, DevicePool, GenerationRequest, Limits, options_from, options_of
+from dit_sparse import METHODS
+from dit_sparse.demo.device_pool import Cancelled, DevicePool
+from dit_sparse.demo.request import GenerationRequest, Limits
+from dit_sparse.demo.settings_form import changed_settings, check_profiles, method_settings, sets_density
+from dit_sparse.methods import method_text
 
 ROOT = Path(__file__).parents[2]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 in_a_browser = pytest.mark.skipif(not (BROWSER or ALL), reason="needs Chromium")
 SMALL = {"Frames": 3, "Height": 48, "Width": 48}
-LONG = {"Frames": 8, "Height": 80, "Width": 80}  # a second a step: minutes, if nobody stops it
-PATIENCE = 120_000  # milliseconds
-WISH = {"prompt": "a red circle moves right", "steps": 2, "frames": 3, "height": 48, "width": 48}
+LONG = {"Frames": 8, "Height": 80, "Width": 80}  # about a second per step
+TIMEOUT = 120_000  # milliseconds
+REQUEST = {"prompt": "a red circle moves right", "steps": 2, "frames": 3, "height": 48, "width": 48}
 
 
-# What may be asked
+# --- requests
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("values", "message"),
     [
-        ({"prompt": "  "}, "a prompt has 1 to 500 characters"),
-        ({"prompt": "x" * 501}, "a prompt has 1 to 500 characters"),
-        ({"steps": 1}, "the number of steps is a whole number from 2 to 50"),
-        ({"steps": 51}, "the number of steps is a whole number from 2 to 50"),
-        ({"steps": 2.5}, "the number of steps is a whole number from 2 to 50"),
-        ({"steps": None}, "the number of steps is a whole number from 2 to 50"),
-        ({"seed": -1}, "seed is a whole number"),
-        ({"seed": True}, "seed is a whole number"),
-        ({"seed": 2**31}, "seed is a whole number"),
-        ({"frames": 33}, "frames is a whole number from 1 to 32"),
-        ({"height": 10_000}, "height is a whole number from 1 to 128"),
-        ({"width": "80"}, "width is a whole number from 1 to 128"),
+        ({"prompt": "  "}, "the prompt must have 1 to 500 characters"),
+        ({"prompt": "x" * 501}, "the prompt must have 1 to 500 characters"),
+        ({"steps": 1}, "the number of steps must be a whole number in [2, 50]"),
+        ({"steps": 51}, "the number of steps must be a whole number in [2, 50]"),
+        ({"steps": 2.5}, "the number of steps must be a whole number in [2, 50]"),
+        ({"steps": None}, "the number of steps must be a whole number in [2, 50]"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"seed": 2**31}, "seed must be a whole number"),
+        ({"frames": 33}, "frames must be a whole number in [1, 32]"),
+        ({"height": 10_000}, "height must be a whole number in [1, 128]"),
+        ({"width": "80"}, "width must be a whole number in [1, 128]"),
         ({"method": "nope"}, "there is no method 'nope'"),
-        ({"density": 0}, "density"),
-        ({"density": float("nan")}, "density"),
-        ({"density": "a"}, "density|settings"),
-        ({"dense_steps": 1.5}, "dense_steps"),
-        ({"dense_steps": None}, "settings"),
-        ({"options": {"dense_distance": (1, 2)}}, "settings|dense_distance"),
-        ({"options": {"nope": 1}}, "no setting 'nope'"),
+        ({"method": "radial("}, "cannot read the method"),
+        ({"method": "radial(decay=0.2)", "settings": {"decay": 0.3}}, "decay of radial is given twice"),
+        ({"method": "profile:shapes-wan"}, "takes no density"),
+        ({"density": 0}, "density must be in (0, 1]"),
+        ({"density": float("nan")}, "density must be in (0, 1]"),
+        ({"density": "a"}, "density of radial must be a number"),
+        ({"dense_steps": 1.5}, "dense_steps must be a count"),
+        ({"dense_steps": None}, "dense_steps must be a number"),
+        ({"settings": {"dense_distance": (1, 2)}}, "dense_distance of radial must be a whole number"),
+        ({"settings": {"nope": 1}}, "no setting 'nope'"),
     ],
 )
-def test_a_wish_is_checked(given, told):
-    with pytest.raises(ValueError, match=told) as refused:
-        GenerationRequest(**WISH | given)
-    assert "\n" not in str(refused.value)
+def test_requests_are_validated(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        GenerationRequest(**REQUEST | values)
+    assert "\n" not in str(error.value)
 
 
 def test_other_models_may_be_larger():
     assert Limits.for_model("a/b").frames > Limits.for_model("shapes-wan").frames
-    assert GenerationRequest(**WISH | {"model": "a/b", "frames": 81}).call["num_frames"] == 81
-    assert "guidance_scale" not in GenerationRequest(**WISH | {"model": "a/b"}).call
+    assert GenerationRequest(**REQUEST | {"model": "a/b", "frames": 81}).call["num_frames"] == 81
+    assert "guidance_scale" not in GenerationRequest(**REQUEST | {"model": "a/b"}).call
 
 
-def test_options_are_the_fields_of_the_method():
-    assert [option.name for option in options_of("radial")] == ["decay", "dense_distance", "min_width", "sink"]
-    assert [option.name for option in options_of("radial|sink")] == ["decay", "dense_distance", "min_width", "sink"]
-    assert [option.name for option in options_of("pooled(subblock)")] == ["variance"]
-    assert [option.name for option in options_of("sol")] == options_of("nope") == []
+def names(method: str) -> list[str]:
+    return [setting.name for setting in method_settings(method)]
 
 
-def test_options_are_read_from_what_a_form_gives():
-    assert options_from("radial", {"dense_distance": 1, "decay": 0.5, "sink": True}) == {"decay": 0.5, "sink": True}
-    assert (
-        options_from("radial", {"dense_distance": 2.0}) == {"dense_distance": 2}
-        and options_from("radial", {"other": 1}) == {}
-    )
-    assert options_from("neighborhood", {"tile": "(1, 4, 4)"}) == {"tile": (1, 4, 4)}
-    assert options_from("adaspa", {"search_interval": "3", "queries_per_block": ""}) == {
+def test_the_form_has_the_settings_that_the_text_does_not_set():
+    radial = names("radial")
+    assert radial == [field.name for field in dataclasses.fields(METHODS["radial"]) if field.name != "density"]
+    assert names("radial|sink") == names("radial(density=0.3)") == names("(radial|sink)|sink") == radial
+    assert names("radial(sink=true)") == [name for name in radial if name != "sink"]
+    assert names("pooled(subblock)") == ["variance"]
+    assert names("sol") == names("nope") == names("radial(") == names("profile:shapes-wan") == []
+
+
+def test_settings_are_read_from_the_form():
+    assert changed_settings("radial", {"dense_distance": 1, "decay": 0.5, "sink": True}) == {"decay": 0.5, "sink": True}
+    assert changed_settings("radial", {"dense_distance": 2.0}) == {"dense_distance": 2}
+    assert changed_settings("radial", {"other": 1}) == {}
+    assert changed_settings("neighborhood", {"tile": "(1, 4, 4)"}) == {"tile": (1, 4, 4)}
+    assert changed_settings("adaspa", {"search_interval": "3", "queries_per_block": ""}) == {
         "search_interval": 3,
         "queries_per_block": None,
     }
-    with pytest.raises(ValueError, match="search_interval is int"):
-        options_from("adaspa", {"search_interval": "__import__('os')"})
+    with pytest.raises(ValueError, match="cannot read the value"):
+        changed_settings("adaspa", {"search_interval": "__import__('os').x"})
+    settings = changed_settings("adaspa", {"search_interval": "radial"})
+    with pytest.raises(ValueError, match="search_interval of adaspa must be a number"):
+        GenerationRequest(**REQUEST | {"method": "adaspa", "settings": settings})
 
 
-def test_the_script_makes_the_video(tmp_path, monkeypatch):
+def test_texts_that_set_their_density():
+    for text in ("radial(density=0.3)", "pooled(radial(density=0.3))", "asa(budget=mass(0.9))", "profile:shapes-wan"):
+        assert sets_density(text)
+    assert not sets_density("radial(sink=true)|sink")
+
+
+def test_only_shipped_profiles_have_a_name():
+    check_profiles("cached(profile:shapes-wan)|radial")
+    for text in ("profile:/etc/passwd", "cached(profile:../x.json)"):
+        with pytest.raises(ValueError, match="the profile must be one of"):
+            check_profiles(text)
+
+
+def test_the_script_generates_the_video(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wish = GenerationRequest(
-        **WISH | {"prompt": "a 'red' \\ circle\n\"moves\" right", "options": {"dense_distance": 2}}
-    )
-    known = {}
-    exec(compile(wish.snippet(), "snippet", "exec"), known)
-    assert known["run"].report().settings["dense_distance"] == 2 and (tmp_path / "video.mp4").stat().st_size > 1000
-    known["run"].disable()
-    compile(GenerationRequest(**WISH | {"model": "a/b"}).snippet(), "snippet", "exec")
+    values = {"prompt": "a 'red' \\ circle\n\"moves\" right", "method": "radial(sink=true)"}
+    request = GenerationRequest(**REQUEST | values | {"settings": {"dense_distance": 2}})
+    variables = {}
+    exec(compile(request.snippet(), "snippet", "exec"), variables)
+    report = variables["run"].report()
+    assert report.method == "radial(dense_distance=2, sink=true)" and report.density_asked == 0.25
+    assert (tmp_path / "video.mp4").stat().st_size > 1000
+    variables["run"].disable()
+    compile(GenerationRequest(**REQUEST | {"model": "a/b"}).snippet(), "snippet", "exec")
 
 
 def test_a_device_is_free_again_after_a_cancel_and_an_error(tmp_path):
-    playground, cancel, told = DevicePool(["cpu"]), Event(), []
-    silent = lambda name: lambda *_: None
+    pool, cancel, steps = DevicePool(["cpu"]), Event(), []
+    silent_stage = lambda name: lambda *_: None
 
     def stage(name):
-        return lambda done, steps: (told.append((name, done)), cancel.set())
+        return lambda done, _: (steps.append((name, done)), cancel.set())
 
     with pytest.raises(Cancelled):
-        playground.run(GenerationRequest(**WISH), tmp_path / "a", stage, cancel)
-    assert told == [("dense", 1)] and not list((tmp_path / "a").iterdir())
-    with pytest.raises(ValueError, match="/etc is no diffusers pipeline"):
-        playground.run(GenerationRequest(**WISH | {"model": "/etc"}), tmp_path / "b", silent, Event())
-    assert playground.run(GenerationRequest(**WISH), tmp_path / "c", silent, Event())["steps"] == 2
+        pool.run(GenerationRequest(**REQUEST), tmp_path / "a", stage, cancel)
+    assert steps == [("dense", 1)] and not list((tmp_path / "a").iterdir())
+    with pytest.raises(ValueError, match="/etc is not a diffusers pipeline"):
+        pool.run(GenerationRequest(**REQUEST | {"model": "/etc"}), tmp_path / "b", silent_stage, Event())
+    assert pool.run(GenerationRequest(**REQUEST), tmp_path / "c", silent_stage, Event())["steps"] == 2
 
 
-# The page
+# --- the page
 
 
 @pytest.fixture(scope="module")
@@ -122,25 +152,36 @@ def app():
     return module
 
 
-def test_off_localhost_only_offered_models_run(app):
-    page = app.Page(["shapes-wan"], any_model=False)
-    form = ["/etc", "a circle", 0, 2, "radial", 0.25, False, 0.25, None, None, None, {}]
-    with pytest.raises(ValueError, match="this page draws with shapes-wan"):
-        page._wish(*form)
-    assert page._wish("shapes-wan", *form[1:]).method == "radial"
+def fields(model="shapes-wan", method="radial", own_density=False, settings=None) -> list:
+    return [model, "a circle", 0, 2, method, 0.25, own_density, 0.25, None, None, None, settings or {}]
 
 
-def test_density_may_be_left_to_the_method(app):
-    page = app.Page(["shapes-wan"], any_model=False)
-    form = ["shapes-wan", "a circle", 0, 2, "radial", 0.25, True, 0.25, None, None, None, {"decay": 0.3}]
-    assert page._wish(*form).processor.settings.method.settings() == {
-        "density": None, "decay": 0.3, "dense_distance": 1, "min_width": 1.0, "sink": False,
-    }  # fmt: skip
+def test_on_other_hosts_only_offered_models_and_shipped_profiles_run(app):
+    page = app.Page(["shapes-wan"], local=False)
+    with pytest.raises(ValueError, match="the model must be one of shapes-wan"):
+        page._request(*fields(model="/etc"))
+    with pytest.raises(ValueError, match="the profile must be one of"):
+        page._request(*fields(method="profile:/etc/passwd"))
+    assert page._request(*fields()).method == "radial"
+    assert page._request(*fields(method="profile:shapes-wan")).density is None
+
+
+def test_settings_may_determine_the_density(app):
+    page = app.Page(["shapes-wan"], local=True)
+    request = page._request(*fields(own_density=True, settings={"decay": 0.3}))
+    assert method_text(request.processor.settings.method) == "radial(decay=0.3)"
+    request = page._request(*fields(method="radial(density=0.4, sink=true)"))
+    assert method_text(request.processor.settings.method) == "radial(density=0.4, sink=true)"
+
+
+def test_an_invalid_form_is_a_comment_in_the_script(app):
+    page = app.Page(["shapes-wan"], local=True)
+    assert page._snippet(*fields(method="radail")).startswith("# there is no method 'radail'; did you mean 'radial'?")
 
 
 @pytest.fixture(scope="module")
 def address(app):
-    blocks = app.Page(["shapes-wan"], any_model=True).build()
+    blocks = app.Page(["shapes-wan"], local=True).build()
     app.launch(blocks, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     yield blocks.local_url
     blocks.close()
@@ -160,23 +201,23 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium, address):
-    """Opens the page as a visitor of its own; errors in the browser's console fail the test."""
-    contexts, wrong = [], []
+    """Open the page in a session of its own; errors in the browser's console fail the test."""
+    contexts, errors = [], []
 
-    def opened(**settings):
+    def open_page(**settings):
         contexts.append(chromium.new_context(**settings))
         tab = contexts[-1].new_page()
-        tab.set_default_timeout(PATIENCE)
-        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.set_default_timeout(TIMEOUT)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.goto(address)
-        tab.get_by_role("button", name="Draw both").wait_for()
+        tab.get_by_role("button", name="Generate", exact=True).wait_for()
         tab.locator("#clips video").nth(2).wait_for()
         return tab
 
-    yield opened
+    yield open_page
     for context in contexts:
         context.close()
-    assert wrong == []
+    assert errors == []
 
 
 def fill(tab, steps=2, **size):
@@ -193,14 +234,14 @@ def numbers(tab):
     return tab.locator("#numbers")
 
 
-def drawn(tab, told):
-    """Waits for a result that tells it."""
-    numbers(tab).get_by_text(told).wait_for()
+def wait_for_result(tab, text):
+    """Wait for a result with this text, and return all of its text."""
+    numbers(tab).get_by_text(text).wait_for()
     return numbers(tab).inner_text()
 
 
 @in_a_browser
-def test_an_example_is_there_at_once_and_its_clips_run_together(visit):
+def test_an_example_is_loaded_and_its_clips_play_together(visit):
     tab = visit()
     assert "PSNR" in numbers(tab).inner_text()
     times = "[...document.querySelectorAll('#clips video')].map(v => v.currentTime)"
@@ -215,80 +256,80 @@ def test_an_example_is_there_at_once_and_its_clips_run_together(visit):
 
 
 @in_a_browser
-def test_draw_both_with_another_method_and_setting(visit, tmp_path):
+def test_generate_with_another_method_and_setting(visit, tmp_path):
     tab = visit()
     fill(tab)
     tab.get_by_label("Method", exact=True).fill("svg")
     tab.get_by_role("option", name="svg", exact=True).click()
-    tab.get_by_role("button", name="Settings of the method").click()
+    tab.get_by_role("button", name="Method settings").click()
     tab.get_by_label("samples").fill("32")
     tab.get_by_label("samples").press("Tab")
-    tab.get_by_role("button", name="As a Python script").click()
+    tab.get_by_role("button", name="Python script").click()
     tab.get_by_text("samples").last.wait_for()
-    tab.get_by_role("button", name="Draw both").click()
-    assert "svg" in drawn(tab, "4x12x12 tokens, 2 steps")
+    tab.get_by_role("button", name="Generate", exact=True).click()
+    assert "svg" in wait_for_result(tab, "4x12x12 tokens, 2 steps")
     with tab.expect_download() as download:
         tab.locator("a[download='result.json']").click()
     download.value.save_as(tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["method"] == "svg" and result["settings"]["samples"] == 32 and result["steps"] == 2
+    assert result["method"] == "svg(samples=32)" and result["settings"]["samples"] == 32 and result["steps"] == 2
     tab.wait_for_function(
         "[...document.querySelectorAll('#clips video')].every(v => v.readyState > 2 && v.duration > 0)"
     )
 
 
-def begin_a_long_run(tab) -> None:
-    """Of minutes, if nobody ends it; seen to be under way."""
+def start_a_long_run(tab) -> None:
+    """Start a request that takes minutes, and wait until it runs."""
     fill(tab, steps=50, **LONG)
-    tab.get_by_role("button", name="Draw both").click()
+    tab.get_by_role("button", name="Generate", exact=True).click()
     numbers(tab).get_by_text("s left").wait_for()
 
 
 @in_a_browser
-def test_cancel_ends_a_run_and_the_next_one_starts(visit):
+def test_a_request_can_be_cancelled_and_followed_by_another(visit):
     tab = visit()
     tab.get_by_role("button", name="Cancel").click()
-    tab.get_by_text("Nothing is being drawn.").wait_for()
-    begin_a_long_run(tab)
+    tab.get_by_text("No request is running.").wait_for()
+    start_a_long_run(tab)
     tab.get_by_role("button", name="Cancel").click()
-    tab.get_by_text("It ends with the current step.").wait_for()
-    drawn(tab, "Cancelled.")
+    tab.get_by_text("Stopping after the current step.").wait_for()
+    wait_for_result(tab, "Cancelled.")
     fill(tab)
-    tab.get_by_role("button", name="Draw both").click()
-    drawn(tab, "4x12x12 tokens, 2 steps")
+    tab.get_by_role("button", name="Generate", exact=True).click()
+    wait_for_result(tab, "4x12x12 tokens, 2 steps")
 
 
 @in_a_browser
-def test_a_new_wish_takes_the_place_of_the_one_before(visit):
+def test_a_new_request_replaces_the_previous_one(visit):
     tab = visit()
-    begin_a_long_run(tab)
+    start_a_long_run(tab)
     fill(tab)
-    tab.get_by_role("button", name="Draw both").click()
-    drawn(tab, "4x12x12 tokens, 2 steps")
+    tab.get_by_role("button", name="Generate", exact=True).click()
+    wait_for_result(tab, "4x12x12 tokens, 2 steps")
 
 
 @in_a_browser
-def test_wrong_input_is_told_in_a_sentence(visit):
+def test_an_invalid_field_is_a_message(visit):
     tab = visit()
     fill(tab, Frames=1000)
-    tab.get_by_role("button", name="Draw both").click()
-    tab.get_by_text("frames is a whole number from 1 to 32, not 1000").first.wait_for()
+    tab.get_by_role("button", name="Generate", exact=True).click()
+    tab.get_by_text("frames must be a whole number in [1, 32], got 1000").first.wait_for()
 
 
 @in_a_browser
-def test_two_visitors_get_what_they_asked_for(visit):
+def test_two_sessions_have_their_own_results(visit):
     tabs = visit(), visit()
     for seed, tab in enumerate(tabs):
         fill(tab)
         tab.get_by_label("Seed").fill(str(40 + seed))
-        tab.get_by_role("button", name="Draw both").click()
+        tab.get_by_role("button", name="Generate", exact=True).click()
     for seed, tab in enumerate(tabs):
-        drawn(tab, f"seed {40 + seed}")
+        wait_for_result(tab, f"seed {40 + seed}")
 
 
 @in_a_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_on_a_phone(visit, scheme):
+def test_the_page_fits_on_a_phone(visit, scheme):
     tab = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -298,7 +339,7 @@ def test_it_fits_on_a_phone(visit, scheme):
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", str(ROOT / "pyproject.toml"), str(ROOT / "docs/examples/../design.md"), "app.py"]
 )
-def test_files_of_the_server_stay_there(address, path):
-    with pytest.raises(urllib.error.HTTPError) as refused:
+def test_files_of_the_server_are_not_served(address, path):
+    with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{address}gradio_api/file={path}")
-    assert refused.value.code in (403, 404)
+    assert error.value.code in (403, 404)
