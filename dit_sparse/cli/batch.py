@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from .options import (
     Block,
-    DenseSteps,
+    DenseStepsOrProfile,
     Density,
     Executor,
     Fps,
@@ -37,7 +37,7 @@ def batch(
     model: Model = "shapes-wan",
     method: Method = "radial",
     density: Density = None,
-    dense_steps: DenseSteps = None,
+    dense_steps: DenseStepsOrProfile = None,
     executor: Executor = "auto",
     block: Block = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first clip of each prompt.")] = 0,

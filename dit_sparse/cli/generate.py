@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from .options import (
     Block,
-    DenseSteps,
+    DenseStepsOrProfile,
     Density,
     Executor,
     Fps,
@@ -35,7 +35,7 @@ def generate(
     model: Model = "shapes-wan",
     method: Method = "radial",
     density: Density = None,
-    dense_steps: DenseSteps = None,
+    dense_steps: DenseStepsOrProfile = None,
     executor: Executor = "auto",
     block: Block = None,
     seed: Seed = 0,
@@ -74,7 +74,7 @@ def generate(
 def demo(
     method: Method = "radial",
     density: Density = None,
-    dense_steps: DenseSteps = None,
+    dense_steps: DenseStepsOrProfile = None,
     executor: Executor = "auto",
     block: Block = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt for the bundled model.")] = None,

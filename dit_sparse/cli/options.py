@@ -31,11 +31,10 @@ Density = Annotated[
     ),
 ]
 Densities = Annotated[str, typer.Option("--density", "-d", help="Densities, separated by commas.")]
-DenseSteps = Annotated[
-    str | None,
-    typer.Option(
-        help="First denoising steps that stay dense: a count or a fraction. Default: 0.25, or that of the profile."
-    ),
+DENSE_STEPS_HELP = "First denoising steps that stay dense: a count or a fraction."
+DenseSteps = Annotated[str, typer.Option(help=DENSE_STEPS_HELP)]
+DenseStepsOrProfile = Annotated[
+    str | None, typer.Option("--dense-steps", help=f"{DENSE_STEPS_HELP} Default: 0.25, or that of the profile.")
 ]
 Executor = Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")]
 Block = Annotated[int | None, typer.Option(help="Tokens in a block.")]

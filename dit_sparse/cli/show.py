@@ -16,8 +16,7 @@ from .terminal import console, make_table, one_sentence
 
 def methods(json_out: JsonFlag = False) -> None:
     """List the methods, their settings with defaults, and their papers."""
-    from dit_sparse.eval.report.readme import method_rows
-    from dit_sparse.notation.syntax import write
+    from dit_sparse.eval.report.readme import method_rows, setting_texts
 
     rows = method_rows()
     if json_out:
@@ -26,7 +25,7 @@ def methods(json_out: JsonFlag = False) -> None:
     table = make_table("method", "keeps", "settings")
     table.add_column("paper", overflow="fold")
     for row in rows:
-        settings = ", ".join(f"{name}={write(value)}" for name, value in row["settings"].items())
+        settings = ", ".join(setting_texts(row))
         table.add_row(row["name"], row["summary"], settings, re.sub("https://(arxiv.org/abs/)?", "", row["source"]))
     console.print(table)
     console.print(

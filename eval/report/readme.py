@@ -11,6 +11,7 @@ from dataclasses import fields
 
 from dit_sparse import METHODS, Method
 from dit_sparse.methods import name_of
+from dit_sparse.notation.syntax import write
 from dit_sparse.pipelines.family import FAMILIES
 
 from . import tables as result_tables
@@ -34,6 +35,11 @@ def _value(default: object) -> object:
     return name_of(default) if isinstance(default, Method) else default
 
 
+def setting_texts(row: dict) -> list[str]:
+    """Return the settings of a method as they are written in its text, such as ``sink=false``."""
+    return [f"{key}={value if isinstance(value, str) else write(value)}" for key, value in row["settings"].items()]
+
+
 def _source(doc: str) -> str:
     """Return the address of the first paper in a docstring, or else the first address."""
     if paper := re.search(r"arXiv:(\d{4}\.\d{5})", doc):
@@ -49,7 +55,7 @@ def method_table() -> str:
             (
                 f"[`{row['name']}`](dit_sparse/methods/{row['name']}.py)",
                 row["summary"],
-                ", ".join(f"`{key}={value}`" for key, value in row["settings"].items()) or "-",
+                ", ".join(f"`{text}`" for text in setting_texts(row)) or "-",
                 f"[{row['source'].split('/', 3)[-1].removeprefix('abs/')}]({row['source']})",
             )
             for row in rows
