@@ -8,7 +8,6 @@ import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from itertools import cycle, islice
 
 import matplotlib
@@ -21,7 +20,6 @@ from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from matplotlib.typing import ColorType
 
-_SVG = "http://www.w3.org/2000/svg"
 TITLE_SIZE, TEXT_SIZE, SMALL_SIZE = 11.0, 9.0, 8.0  # points
 MARGIN = 0.12  # inches around a figure
 DPI = 144
@@ -170,44 +168,53 @@ def figure_to_svg(
     """Return a figure as an SVG element for an HTML page.
 
     Colours of ``theme`` become CSS variables with the colour as fallback, so one element serves a light and a dark
-    page. Text stays text, in the font of the page. Artists whose gid begins with ``series-`` are grouped by gid.
+    page. Text stays text, in the font of the page. Artists whose gid begins with ``series-`` are grouped by gid; their
+    labels can be focused, other links are for pointers alone, so that a keyboard does not stop at every marker.
 
     Args:
         label: for screen readers.
         titles: a tooltip and an accessible name for the links of the figure, by address.
     """
     file = io.StringIO()
-    # Any salt makes the ids of matplotlib reproducible; the label keeps figures of one page apart.
+    # matplotlib derives ids from the salt: reproducible, and different for the figures of one page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label or "figure"}):
         figure.savefig(file, format="svg", facecolor="none", metadata={"Date": None})
     root = ET.fromstring(file.getvalue())
-    _simplify(root, titles or {})
-    root.attrib = {"viewBox": root.get("viewBox"), "xmlns": _SVG, "class": "plot", "role": "group", "aria-label": label}
-    root.set("style", "stroke-linejoin: round")
-    svg = ET.tostring(root, encoding="unicode")
-    svg = re.sub(r" font-family: [^;]*;| transform=\"rotate\(-0 [^)]*\)\"", "", svg)
-    svg = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", svg)
-    for name, color in theme.css_variables().items():
-        svg = svg.replace(f": {color}", f": var({name}, {color})")
-    return svg
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+        element.attrib = {name: _simplify(name, value, theme) for name, value in attributes.items()}
+    series = _group_series(root)
+    labels = {link for group in series for link in group.iter("a") if link.find("text") is not None}
+    for link in root.iter("a"):
+        link.attrib = {"href": link.get("href")} | ({} if link in labels else {"tabindex": "-1"})
+        if title := (titles or {}).get(link.get("href")):
+            link.set("aria-label", title)
+            link.insert(0, ET.Element("title"))
+            link[0].text = title
+    root.attrib = {"viewBox": root.get("viewBox"), "class": "plot", "role": "group", "aria-label": label}
+    return ET.tostring(root, encoding="unicode")
 
 
 def figure_to_html(figure: Figure) -> str:
     """Return a figure for the ``_repr_html_`` of a notebook."""
     width = 100 * figure.get_figwidth()
-    return f'<div style="max-width: {width:.0f}px; background: {escape(LIGHT.paper)}">{figure_to_svg(figure)}</div>'
+    return f'<div style="max-width: {width:.0f}px; background: {LIGHT.paper}">{figure_to_svg(figure)}</div>'
 
 
-def _simplify(root: ET.Element, titles: Mapping[str, str]) -> None:
-    """Remove what an element inside a page does not need, group the series and name the links.
+def _simplify(name: str, value: str, theme: Theme) -> str:
+    """Return an attribute with coordinates in hundredths of a point, the colours of the page and its font."""
+    if name in ("href", "id"):
+        return value
+    value = re.sub(r" font-family: [^;]*;|rotate\(-0 [^)]*\)", "", value)
+    for variable, color in theme.css_variables().items():
+        value = value.replace(color, f"var({variable}, {color})")
+    return re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", value)
 
-    The labels of series can be focused; other links are for pointers alone, so that a reader with a keyboard does not
-    pass all markers.
-    """
+
+def _group_series(root: ET.Element) -> list[ET.Element]:
+    """Move the elements of each series into one group at the end; remove metadata, global styles and unused ids."""
     elements = list(root.iter())
-    for element in elements:
-        element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
     references = " ".join(value for element in elements for value in element.attrib.values() if "#" in value)
     groups: dict[str, ET.Element] = {}
     for parent in elements:
@@ -220,10 +227,4 @@ def _simplify(root: ET.Element, titles: Mapping[str, str]) -> None:
             if gid and f"#{gid}" not in references:
                 del child.attrib["id"]
     root.extend(groups.values())
-    labels = {link for group in groups.values() for link in group.iter("a") if link.find("text") is not None}
-    for link in root.iter("a"):
-        link.attrib = {"href": link.get("href")} | ({} if link in labels else {"tabindex": "-1"})
-        if title := titles.get(link.get("href")):
-            link.set("aria-label", title)
-            link.insert(0, ET.Element("title"))
-            link[0].text = title
+    return list(groups.values())
