@@ -45,10 +45,6 @@ class Schedule:
         """
         return site.layer < _count(self.dense_layers, site.layers) or site.step < self.first_sparse_step(site.steps)
 
-    def needs_plan(self, site: Site) -> bool:
-        """Return whether a sparse call makes a new plan."""
-        return (site.step - self.first_sparse_step(site.steps)) % self.replan_interval == 0
-
     def first_sparse_step(self, steps: int | None) -> int:
         """Return the number of dense steps among ``steps``. Raises as :meth:`is_dense` does."""
         if isinstance(self.dense_steps, float) and self.dense_steps and steps is None:

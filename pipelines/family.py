@@ -29,6 +29,7 @@ class Family:
         text: position of the text tokens in self-attention: ``"before"`` or ``"after"`` the video tokens, or None if
             self-attention has no text tokens.
         pipelines: class names of the diffusers pipelines.
+        timestep, latents: names of these arguments of the transformer's forward call.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Family:
     grid: Callable[[Mapping, Mapping], GridShape]
     text: str | None = None
     pipelines: tuple[str, ...] = ()
+    timestep: str = "timestep"
+    latents: str = "hidden_states"
 
 
 def family_of(transformer: object) -> Family | None:

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..grid import Grid
 from ..pipelines.family import GridShape
+from .intercept import AttentionCall
 
 
-def why_dense(
-    shape: GridShape, grid: Grid | None, q: Tensor, k: Tensor, causal_or_dropout: bool, processor: Any
-) -> str | None:
+def why_dense(shape: GridShape, grid: Grid | None, call: AttentionCall) -> str | None:
     """Return why a call cannot be computed sparsely, or None if it can.
 
     Args:
         shape: frames, height and width of the video tokens.
         grid: ``shape`` with the text tokens of this call, or None if the queries do not fit it.
-        q, k: queries and keys, ``[B, H, N, D]``.
-        causal_or_dropout: whether the call is causal or has dropout.
-        processor: the attention processor of the module.
+        call: the intercepted call.
     """
+    q, k, v = call.q, call.k, call.v
     if q.shape[2] != k.shape[2] or grid is None:
         return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {'x'.join(map(str, shape))}"
-    if causal_or_dropout:
+    if q.shape[-1] != v.shape[-1] or not q.dtype == k.dtype == v.dtype:
+        return "queries, keys and values differ in dtype or head_dim"
+    if call.is_causal or call.dropout_p > 0:
         return "causal attention and dropout are not supported"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    if not (call.mask is None or isinstance(call.mask, Tensor)):
+        return f"the model's attention mask is a {type(call.mask).__name__}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "gradients are required, and the executors have no backward pass"
-    if getattr(processor, "_parallel_config", None) is not None:
+    if call.is_parallel:
         return "context parallelism is not supported"
     return None

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..kernels.executors import executor as executor_named
 from ..method import Method
-from ..methods import REGISTRY
-from ..notation.parser import parse
-from ..notation.syntax import ProfileName, has_settings, write
+from ..methods import method_at_density
+from ..notation.syntax import ProfileName, write
 from ..pipelines.family import Family, SetAttnProcessorMixin, family_of
 from ..schedule import Schedule
 from .run import Run
@@ -23,8 +20,6 @@ from .settings import Settings
 
 if TYPE_CHECKING:  # pydantic takes longer to import than the rest of the package
     from ..profiling.head_profile import Profile
-
-DEFAULT_DENSITY = 0.25
 
 
 class SparseAttnProcessor:
@@ -108,10 +103,10 @@ class SparseAttnProcessor:
         """
         transformers = list(_transformers(model))
         if self._profile is not None:
-            for _, transformer, _ in transformers:
+            for _, _, transformer, _ in transformers:
                 self._profile.check_transformer(transformer)
-        timesteps = lambda: getattr(getattr(model, "scheduler", None), "timesteps", None)  # users may swap schedulers
-        return Run(type(model).__name__, self.settings, timesteps, lambda: _is_guided(model), transformers)
+        scheduler = lambda: getattr(model, "scheduler", None)  # users may swap schedulers
+        return Run(type(model).__name__, self.settings, scheduler, lambda: _is_guided(model), transformers)
 
     def __repr__(self) -> str:
         settings = self.settings
@@ -185,32 +180,58 @@ def prepare(pipe: Any) -> Any:
     """
     _transformers(pipe)
     if not hasattr(pipe, "set_attn_processor"):
-        pipe.__dict__["set_attn_processor"] = MethodType(SetAttnProcessorMixin.set_attn_processor, pipe)
+        pipe.__dict__["set_attn_processor"] = _SetAttnProcessor(pipe)
         pipe.__dict__["sparse_run"] = None
     return pipe
 
 
-def _transformers(model: Any) -> Iterator[tuple[str, nn.Module, Family]]:
-    """Return name, module and family of every transformer of a pipeline, or of the bare transformer.
+class _SetAttnProcessor:
+    """``set_attn_processor`` of one pipeline object. Unlike a bound method it can be pickled with the pipeline."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    def __call__(self, processor: Any) -> None:
+        SetAttnProcessorMixin.set_attn_processor(self.pipe, processor)
+
+    __call__.__doc__ = SetAttnProcessorMixin.set_attn_processor.__doc__
+
+
+def _transformers(model: Any) -> list[tuple[str, nn.Module, nn.Module, Family]]:
+    """Return name, wrapper, module and family of every transformer of a pipeline, or of the bare transformer.
 
     Raises:
         ValueError: there is no transformer, or no adapter for it.
     """
     components = model.components if hasattr(model, "components") else {"transformer": model}
     transformers = [
-        (name, getattr(component, "_orig_mod", component))  # the module that torch.compile wraps
+        (name, *_unwrap(component))
         for name, component in components.items()
         if name.startswith("transformer") and isinstance(component, nn.Module)
     ]
     if not transformers:
         raise ValueError(f"{type(model).__name__} has no transformer to make sparse")
-    for _, transformer in transformers:
+    for _, _, transformer in transformers:
         if family_of(transformer) is None:
             raise ValueError(
                 f"no adapter in dit_sparse/pipelines supports {type(transformer).__name__}; use dit_sparse.attention, "
                 "or add an adapter as CONTRIBUTING describes"
             )
-    return ((name, transformer, family_of(transformer)) for name, transformer in transformers)
+    return [(*parts, family_of(parts[-1])) for parts in transformers]
+
+
+def _unwrap(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return what the pipeline calls, and the transformer inside wrappers: torch.compile's, DDP's and PEFT's."""
+    module = getattr(module, "_orig_mod", module)  # a compiled module calls the hooks of the module it wraps
+    inner = module
+    while family_of(inner) is None:
+        peft = getattr(getattr(inner, "base_model", None), "model", None)
+        wrapped = (getattr(inner, "_orig_mod", None), getattr(inner, "module", None), peft)
+        wrapped = [part for part in wrapped if isinstance(part, nn.Module)]
+        if not wrapped:
+            break
+        inner = wrapped[0]
+    return module, inner
 
 
 def _is_guided(model: Any) -> bool:
@@ -230,7 +251,7 @@ def _make_method(method: str | Method, density: float | None, settings: dict) ->
 
 
 def _parse_method(text: str, density: float | None, settings: dict) -> tuple[Method, Profile | None]:
-    node, profiles = parse(text), []
+    profiles: list[Profile] = []
 
     def load_profile(name: str) -> Method:
         from ..profiling.head_profile import Profile
@@ -238,9 +259,7 @@ def _parse_method(text: str, density: float | None, settings: dict) -> tuple[Met
         profiles.append(Profile.load(name))
         return replace(profiles[-1].to_method(), profile=name)
 
-    if density is None and not settings and not has_settings(node):
-        density = DEFAULT_DENSITY
-    method = REGISTRY.build(node, settings | ({} if density is None else {"density": density}), load_profile)
+    method = method_at_density(text, density, settings, load_profile)
     if len(profiles) > 1:
         raise ValueError(f"a method can hold one profile, got {len(profiles)} in {text[:60]!r}")
     return method, profiles[0] if profiles else None

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from torch import nn
 
 from ..grid import Grid, Site
 from ..pipelines.family import GridShape
 from .settings import Settings
-
-if TYPE_CHECKING:  # imports diffusers, which takes seconds
-    from .tracking import StepTracker
+from .tracking import StepTracker
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class Forward:
         tracker, component = self._tracker, attention_site.component
         call = self._calls[attention_site.module]
         prompts = self._batch // (1 + tracker.both_branches) or 1
-        site = Site(
+        return Site(
             grid,
             block=self._settings.block_for(grid),
             layer=attention_site.layer,
@@ -76,4 +73,3 @@ class Forward:
             plan_group=f"{component} {tracker.plan_group} {call % prompts}",
             both_branches=tracker.both_branches,
         )
-        return replace(site, needs_plan=self._settings.schedule.needs_plan(site))

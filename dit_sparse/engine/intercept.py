@@ -1,108 +1,283 @@
-"""Interception of a diffusers attention call: the only file that knows how it is done.
+"""Intercept the attention calls of a diffusers attention module.
 
-A module's processor is replaced by an instance of a subclass that shares its state, so projections, norms, RoPE, masks
-and later additions of diffusers stay those of the model. During the processor's call one torch function is intercepted,
-``scaled_dot_product_attention``, with ``[B, H, N, D]`` queries and keys after RoPE: every processor calls it, with or
-without diffusers' dispatcher. Nothing of torch or diffusers is patched.
+The module's processor is replaced by an instance of a subclass that shares its state. Its ``__call__`` runs the
+processor's own code with one global name exchanged: ``dispatch_attention_fn``, or ``F`` where the processor calls
+``F.scaled_dot_product_attention``. Projections, norms, RoPE and masks stay the model's own, and nothing global is
+patched. Under ``torch.compile`` the exchanged function is a custom operator, so that blocks compile with
+``fullgraph=True`` and the plan is still chosen at run time.
+
+A copy or a pickle of an intercepting processor is a stock processor.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
+import threading
+import types
 from collections.abc import Callable
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-
-Attend = Callable[..., Tensor]  # attend(sdpa, q, k, v, ...), the arguments of the intercepted call after its function
 
 
-def intercept_attention(module: nn.Module, attend: Callable[[], Attend | None]) -> Callable[[], None]:
-    """Intercept the attention call of a module.
+@dataclass(frozen=True)
+class AttentionCall:
+    """An intercepted attention call.
+
+    Attributes:
+        q, k, v: after RoPE, ``[B, H, N, D]``, and ``[B, Hkv, N, D]`` for keys and values.
+        mask: a tensor or None, or what the backend that the user chose takes as a mask.
+        is_causal, dropout_p, scale: as in ``scaled_dot_product_attention``.
+        stock: computes the call as the model does, ``[B, H, N, D]``.
+        backend: name of the attention backend that the user chose, or None.
+        is_parallel: whether the call belongs to diffusers' context parallelism.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    is_causal: bool
+    dropout_p: float
+    scale: float | None
+    stock: Callable[[], Tensor]
+    backend: str | None = None
+    is_parallel: bool = False
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of all heads and batch items."""
+        return self.q.shape[:3].numel() * self.k.shape[2]
+
+    def under_autocast(self, device: str, dtype: torch.dtype) -> AttentionCall:
+        """Return the call with inputs of that dtype; ``stock`` runs under autocast, as in the model."""
+
+        def stock() -> Tensor:
+            with torch.autocast(device, dtype):
+                return self.stock()
+
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), stock=stock)
+
+
+class Interception:
+    """The link from one attention module to the run that computes its attention calls.
 
     Args:
-        module: a diffusers attention module with a ``processor``.
-        attend: called before every call of the processor. It returns the replacement of
-            ``scaled_dot_product_attention``, or None to run the original processor.
+        attend: computes a call.
+        report_missed: called with a reason when the processor ran without an attention call that can be intercepted.
 
-    Returns:
-        A function that restores the original processor.
+    Attributes:
+        number: identifies the link inside a compiled graph. A 0-d tensor, because Dynamo would compile a graph for
+            every value of an int.
     """
-    original = module.processor
-    module.processor = _intercepting_processor(original, attend)
 
-    def undo() -> None:
-        if getattr(module.processor, "dit_sparse_attend", None) is attend:
-            module.processor = original
+    _numbers = itertools.count()
+    _links: ClassVar[WeakValueDictionary[int, Interception]] = WeakValueDictionary()
 
-    return undo
+    def __init__(self, attend: Callable[[AttentionCall], Tensor], report_missed: Callable[[str], None]) -> None:
+        number = next(self._numbers)
+        self.number, self._links[number] = torch.tensor(number), self
+        self.attend: Callable[[AttentionCall], Tensor] | None = attend
+        self.report_missed = report_missed
+        self.stock_processor: Any = None
+
+    @property
+    def active(self) -> bool:
+        return self.attend is not None
+
+    def install(self, module: nn.Module) -> None:
+        """Intercept the calls of ``module``, unless it is intercepted by this link already."""
+        if interception_of(module) is self:
+            return
+        _register_operator()
+        self.stock_processor = module.processor
+        processor = object.__new__(_intercepting_class(type(self.stock_processor)))
+        processor.__dict__ = self.stock_processor.__dict__  # a backend that diffusers sets on one is set on both
+        processor.dit_sparse_interception = self
+        module.processor = processor
+
+    def remove(self, module: nn.Module) -> None:
+        """Restore the module's processor, unless another one has taken its place, and end the link for all copies."""
+        if interception_of(module) is self:
+            module.processor = self.stock_processor
+        self.attend = self.report_missed = self.stock_processor = None
+
+    def compute(self, call: AttentionCall) -> Tensor:
+        return call.stock() if self.attend is None else self.attend(call)
 
 
-def is_intercepted(module: nn.Module) -> bool:
-    """Whether a module's attention call is intercepted."""
-    return hasattr(getattr(module, "processor", None), "dit_sparse_attend")
-
-
-def _intercepting_processor(processor: Any, attend: Callable[[], Attend | None]) -> Any:
-    """Return an instance of an intercepting subclass that shares the ``__dict__`` of the original processor, so that
-    what diffusers sets on one (a backend, a parallel configuration) is set on both."""
-    intercepting = object.__new__(_intercepting_class(type(processor)))
-    intercepting.__dict__ = processor.__dict__
-    intercepting.dit_sparse_attend = attend
-    return intercepting
+def interception_of(module: nn.Module) -> Interception | None:
+    """Return the active interception of an attention module, or None."""
+    interception = getattr(getattr(module, "processor", None), "dit_sparse_interception", None)
+    return interception if interception is not None and interception.active else None
 
 
 @functools.cache
-def _intercepting_class(original: type) -> type:
-    """Return a subclass of a processor class whose call intercepts ``scaled_dot_product_attention``."""
+def _intercepting_class(stock: type) -> type:
+    code = _exchange_attention(inspect.unwrap(stock.__call__))
 
-    # diffusers drops every keyword that the processor's __call__ does not name: the signature must stay visible.
-    @functools.wraps(original.__call__)
+    # diffusers drops every keyword argument that is not in the signature of the processor's __call__.
+    @functools.wraps(stock.__call__)
     def call(self, *args, **kwargs):
-        attend = self.dit_sparse_attend()
-        if attend is None:
-            return original.__call__(self, *args, **kwargs)
-        with _native_backend(self), _SDPAInterceptor(attend):
-            return original.__call__(self, *args, **kwargs)
+        interception = self.dit_sparse_interception
+        if interception.attend is None:  # the run has ended
+            return stock.__call__(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            if code is None:
+                return stock.__call__(self, *args, **kwargs)
+            _traced.number = interception.number
+            return code(self, *args, **kwargs)
+        if code is None:
+            interception.report_missed(f"{stock.__name__} computes attention in its own way")
+            return stock.__call__(self, *args, **kwargs)
+        outer, _current.interception, _current.calls = _current.interception, interception, 0
+        try:
+            output = code(self, *args, **kwargs)
+        finally:
+            _current.interception = outer
+        if not _current.calls:
+            interception.report_missed(f"{stock.__name__} made no attention call that can be intercepted")
+        return output
 
-    members = {
-        "__slots__": ("dit_sparse_attend",),
-        "__call__": torch.compiler.disable(call),
-        "__doc__": original.__doc__,
-    }
-    return type(f"Sparse{original.__name__}", (original,), members)
+    def reduce(self, protocol):
+        return _new_instance, (stock,), dict(self.__dict__)
+
+    members = {"__slots__": ("dit_sparse_interception",), "__call__": call, "__reduce_ex__": reduce}
+    return type(f"Sparse{stock.__name__}", (stock,), members | {"__doc__": stock.__doc__})
 
 
-class _SDPAInterceptor(TorchFunctionMode):
-    """Passes ``scaled_dot_product_attention`` calls to ``attend``. torch suspends the mode during ``attend``."""
-
-    def __init__(self, attend: Attend) -> None:
-        super().__init__()
-        self.attend = attend
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            return self.attend(function, *args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+def _new_instance(stock: type) -> Any:
+    return object.__new__(stock)
 
 
-@contextmanager
-def _native_backend(processor: Any):
-    """Select diffusers' native backend, the only one that calls torch's function, and restore the user's choice."""
-    if not hasattr(processor, "_attention_backend"):
-        yield
-        return
-    state, unset = processor.__dict__, object()
-    backend = state.get("_attention_backend", unset)
-    state["_attention_backend"] = "native"
-    try:
-        yield
-    finally:
-        if backend is unset:
-            del state["_attention_backend"]
-        else:
-            state["_attention_backend"] = backend
+def _exchange_attention(function: types.FunctionType) -> types.FunctionType | None:
+    """Return the same code with its attention function exchanged, or None if it calls none that is known.
+
+    The new globals have no ``__name__``: Dynamo looks up globals by module name, and other functions of that module,
+    such as cross-attention, would get the exchanged one too.
+    """
+    names, scope = function.__code__.co_names, dict(function.__globals__)
+    scope.pop("__name__", None)
+    if "dispatch_attention_fn" in names:
+        scope["dispatch_attention_fn"] = _intercepting_dispatcher(function.__globals__["dispatch_attention_fn"])
+    elif "F" in names and "scaled_dot_product_attention" in names:
+        scope["F"] = _intercepting_functional()
+    else:
+        return None
+    exchanged = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
+    exchanged.__kwdefaults__ = function.__kwdefaults__
+    return exchanged
+
+
+@functools.cache
+def _intercepting_dispatcher(dispatch: Callable) -> Callable:
+    """Return diffusers' ``dispatch_attention_fn``, whose tensors are ``[B, N, H, D]``, with its calls intercepted."""
+
+    def dispatch_attention_fn(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+        attention_kwargs=None, *, backend=None, parallel_config=None,
+    ):  # fmt: skip
+        def stock():
+            return dispatch(
+                query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+                backend=backend, parallel_config=parallel_config,
+            )  # fmt: skip
+
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if torch.compiler.is_compiling():
+            if parallel_config is not None or not (attn_mask is None or isinstance(attn_mask, Tensor)):
+                return stock()
+            name = None if backend is None else str(getattr(backend, "value", backend))
+            call = (q, k, v, attn_mask, _traced.number, dropout_p, is_causal, scale, enable_gqa, name)
+            return torch.ops.dit_sparse.attend(*call).transpose(1, 2)
+        call = AttentionCall(
+            q, k, v, attn_mask, is_causal, dropout_p, scale, lambda: stock().transpose(1, 2), chosen_backend(backend),
+            parallel_config is not None,
+        )  # fmt: skip
+        return _compute_current(call).transpose(1, 2)
+
+    return dispatch_attention_fn
+
+
+@functools.cache
+def _intercepting_functional() -> types.SimpleNamespace:
+    """Return ``torch.nn.functional`` with ``scaled_dot_product_attention`` intercepted."""
+
+    def scaled_dot_product_attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        if torch.compiler.is_compiling():
+            call = (query, key, value, attn_mask, _traced.number, dropout_p, is_causal, scale, enable_gqa, None)
+            return torch.ops.dit_sparse.attend(*call)
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        stock = lambda: F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return _compute_current(AttentionCall(query, key, value, attn_mask, is_causal, dropout_p, scale, stock))
+
+    functions = {name: value for name, value in vars(F).items() if not name.startswith("__")}
+    return types.SimpleNamespace(**functions | {"scaled_dot_product_attention": scaled_dot_product_attention})
+
+
+class _Current(threading.local):
+    """The interception whose processor runs in this thread, and its attention calls so far."""
+
+    interception: Interception | None = None
+    calls = 0
+
+
+class _Traced:
+    """The number of the interception that Dynamo traces; it cannot read a thread-local."""
+
+    number: Tensor | None = None
+
+
+_current, _traced = _Current(), _Traced()
+
+
+def _compute_current(call: AttentionCall) -> Tensor:
+    _current.calls += 1
+    return call.stock() if _current.interception is None else _current.interception.compute(call)
+
+
+def chosen_backend(backend: Any) -> str | None:
+    """Return the name of the attention backend that the user chose for a processor or globally, or None."""
+    if backend is None:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    name = str(getattr(backend, "value", backend))
+    return None if name == "native" else name
+
+
+@functools.cache
+def _register_operator() -> None:
+    """Register ``torch.ops.dit_sparse.attend``, the intercepted call of a compiled graph."""
+
+    @torch.library.custom_op("dit_sparse::attend", mutates_args=())
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, number: Tensor, dropout_p: float, is_causal: bool,
+        scale: float | None, enable_gqa: bool, backend: str | None,
+    ) -> Tensor:  # fmt: skip
+        def stock() -> Tensor:
+            from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+            name = None if backend is None else AttentionBackendName(backend)
+            inputs = (x.transpose(1, 2) for x in (q, k, v))
+            out = dispatch_attention_fn(*inputs, mask, dropout_p, is_causal, scale, enable_gqa, backend=name)
+            return out.transpose(1, 2)
+
+        interception = Interception._links.get(int(number))
+        call = AttentionCall(q, k, v, mask, is_causal, dropout_p, scale, stock, chosen_backend(backend))
+        out = stock() if interception is None else interception.compute(call)
+        return out.contiguous()
+
+    @attend.register_fake
+    def _(q, k, v, mask, number, dropout_p, is_causal, scale, enable_gqa, backend):
+        return q.new_empty(*q.shape[:-1], v.shape[-1])

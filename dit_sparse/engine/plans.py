@@ -8,7 +8,7 @@ times as much, five times at g = 4. Branches that compute the same blocks lose n
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from ..clusters import ClusterPlan
 from ..grid import Site
 from ..method import Method
 from ..plan import Plan
+from ..schedule import Schedule
 from .report import Stopwatch
 
 
@@ -38,15 +39,16 @@ class Plans:
 
     Args:
         method: makes the plans.
-        per_branch: whether each branch of guidance has its own plans.
+        schedule: how often plans are made, and whether each branch of guidance has its own.
         stopwatch: measures the planning time.
         offload: whether to keep plans on the CPU between calls.
     """
 
     def __init__(
-        self, method: Method, per_branch: bool = False, stopwatch: Stopwatch | None = None, offload: bool = False
-    ) -> None:
-        self.method, self._per_branch, self._offload = method, per_branch, offload
+        self, method: Method, schedule: Schedule | None = None, stopwatch: Stopwatch | None = None,
+        offload: bool = False,
+    ) -> None:  # fmt: skip
+        self.method, self._schedule, self._offload = method, schedule or Schedule(), offload
         self._stopwatch = stopwatch or Stopwatch()
         self._cache: dict[tuple, CachedPlan] = {}
         self._memory: dict[tuple, dict] = defaultdict(dict)
@@ -56,6 +58,9 @@ class Plans:
         method = self.method
         key = (site.grid, q.device) if method.static else (*self._key(q, site), len(q), q.device)
         cached = self._cache.get(key)
+        # Compared with the step of the cached plan: steps may be skipped, and some schedulers evaluate a step twice.
+        is_old = cached is None or site.step - cached.step >= self._schedule.replan_interval
+        site = replace(site, needs_plan=is_old or site.step == cached.step)
         may_be_stale = not method.static and (method.manages_own_plans or site.needs_plan)
         if cached is None or (may_be_stale and not cached.is_shared_by(site)):
             with self._stopwatch.timing(q.device):
@@ -84,8 +89,8 @@ class Plans:
         return plan if plan is None else plan.repeat_batch()
 
     def _splits_batch(self, q: Tensor, site: Site) -> bool:
-        return site.both_branches and len(q) % 2 == 0 and not self._per_branch
+        return site.both_branches and len(q) % 2 == 0 and not self._schedule.per_branch
 
     def _key(self, q: Tensor, site: Site) -> tuple:
-        branch = site.branch if self._per_branch else site.plan_group
+        branch = site.branch if self._schedule.per_branch else site.plan_group
         return site.grid, site.layer, branch, len(q) // 2 if self._splits_batch(q, site) else len(q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ import torch
 
 from ..method import Method
 from ..methods import name_of
+
+log = logging.getLogger("dit_sparse")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class RunCounters:
     computed_in_sparse: float | torch.Tensor = 0.0  # pairs; a tensor, because reading it would wait for the GPU
     dense_pairs: int = 0
     unsized_calls: int = 0
+    logged: set[str] = field(default_factory=set)
     attention: Stopwatch = field(default_factory=lambda: Stopwatch())
     planning: Stopwatch = field(default_factory=lambda: Stopwatch())
 
@@ -89,13 +93,20 @@ class RunCounters:
         self.executors[executor] += 1
         self.grids[str(grid)] = None
         self.sparse_pairs += pairs
-        self.computed_in_sparse += pairs * density
+        self.computed_in_sparse = self.computed_in_sparse + pairs * density  # not in place: of either inference mode
 
     def count_dense(self, reason: str, pairs: int | None) -> None:
         """Count a dense call. Without ``pairs`` it weighs as much as the average call."""
         self.dense[reason] += 1
         self.unsized_calls += pairs is None
         self.dense_pairs += pairs or 0
+
+    def warn(self, reason: str) -> str:
+        """Log a reason for a dense call, once a run, and return it."""
+        if reason not in self.logged:
+            self.logged.add(reason)
+            log.warning("attention stays dense: %s", reason)
+        return reason
 
     @property
     def density_achieved(self) -> float | None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import html
 import re
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..methods import name_of
 from ..pipelines.family import Family
 from .dispatcher import AttentionDispatcher, Observer
 from .forward import AttentionSite
-from .intercept import intercept_attention
+from .forward_hook import ForwardHook
+from .intercept import AttentionCall, Interception, interception_of
 from .report import Report, RunCounters
 from .settings import Settings
 
@@ -30,44 +32,61 @@ class Run:
     Args:
         model: class name of the pipeline or transformer.
         settings: validated settings.
-        timesteps: returns the timesteps of the pipeline's scheduler, or None.
-        guided: returns whether a pipeline that batches the branches of guidance computes both.
-        transformers: name, module and family of each transformer.
+        scheduler: returns the pipeline's scheduler, or None.
+        guided: returns whether a pipeline that batches the branches of guidance computes both now.
+        transformers: name, wrapper, module and family of each transformer.
+
+    A run may serve several threads: each has its own step, plans and memory.
     """
 
     def __init__(
         self,
         model: str,
         settings: Settings,
-        timesteps: Callable[[], Any],
+        scheduler: Callable[[], Any],
         guided: Callable[[], bool],
-        transformers: Iterable[tuple[str, nn.Module, Family]],
+        transformers: Iterable[tuple[str, nn.Module, nn.Module, Family]],
     ) -> None:
-        from .tracking import StepTracker  # imports diffusers, which takes seconds
-
         self._model, self._settings = model, settings
         self._counters = RunCounters()
-        self._tracker = StepTracker(timesteps, guided, settings.steps, lambda: self._dispatcher.end_generation())
-        self._dispatcher = AttentionDispatcher(settings, self._tracker, self._counters)
-        self._undo: list[Callable[[], None]] = []
+        self._observers: list[Observer] = []
+        self._new_dispatcher = partial(
+            AttentionDispatcher, settings, self._counters, self._observers, scheduler, guided
+        )
+        self._threads = threading.local()
+        self._hooks: list[ForwardHook] = []
+        self._links: list[tuple[nn.Module, Interception]] = []
         try:
-            for name, transformer, family in transformers:
-                self._attach(name, transformer, family)
+            for name, wrapper, transformer, family in transformers:
+                self._attach(name, wrapper, transformer, family)
         except BaseException:
             self.disable()
             raise
 
     @property
+    def _dispatcher(self) -> AttentionDispatcher:
+        """The dispatcher of this thread."""
+        if not hasattr(self._threads, "dispatcher"):
+            self._threads.dispatcher = self._new_dispatcher()
+        return self._threads.dispatcher
+
+    @property
     def active(self) -> bool:
         """Whether the model is sparse now."""
-        return bool(self._undo)
+        return bool(self._hooks)
 
     def disable(self) -> None:
         """Restore the model bit for bit. Calling it again has no effect."""
-        while self._undo:
-            self._undo.pop()()
-        self._dispatcher.end_generation()
-        self._dispatcher.last_plan = None
+        for hook in self._hooks:
+            hook.remove()
+        for module, link in self._links:
+            link.remove(module)
+        self._hooks, self._links = [], []
+        # A report may be kept for long: let go of the model, and of the plans of all threads.
+        self._threads = threading.local()
+        self._new_dispatcher = partial(
+            AttentionDispatcher, self._settings, self._counters, [], lambda: None, lambda: False
+        )
 
     def report(self) -> Report:
         """Return what the run has computed so far."""
@@ -75,7 +94,7 @@ class Run:
 
     def observe(self, observer: Observer) -> None:
         """Call ``observer(site, q, k, plan)`` before every sparse call, outside of the measured time."""
-        self._dispatcher.observers.append(observer)
+        self._observers.append(observer)
 
     def plot(self) -> Figure:
         """Plot the plan of the most recent sparse call.
@@ -99,7 +118,7 @@ class Run:
         self.disable()
 
     def __repr__(self) -> str:
-        tracker = self._tracker
+        tracker = self._dispatcher.tracker
         step = f", step {tracker.step}" + (f"/{tracker.steps}" if tracker.steps else "") if tracker.generating else ""
         return f"Run({self._model}, {self._settings}{step}, {'active' if self.active else 'disabled'})"
 
@@ -112,17 +131,41 @@ class Run:
 
         return text + figure_to_html(self.plot())
 
-    def _attach(self, name: str, transformer: nn.Module, family: Family) -> None:
-        """Hook a transformer and intercept its self-attention modules."""
-        from .tracking import RootHook, register_root_hook
+    def __reduce__(self):
+        return type(None), ()  # a copy or a pickle of the model is stock, and has no run
 
-        def on_forward(arguments: dict) -> None:
-            shape = family.grid(transformer.config, arguments)
-            self._dispatcher.begin_forward(shape, batch=len(arguments["hidden_states"]))
-
-        self._undo.append(register_root_hook(transformer, RootHook(self._tracker, on_forward)))
+    def _attach(self, name: str, wrapper: nn.Module, transformer: nn.Module, family: Family) -> None:
+        """Observe a transformer and intercept its self-attention modules."""
         modules = [module for path, module in transformer.named_modules() if re.fullmatch(family.sites, path)]
-        self._settings.method.check_model(len(modules), getattr(modules[0], "heads", 0) if modules else 0)
+        if not modules:
+            raise ValueError(f"{type(transformer).__name__} has no self-attention module that matches {family.sites!r}")
+        if any(map(interception_of, modules)):
+            raise ValueError("this transformer is already sparse: call disable() on the earlier run first")
+        self._settings.method.check_model(len(modules), getattr(modules[0], "heads", 0))
+        links = []
         for layer, module in enumerate(modules):
-            attention_site = AttentionSite(name, layer, len(modules), family.text, module)
-            self._undo.append(intercept_attention(module, partial(self._dispatcher.attend_for, attention_site)))
+            site = AttentionSite(name, layer, len(modules), family.text, module)
+            links.append((module, Interception(partial(self._attend, site), self._count_missed)))
+
+        def begin_forward(*arguments: Any) -> None:
+            for module, link in links:
+                link.install(module)  # others may have replaced the processor, as fuse_qkv_projections does
+            self._dispatcher.begin_forward(*arguments)
+
+        self._links += links
+        for module, link in links:
+            link.install(module)
+        self._hooks.append(ForwardHook(wrapper, transformer, family, begin_forward, self._end_forward, self._reset))
+
+    def _attend(self, site: AttentionSite, call: AttentionCall) -> Tensor:
+        return self._dispatcher.attend(site, call)
+
+    def _end_forward(self) -> None:
+        self._dispatcher.tracker.end_forward()
+
+    def _reset(self) -> None:
+        self._dispatcher.tracker.reset()
+
+    def _count_missed(self, reason: str) -> None:
+        """Count a call of an attention processor that the run cannot compute."""
+        self._counters.count_dense(self._counters.warn(reason), None)

@@ -91,7 +91,8 @@ def candidate_plans(methods: Sequence[Method], memory: dict, schedule: Schedule)
 
     Plans stay on the CPU between calls, because those of all methods and layers exceed the memory of a GPU.
     """
-    return [memory.setdefault(i, Plans(m, schedule.per_branch, offload=True)) for i, m in enumerate(methods)]
+    every_step = replace(schedule, replan_interval=1)
+    return [memory.setdefault(i, Plans(m, every_step, offload=True)) for i, m in enumerate(methods)]
 
 
 def squared_error(

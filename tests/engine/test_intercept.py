@@ -9,7 +9,7 @@ import re
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from dit_sparse.engine.intercept import is_intercepted
+from dit_sparse.engine.intercept import interception_of
 from sparse_pipelines import (
     cached_pipeline,
     count_layers,
@@ -27,8 +27,8 @@ def test_only_video_self_attention_is_intercepted(stock):
     with enable_sparse(stock):
         for modules, original in zip(before, processors, strict=True):
             for path, module in modules.items():
-                assert is_intercepted(module) == bool(re.search(stock.attn, path)), path
-                assert is_intercepted(module) or getattr(module, "processor", None) is original[path]
+                assert bool(interception_of(module)) == bool(re.search(stock.attn, path)), path
+                assert interception_of(module) or getattr(module, "processor", None) is original[path]
 
 
 def test_processors_keep_their_signatures(stock):
@@ -81,4 +81,4 @@ def test_mochi_without_set_processor_is_intercepted():
     module = stock.pipe.transformer.transformer_blocks[0].attn1
     assert not hasattr(module, "set_processor") and not hasattr(stock.pipe.transformer, "set_attn_processor")
     with enable_sparse(stock):
-        assert is_intercepted(module)
+        assert interception_of(module)

@@ -26,7 +26,7 @@ def test_memory_is_kept_per_site_and_dropped_after_the_generation(stock):
     method = RunningMean()
     with enable_sparse(stock, method, density=0.3, schedule=PLAN_PER_BRANCH) as run:
         first, second = generate(stock), generate(stock)
-        assert not run._dispatcher.plans._memory and not run._dispatcher.plans._cache
+        assert not run._dispatcher._plans._memory and not run._dispatcher._plans._cache
     assert first.equal(second)
     for site, steps in method.log:
         begin = 2 if "transformer_2" in site.branch else 1

@@ -40,7 +40,7 @@ def test_second_call_of_a_branch_in_a_step_gets_a_new_plan():
             calls.append((float(q[0, 0, 0, 0]), memory.setdefault("steps", []).copy()))
             memory["steps"].append(site.step)
 
-    plans = Plans(Recorder())
+    plans = Plans(Recorder(), ds.Schedule(replan_interval=1))
     grid = ds.Grid(1, 1, 1)
     for value, branch, step in [(0, "a", 3), (1, "b", 3), (2, "a", 3), (3, "b", 3), (4, "b", 4), (5, "a", 4)]:
         q = torch.full((1, 1, 1, 1), float(value))
@@ -52,8 +52,8 @@ def test_absence_of_a_plan_is_cached():
     calls = []
     method = SimpleNamespace(static=False, manages_own_plans=False, plan=lambda *arguments: calls.append(arguments))
     plans, q = Plans(method), torch.zeros(2, 1, 1, 1)
-    for needs_plan in (True, False):
-        assert plans.plan(q, q, ds.Site(ds.Grid(1, 1, 1), both_branches=True, needs_plan=needs_plan)) is None
+    for step in (0, 1):
+        assert plans.plan(q, q, ds.Site(ds.Grid(1, 1, 1), step=step, both_branches=True)) is None
     assert len(calls) == 1 and len(calls[0][0]) == 1
 
 

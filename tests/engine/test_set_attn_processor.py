@@ -15,7 +15,7 @@ import torch
 
 import dit_sparse as ds
 import tiny_pipelines as tiny
-from dit_sparse.engine.intercept import is_intercepted
+from dit_sparse.engine.intercept import interception_of
 from dit_sparse.pipelines.family import FAMILIES
 from sparse_pipelines import (
     SETTINGS,
@@ -88,9 +88,9 @@ def test_prepare_works_on_every_pipeline(stock):
     pipe.set_attn_processor(ds.SparseAttnProcessor("dense", **SETTINGS))
     run = pipe.sparse_run
     pipe.set_attn_processor(ds.SparseAttnProcessor("window", **SETTINGS))
-    assert pipe.sparse_run is not run and any(map(is_intercepted, stock.transformers[0].modules()))
+    assert pipe.sparse_run is not run and any(map(interception_of, stock.transformers[0].modules()))
     pipe.set_attn_processor(None)
-    assert pipe.sparse_run is None and not any(map(is_intercepted, stock.transformers[0].modules()))
+    assert pipe.sparse_run is None and not any(map(interception_of, stock.transformers[0].modules()))
 
 
 def test_pipeline_classes_match_those_of_diffusers():

@@ -128,7 +128,7 @@ def known_values(monkeypatch):
     monkeypatch.setattr(plan_module.BasePlan, "density", 0.25)
     monkeypatch.setattr(RunCounters, "density_achieved", 0.25)
     monkeypatch.setattr(RunCounters, "density_run", 0.25)
-    monkeypatch.setattr(tracking, "_scalar", lambda timestep: 500.0)
+    monkeypatch.setattr(tracking, "_largest", lambda timestep: 500.0)
     lengths = lambda mask, batch, grid: mask.reshape(-1, grid.tokens).sum(-1).expand(batch)
     monkeypatch.setattr(padding, "read_padding", lengths)
 

@@ -19,11 +19,10 @@ def test_fractions_of_the_steps_are_rounded_down(steps, data):
 
 
 def test_first_steps_and_first_layers_stay_dense():
-    schedule = Schedule(dense_steps=0.3, dense_layers=0.25, replan_interval=2)
+    schedule = Schedule(dense_steps=0.3, dense_layers=0.25)
     site = lambda step, layer: Site(Grid(1, 1, 1), layer=layer, layers=8, step=step, steps=10)
     dense = [[schedule.is_dense(site(step, layer)) for layer in range(8)] for step in range(10)]
     assert dense == [[step < 3 or layer < 2 for layer in range(8)] for step in range(10)]
-    assert [schedule.needs_plan(site(step, 3)) for step in range(3, 10)] == [True, False] * 3 + [True]
 
 
 @pytest.mark.parametrize("dense_steps", [0, 3, 0.0])

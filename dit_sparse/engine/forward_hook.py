@@ -1,0 +1,175 @@
+"""Report the forward calls of one transformer to its run.
+
+The hook is a plain forward pre-hook of the module. Offloading, caches and LoRA replace ``transformer.forward`` or
+rebuild chains of hooks on it; a pre-hook survives that, and removing it leaves their changes alone. diffusers' cache
+context and the end of a generation are observed by methods set on this one instance.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import threading
+import types
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..pipelines.family import Family, GridShape
+
+
+class ForwardHook:
+    """Observe a transformer.
+
+    Args:
+        module: the transformer, or what wraps it.
+        transformer: the transformer itself.
+        family: reads the token grid from the arguments of a call.
+        begin: ``begin(timestep, latents, grid, context, compiled)`` is called before every forward call.
+        end: called after every forward call that is not compiled and raised no error.
+        reset: called when diffusers ends a generation.
+    """
+
+    _numbers = itertools.count()
+    _hooks: ClassVar[WeakValueDictionary[int, ForwardHook]] = WeakValueDictionary()
+
+    def __init__(
+        self,
+        module: nn.Module,
+        transformer: nn.Module,
+        family: Family,
+        begin: Callable[[Any, Tensor, GridShape, Any, bool], None],
+        end: Callable[[], None],
+        reset: Callable[[], None],
+    ) -> None:
+        number = next(self._numbers)
+        self.number, self._hooks[number] = torch.tensor(number), self
+        self.begin, self.end, self.reset = begin, end, reset
+        self._local = threading.local()
+        self._config, self._family = transformer.config, family
+        self._names = [name for name in inspect.signature(type(transformer).forward).parameters if name != "self"]
+        self._handles = [
+            module.register_forward_pre_hook(_Callback(self._before), with_kwargs=True),
+            module.register_forward_hook(_Callback(self._after)),
+        ]
+        self._methods = [
+            _InstanceMethod(transformer, name, wrapper)
+            for name, wrapper in (("cache_context", self._cache_context), ("_reset_stateful_cache", self._reset))
+            if hasattr(type(transformer), name)
+        ]
+        _register_operator()
+
+    def remove(self) -> None:
+        """Remove the hooks and methods, and nothing that others have put on the module."""
+        for handle in (*self._handles, *self._methods):
+            handle.remove()
+        self.begin = self.end = self.reset = None
+        self._handles, self._methods, self._config = [], [], None
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        timestep, latents = arguments.get(self._family.timestep), arguments[self._family.latents]
+        grid = self._family.grid(self._config, arguments)
+        if not torch.compiler.is_compiling():
+            self.begin(timestep, latents, grid, getattr(self._local, "context", None), False)
+            return None
+        # Inside the graph nothing is read: the timestep passes through an operator that reads it at run time.
+        is_timestep = isinstance(timestep, Tensor)
+        name = self._family.timestep if is_timestep else self._family.latents
+        passed = torch.ops.dit_sparse.begin_forward(arguments[name], is_timestep, latents, list(grid), self.number)
+        if name in kwargs:
+            return args, kwargs | {name: passed}
+        place = self._names.index(name)
+        return (*args[:place], passed, *args[place + 1 :]), kwargs
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.end()
+
+    def _cache_context(self, stock: Callable) -> Callable:
+        @contextmanager
+        def cache_context(name: str, **fields: Any):
+            with stock(name, **fields):
+                outer = getattr(self._local, "context", None)
+                self._local.context = types.SimpleNamespace(name=name, **fields)
+                try:
+                    yield
+                finally:
+                    self._local.context = outer
+
+        return cache_context
+
+    def _reset(self, stock: Callable) -> Callable:
+        def reset_stateful_cache(*args: Any, **kwargs: Any) -> Any:
+            self.reset()
+            return stock(*args, **kwargs)
+
+        return reset_stateful_cache
+
+
+class _Callback:
+    """A forward hook. A copy or a pickle of it does nothing."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __reduce__(self):
+        return _Callback, (_do_nothing,)
+
+
+def _do_nothing(*args: Any) -> None:
+    return None
+
+
+class _InstanceMethod:
+    """A method replaced on one instance. A copy or a pickle of it is the method of the class."""
+
+    def __init__(self, instance: object, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+        self.instance, self.name = instance, name
+        self._before = instance.__dict__.get(name)
+        self._call = wrapper(getattr(instance, name))
+        instance.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Restore what was there, unless others have replaced the method since."""
+        if self.instance.__dict__.get(self.name) is self:
+            del self.instance.__dict__[self.name]
+            if self._before is not None:
+                self.instance.__dict__[self.name] = self._before
+        self._call = getattr(type(self.instance), self.name).__get__(self.instance)
+
+    def __reduce__(self):
+        return _bind, (getattr(type(self.instance), self.name), self.instance)
+
+
+def _bind(function: Callable, instance: object) -> Callable:
+    return types.MethodType(function, instance)
+
+
+@functools.cache
+def _register_operator() -> None:
+    """Register ``torch.ops.dit_sparse.begin_forward``, the start of a forward call in a compiled graph."""
+
+    @torch.library.custom_op("dit_sparse::begin_forward", mutates_args=())
+    def begin_forward(passed: Tensor, is_timestep: bool, latents: Tensor, grid: list[int], number: Tensor) -> Tensor:
+        hook = ForwardHook._hooks.get(int(number))
+        if hook is not None and hook.begin is not None:
+            hook.begin(
+                passed if is_timestep else None, latents, tuple(grid), getattr(hook._local, "context", None), True
+            )
+        return passed.clone()
+
+    @begin_forward.register_fake
+    def _(passed, is_timestep, latents, grid, number):
+        return torch.empty_like(passed)
