@@ -20,7 +20,7 @@ from dit_sparse import SparseAttnProcessor, prepare
 
 from ..bundled import BUNDLED
 from ..output.environment import conditions
-from ..output.files import for_json, save_json, writable_folder
+from ..output.files import json_values, save_json, writable_folder
 from ..output.media import save_video
 from .generate import Progress, Stage, default_call, default_fps, generate, load_pipeline
 from .processes import Interrupted, interruptible, shard
@@ -63,7 +63,7 @@ class Job:
         values = {"model": self.model, "prompt": self.prompt, "seed": self.seed, "call": self.call, "fps": self.fps}
         values |= {"method": type(run.method).__name__, "settings": run.method.settings()}
         values |= {"schedule": asdict(run.schedule), "executor": run.executor, "block": run.block}
-        return json.loads(json.dumps(for_json(values)))
+        return json.loads(json.dumps(json_values(values)))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The conditions of a measurement: machine, versions, commit. Every result carries them."""
+"""Conditions of a measurement: device, versions and commit, which every result file contains."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ import dit_sparse
 from ..bundled import BUNDLED
 
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "xformers", "numpy")
-DECIDING = ("assets", "engine", "generation", "methods", "profiling")  # folders of this package
+DIGESTED = ("assets", "engine", "generation", "methods", "notation", "profiling")  # folders of this package
 MAPPED = ("kernels", "pipelines", "profiles")  # inside the package in a wheel, next to it in a checkout
 
 
 def conditions(device: str | None = None) -> dict:
-    """Device, versions and commit, as plain values for JSON."""
+    """Return device, versions and commit as plain values for JSON."""
     return {"device": device_name(device), "versions": versions(), "commit": commit()}
 
 
 def device_name(device: str | None = None) -> str:
-    """The GPU's name, or the CPU's with its threads and instruction set."""
+    """Return the name of the GPU, or of the CPU with its threads and instruction set."""
     if device == "cuda" or (device is None and torch.cuda.is_available()):
         return torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"CPU ({_processor()}), {torch.get_num_threads()} threads, {capability}"
+    return f"CPU ({_cpu_name()}), {torch.get_num_threads()} threads, {capability}"
 
 
 def versions() -> dict[str, str | None]:
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and the packages; None for a package that is not installed."""
+    result: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            result[package] = None
+    return result
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package runs from, with "+" where files differ from it; None for a wheel."""
+    """Return the commit of the checkout, with "+" if files differ from it; None for an installed wheel."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -57,11 +58,11 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def sources(*more: Path) -> str:
-    """Return a digest of the files that decide what a clip becomes, edited or not: methods, engine, kernels, adapters,
-    profiles, bundled weights, and ``more``."""
-    package, *beside = map(Path, dit_sparse.__path__)
-    folders = [package / name for name in DECIDING] + [place / name for place in (package, *beside) for name in MAPPED]
+def source_digest(*more: Path) -> str:
+    """Return a digest of the files that determine a clip: methods, engine, kernels, adapters, profiles, bundled weights
+    and ``more``."""
+    package, *mapped = map(Path, dit_sparse.__path__)
+    folders = [package / name for name in DIGESTED] + [place / name for place in (package, *mapped) for name in MAPPED]
     digest = hashlib.sha256()
     for folder in filter(Path.is_dir, folders):
         for path in _files(folder):
@@ -71,16 +72,19 @@ def sources(*more: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def weights(model: str) -> str | None:
-    """What tells the weights of a model from later ones under its name: a digest of the names, sizes and times of the
-    files in a local folder, the commit of a model of the hub that was loaded; None for the bundled one, which is among
-    `sources`, and where nobody knows."""
+def weights_digest(model: str) -> str | None:
+    """Return what distinguishes the weights of a model from other versions of the same name.
+
+    Returns:
+        For a local folder, a digest of the names, sizes and times of its files; for a model of the hub, the commit in
+        the local cache, or None if it is not in the cache; None for the bundled model, which `source_digest` includes.
+    """
     if model == BUNDLED:
         return None
     if (folder := Path(model)).is_dir():
-        listed = ((path, path.stat()) for path in _files(folder))
-        told = [(path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in listed]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        stats = ((path, path.stat()) for path in _files(folder))
+        listing = [(path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        return hashlib.sha256(repr(listing).encode()).hexdigest()[:16]
     from diffusers import DiffusionPipeline
 
     try:
@@ -93,7 +97,7 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = (

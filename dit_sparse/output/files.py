@@ -1,4 +1,4 @@
-"""Writing results: the folder is checked before long work, and no half-written file is left behind."""
+"""Write results: folders are checked before long work, and files are replaced atomically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def writable_folder(path: Path | str) -> Path:
-    """The folder, made if need be. Raises ValueError where nothing can be written."""
+    """Create a folder if it does not exist, and return it. Raises ValueError if it is not writable."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,48 +32,49 @@ def writable_folder(path: Path | str) -> Path:
 
 
 def writable_file(path: Path | str, option: str = "--out") -> Path:
-    """The path of a file, its folder made if need be. Raises ValueError where no such file can be written."""
+    """Create the folder of a file if it does not exist, and return the path. Raises ValueError if the file cannot be
+    written."""
     file = Path(path)
     if not file.name or file.is_dir():
-        raise ValueError(f"{option} names a file, and {file} is a folder")
+        raise ValueError(f"{option} must be a file, got the folder {file}")
     writable_folder(file.parent)
     return file
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to; it takes the place of ``path`` at the end, or vanishes on an error."""
-    draft = path.with_name(f".{path.stem}.{secrets.token_hex(3)}{path.suffix}")
+    """Yield a temporary path in the same folder. At the end it replaces ``path``; after an error it is removed."""
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(3)}{path.suffix}")
     try:
-        yield draft
-        os.replace(draft, path)
+        yield temporary
+        os.replace(temporary, path)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a matplotlib figure in the format of the suffix, such as .png or .svg."""
-    with atomic_write(path) as draft:
-        figure.savefig(draft)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary)
 
 
 def save_json(path: Path, value: dict) -> None:
-    with atomic_write(path) as draft:
-        draft.write_text(json.dumps(for_json(value), indent=2, allow_nan=False) + "\n")
+    """Write a JSON file. Infinity becomes ``"inf"`` and NaN null, see `json_values`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(json_values(value), indent=2, allow_nan=False) + "\n")
 
 
-def for_json(value: Any) -> Any:
-    """Plain values as JSON knows them: infinity becomes ``"inf"``, which ``float`` reads back, and what is no number
-    None."""
+def json_values(value: Any) -> Any:
+    """Return plain values that JSON can hold: infinity becomes ``"inf"``, which ``float`` reads back, and NaN None."""
     if isinstance(value, dict):
-        return {key: for_json(inner) for key, inner in value.items()}
+        return {key: json_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [for_json(inner) for inner in value]
+        return [json_values(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
 
 
 def to_uint8(frames: NDArray) -> NDArray:
-    """Floats in 0..1 to bytes."""
+    """Return frames as uint8; floats are in [0, 1]."""
     return frames if frames.dtype == np.uint8 else (frames.clip(0, 1) * 255).round().astype(np.uint8)

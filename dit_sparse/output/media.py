@@ -19,8 +19,8 @@ def save_video(path: Path, frames: NDArray, fps: int) -> None:
     """Write ``frames [F, H, W, 3]`` uint8 as H.264, enlarged by whole pixels to at least 384 rows."""
     large = _enlarge(frames)
     even = large[:, : large.shape[1] // 2 * 2, : large.shape[2] // 2 * 2]
-    with atomic_write(path) as draft:
-        imageio.imwrite(draft, even, fps=fps, codec="libx264", macro_block_size=2, quality=9)
+    with atomic_write(path) as temporary:
+        imageio.imwrite(temporary, even, fps=fps, codec="libx264", macro_block_size=2, quality=9)
 
 
 def read_video(path: Path) -> tuple[NDArray, float]:

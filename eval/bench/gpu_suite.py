@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from dit_sparse.output.environment import conditions, device_name, sources, versions
+from dit_sparse.output.environment import conditions, device_name, source_digest, versions
 from dit_sparse.output.files import save_json, writable_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +111,7 @@ def run(todo: Sequence[Stage], out: Path, minutes: float) -> list[StageStatus]:
 
 def suite_fingerprint() -> str:
     """Return a digest of everything that affects the outcome of the stages: source files, versions, device."""
-    digest = hashlib.sha256(repr((sources(), versions(), device_name())).encode())
+    digest = hashlib.sha256(repr((source_digest(), versions(), device_name())).encode())
     for path in (*sorted((ROOT / "eval").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

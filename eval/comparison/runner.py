@@ -18,7 +18,7 @@ from dit_sparse.eval.analysis import retained_mass
 from dit_sparse.generation.generate import Progress, generate, load_pipeline
 from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.rettention import Rettention
-from dit_sparse.output.environment import device_name, sources, versions, weights
+from dit_sparse.output.environment import device_name, source_digest, versions, weights_digest
 from dit_sparse.profiling import probe
 from dit_sparse.profiling.candidates import Candidate
 
@@ -163,8 +163,10 @@ class ClipRunner:
             _ = self.pipe  # the commit of a model on the hub is known once it is loaded
         return {
             "model": self.model,
-            "weights": weights(self.model),
-            "sources": sources(*(Path(module) for module in (__file__, recorder.__file__, retained_mass.__file__))),
+            "weights": weights_digest(self.model),
+            "sources": source_digest(
+                *(Path(module) for module in (__file__, recorder.__file__, retained_mass.__file__))
+            ),
             "versions": versions(),
             "device": device_name(),
         }

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dit_sparse.output.files import for_json
+from dit_sparse.output.files import json_values
 
 from .lpips_distance import lpips, lpips_by_frame
 from .ms_ssim import ms_ssim, scale_count
@@ -111,4 +111,4 @@ def fidelity(video: NDArray, reference: NDArray) -> dict[str, dict]:
 
 def _summarize(frames: list[float], pooled: float | None = None, larger_is_better: bool = True) -> dict:
     statistics = summary_statistics(frames, larger_is_better)
-    return for_json({"pooled": statistics["mean"] if pooled is None else pooled, **statistics, "frames": frames})
+    return json_values({"pooled": statistics["mean"] if pooled is None else pooled, **statistics, "frames": frames})

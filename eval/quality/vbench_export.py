@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_sparse.eval.comparison.clip_store import ClipStore
-from dit_sparse.output.files import atomic_write, for_json, to_uint8, writable_folder
+from dit_sparse.output.files import atomic_write, json_values, to_uint8, writable_folder
 
 Clips = Iterable[tuple[str, int, NDArray]]
 
@@ -119,7 +119,7 @@ def _matching_clips(store: ClipStore, result: dict, row: dict) -> dict[tuple[str
         (prompt, seed): [] for prompt in result["prompts"] for seed in range(result["seeds"])
     }
     for number, clip in enumerate(store.clips()):
-        metadata = for_json(clip.metadata)
+        metadata = json_values(clip.metadata)
         sample = metadata.get("prompt"), metadata.get("seed")
         same_row = metadata.get("row") == row["name"]
         same_settings = all(metadata.get(key) == row[key] for key in ("settings", "steps"))

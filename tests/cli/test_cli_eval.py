@@ -14,7 +14,7 @@ from dit_sparse.eval.comparison.clip_store import ClipRecord, ClipStore
 from dit_sparse.eval.comparison.result_schema import read_result
 from dit_sparse.eval.report.page import render_page
 from dit_sparse.eval.report.tables import RESULTS
-from dit_sparse.output.files import atomic_write, for_json, save_json
+from dit_sparse.output.files import atomic_write, json_values, save_json
 from dit_sparse.output.media import read_video, save_video
 
 SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
@@ -204,7 +204,7 @@ def test_json_has_no_infinity_or_nan(tmp_path):
         "b": None,
         "c": {"d": True, "e": None},
     }
-    assert for_json({"psnr": np.inf}) == {"psnr": "inf"} and float("inf") == np.inf
+    assert json_values({"psnr": np.inf}) == {"psnr": "inf"} and float("inf") == np.inf
 
 
 def test_concurrent_writes_of_a_file_have_their_own_partial_files(tmp_path):
@@ -247,11 +247,11 @@ def test_invalid_prompt_files_are_refused(tmp_path, name, content, words):
 @pytest.mark.parametrize(
     "command, words",
     [
-        (["bench", "scaling", "--out", "."], "--out names a file, and . is a folder"),
-        (["bench", "attention", "--out", "."], "--out names a file"),
-        (["bench", "transformer", "--out", "."], "--out names a file"),
+        (["bench", "scaling", "--out", "."], "--out must be a file, got the folder ."),
+        (["bench", "attention", "--out", "."], "--out must be a file"),
+        (["bench", "transformer", "--out", "."], "--out must be a file"),
         (["bench", "scaling", "--methods", "svg", "--most-tokens", "1"], "nothing is measured"),
-        (["eval", "video", "a.mp4", "--json", "."], "--json names a file"),
+        (["eval", "video", "a.mp4", "--json", "."], "--json must be a file"),
     ],
 )
 def test_unwritable_files_are_refused_before_the_work(command, words, videos, monkeypatch):

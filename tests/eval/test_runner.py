@@ -48,7 +48,7 @@ def test_everything_that_affects_a_clip_is_in_its_key(tmp_path, monkeypatch):
     changes = [{"method": "svg2"}, {"density": 0.4}, {"executor": "auto"}, {"block": 64}]
     changes += [{"dense_steps": 2}, {"dense_layers": 1}, {"replan_interval": 1}]
     paths += [path(base, make_spec(**change)) for change in changes]
-    for name in ("sources", "versions", "device_name"):
+    for name in ("source_digest", "versions", "device_name"):
         monkeypatch.setattr(runner, name, lambda *_: "another")
         paths.append(path(make_runner(tmp_path), spec))
     monkeypatch.setattr(runner, "weights", lambda _: "another")
@@ -61,11 +61,11 @@ def test_weights_identify_a_local_model(tmp_path):
     (tmp_path / "vae").mkdir()
     file = tmp_path / "vae" / "x.safetensors"
     file.write_bytes(b"12")
-    before = environment.weights(str(tmp_path))
-    assert before == environment.weights(str(tmp_path)) and environment.weights("shapes-wan") is None
+    before = environment.weights_digest(str(tmp_path))
+    assert before == environment.weights_digest(str(tmp_path)) and environment.weights_digest("shapes-wan") is None
     file.write_bytes(b"123")
-    assert environment.weights(str(tmp_path)) != before
-    assert environment.weights("no-such-owner/no-such-model") is None
+    assert environment.weights_digest(str(tmp_path)) != before
+    assert environment.weights_digest("no-such-owner/no-such-model") is None
 
 
 def test_sources_cover_the_code_that_generates_clips(tmp_path, monkeypatch):
@@ -74,12 +74,12 @@ def test_sources_cover_the_code_that_generates_clips(tmp_path, monkeypatch):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("code")
     monkeypatch.setattr(environment.dit_sparse, "__path__", [str(package)])
-    before = environment.sources()
+    before = environment.source_digest()
     (package / "cli" / "main.py").write_text("other code")
-    assert environment.sources() == before
+    assert environment.source_digest() == before
     for name in ("engine/run.py", "generation/generate.py", "grid.py"):
         (package / name).write_text("other code")
-        changed = environment.sources()
+        changed = environment.source_digest()
         assert changed != before
         before = changed
 
