@@ -51,7 +51,7 @@ def test_everything_that_affects_a_clip_is_in_its_key(tmp_path, monkeypatch):
     for name in ("source_digest", "versions", "device_name"):
         monkeypatch.setattr(runner, name, lambda *_: "another")
         paths.append(path(make_runner(tmp_path), spec))
-    monkeypatch.setattr(runner, "weights", lambda _: "another")
+    monkeypatch.setattr(runner, "weights_digest", lambda _: "another")
     paths.append(path(make_runner(tmp_path), spec))
     assert len(set(paths)) == len(paths)
     assert path(make_runner(tmp_path, prompts=("c", "a"), seeds=3), spec) == paths[-1]
