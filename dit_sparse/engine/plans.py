@@ -22,11 +22,13 @@ from .report import Stopwatch
 
 @dataclass(frozen=True)
 class CachedPlan:
-    """A plan, with the step and branch of the call it was made for."""
+    """A plan, the step and branch of the call it was made for, and the last step at which the schedule renewed it.
+    Methods that manage their own plans are asked at every step."""
 
     plan: Plan | ClusterPlan | None
     step: int
     branch: str
+    renewed: int
 
     def is_shared_by(self, site: Site) -> bool:
         """Whether the plan was made in the same step for the other branch. A second call of the same branch in a step
@@ -58,15 +60,16 @@ class Plans:
         method = self.method
         key = (site.grid, q.device) if method.static else (*self._key(q, site), len(q), q.device)
         cached = self._cache.get(key)
-        # Compared with the step of the cached plan: steps may be skipped, and some schedulers evaluate a step twice.
-        is_old = cached is None or site.step - cached.step >= self._schedule.replan_interval
-        site = replace(site, needs_plan=is_old or site.step == cached.step)
+        # Compared with the last renewal: caches may skip a step, and some schedulers evaluate a step twice.
+        is_due = cached is None or site.step - cached.renewed >= self._schedule.replan_interval
+        site = replace(site, needs_plan=is_due or site.step == cached.renewed)
         may_be_stale = not method.static and (method.manages_own_plans or site.needs_plan)
         if cached is None or (may_be_stale and not cached.is_shared_by(site)):
             with self._stopwatch.timing(q.device):
                 plan = self._make_plan(q, k, site)
             stored = plan.to("cpu") if self._offload and plan is not None else plan
-            self._cache[key] = CachedPlan(stored, site.step, site.branch)
+            renewed = site.step if site.needs_plan else cached.renewed
+            self._cache[key] = CachedPlan(stored, site.step, site.branch, renewed)
             return plan
         return cached.plan.to(q.device) if self._offload and cached.plan is not None else cached.plan
 
