@@ -84,6 +84,7 @@ def _first_sentence(text: str) -> str:
     return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
+PAGES = ("README.md", "docs/benchmarks.md")
 TABLES = {
     "methods": method_table,
     "models": model_table,
@@ -97,7 +98,7 @@ TABLES = {
 
 
 def update_tables(text: str) -> str:
-    """Return the text of the README with all tables generated again."""
+    """Return the text of a page with all tables generated again."""
     return re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",
@@ -107,5 +108,5 @@ def update_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(update_tables(readme.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(update_tables((ROOT / page).read_text()))
