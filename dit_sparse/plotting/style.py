@@ -142,11 +142,11 @@ def wrap(text: str, width: float, size: float, weight: str = "normal") -> str:
     font = FontProperties(size=size, weight=weight)
     measure = lambda line: text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] / 72
     lines = []
-    for line in text.splitlines():
-        characters = len(line) or 1
-        while characters > 1 and any(measure(part) > width for part in textwrap.wrap(printable(line), characters)):
-            characters -= 1
-        lines += textwrap.wrap(printable(line), characters)
+    for line in map(printable, text.splitlines()):
+        characters = int(72 * width / (0.4 * size))  # of a narrow letter
+        while characters > 1 and any(measure(part) > width for part in textwrap.wrap(line, characters)):
+            characters -= 2
+        lines += textwrap.wrap(line, max(characters, 1))
     return "\n".join(lines)
 
 
@@ -182,6 +182,7 @@ def figure_to_svg(
     root = ET.fromstring(file.getvalue())
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
+        element.text, element.tail = (element.text or "").strip(), None
         attributes = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
         element.attrib = {name: _simplify(name, value, theme) for name, value in attributes.items()}
     series = _group_series(root)

@@ -9,14 +9,15 @@ from html.parser import HTMLParser
 import pytest
 from typer.testing import CliRunner
 
+from attention_cases import ALL
 from dit_sparse.cli.main import app
-from dit_sparse.eval.report.page import render_page, write_page
+from dit_sparse.eval.report.page import render_page
 from dit_sparse.eval.report.tables import RESULTS, TIMING_NOTE, branches_table, compare_table
 from dit_sparse.plotting.style import DARK, LIGHT
 
 LARGEST = json.loads((RESULTS / "cpu" / "compare.json").read_text())
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-in_a_browser = pytest.mark.skipif(not BROWSER, reason="requires Chromium")
+in_a_browser = pytest.mark.skipif(not (BROWSER or ALL), reason="requires Chromium")
 QUALITY = {"temporal_flickering": 0.9, "imaging_quality": {"unavailable": "weights are missing"}}
 
 
@@ -24,6 +25,12 @@ QUALITY = {"temporal_flickering": 0.9, "imaging_quality": {"unavailable": "weigh
 def result() -> dict:
     """The first rows of a stored comparison, with quality scores."""
     return LARGEST | {"rows": [row | {"quality": QUALITY} for row in LARGEST["rows"][:6]]}
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    """The report of the stored comparison."""
+    return render_page(LARGEST)
 
 
 class _Tags(HTMLParser):
@@ -72,9 +79,9 @@ def test_report_needs_no_other_file_and_all_its_links_lead_somewhere(result):
         assert expected in text
 
 
-def test_table_has_every_number_of_every_row():
+def test_table_has_every_number_of_every_row(page):
     """What tooltips and charts show can be read without a mouse."""
-    tags = parsed(render_page(LARGEST))
+    tags = parsed(page)
     assert len(tags.rows) == len(LARGEST["rows"]) > 40
     for number, row in enumerate(LARGEST["rows"]):
         cells = tags.rows[f"row-{number}"]
@@ -85,9 +92,9 @@ def test_table_has_every_number_of_every_row():
         assert set(numbers) <= set(cells), row["name"]
 
 
-def test_charts_label_every_row():
+def test_charts_label_every_row(page):
     """Both Pareto plots, wide and narrow, name each method; the interval plots name each row."""
-    text = " ".join(parsed(render_page(LARGEST)).text)
+    text = " ".join(parsed(page).text)
     for row in LARGEST["rows"]:
         if row["psnr"]:
             assert text.count(row["name"]) >= 4, "tooltips, interval plot, table, frames"
@@ -102,11 +109,11 @@ def test_report_has_a_light_and_a_dark_theme(result):
     assert f"fill: {LIGHT.ink}" not in html, "figures take their colours from the theme"
 
 
-def test_missed_density_is_marked():
+def test_missed_density_is_marked(page):
     missed = [row["name"] for row in LARGEST["rows"] if row["density_hit"] is False]
     (line,) = [line for line in compare_table(LARGEST).splitlines() if "(!)" in line]
     assert missed == ["rettention(subblock) 0.25"] and missed[0] in line
-    (cells,) = [cells for cells in parsed(render_page(LARGEST)).rows.values() if "asked 0.25" in cells]
+    (cells,) = [cells for cells in parsed(page).rows.values() if "asked 0.25" in cells]
     assert missed[0] in cells and "0.583" in cells
 
 
@@ -135,9 +142,9 @@ def test_one_plan_stands_beside_a_plan_each():
         branches_table(LARGEST, apart | {"block": 99})
 
 
-def test_missing_rows_and_metrics_are_named():
+def test_missing_rows_and_metrics_are_named(page):
     reason = "`lpips` needs weights"
-    assert "Unfinished" not in render_page(LARGEST) + compare_table(LARGEST)
+    assert "Unfinished" not in page + compare_table(LARGEST)
     part = LARGEST | {"finished": False, "rows": LARGEST["rows"][:5]}
     part["rows"] = [row | {"lpips": row["lpips"] and {"unavailable": reason}} for row in part["rows"]]
     for text in (render_page(part), compare_table(part)):
@@ -173,27 +180,26 @@ def test_report_refuses_text_in_the_place_of_a_number(result, key):
 
 
 @in_a_browser
-@pytest.mark.parametrize("width", [390, 1280, 1920])
-def test_report_fits_the_width_of_the_window(tmp_path, width):
+def test_report_fits_the_width_of_the_window(page, tmp_path):
     from playwright.sync_api import sync_playwright
 
-    write_page(LARGEST, tmp_path / "report.html")
+    (tmp_path / "report.html").write_text(page)
+    cut = """[...document.querySelectorAll(".plot text")].filter(text => {
+        const box = text.getBoundingClientRect(), card = text.closest(".card").getBoundingClientRect()
+        return box.width && (box.left < card.left || box.right > card.right)
+    }).length"""
+    left = lambda selector: tab.evaluate(f"document.querySelector('{selector}').getBoundingClientRect().left")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        tab = browser.new_context(viewport={"width": width, "height": 900}).new_page()
-        tab.goto((tmp_path / "report.html").as_uri())
-        assert tab.evaluate("document.documentElement.scrollWidth") == width
-        cut = """[...document.querySelectorAll(".plot text")].filter(text => {
-            const box = text.getBoundingClientRect(), card = text.closest(".card").getBoundingClientRect()
-            return box.width && (box.left < card.left || box.right > card.right)
-        }).length"""
-        assert tab.evaluate(cut) == 0
-        tab.evaluate("document.querySelector('.scroll').scrollLeft = 1e4")
-        first = "document.querySelector('#row-1 th').getBoundingClientRect()"
-        card = "document.querySelector('.scroll').getBoundingClientRect()"
-        assert tab.evaluate(f"Math.abs({first}.left - {card}.left)") < 2, "the first column stays"
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
+        tab = browser.new_page()
+        for width in (390, 1280, 1920):
+            tab.set_viewport_size({"width": width, "height": 900})
+            tab.goto((tmp_path / "report.html").as_uri())
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+            assert tab.evaluate(cut) == 0, "texts of charts stay inside their card"
+            tab.evaluate("document.querySelector('.scroll').scrollLeft = 1e4")
+            assert abs(left("#row-1 th") - left(".scroll")) < 2, "the first column stays"
         browser.close()
 
 
