@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import offset_copy
 from numpy.typing import ArrayLike
 
@@ -18,7 +17,6 @@ from .style import (
     LIGHT,
     SMALL_SIZE,
     TEXT_SIZE,
-    SeriesStyle,
     Theme,
     contrast,
     finish,
@@ -26,7 +24,6 @@ from .style import (
     printable,
     series_styles,
     style_axes,
-    style_legend,
 )
 
 
@@ -92,7 +89,8 @@ def plot_attention_time(dense: Sequence[float], sparse: Sequence[float], method:
     axes.bar(steps - 0.2, dense, 0.38, facecolor=theme.empty, edgecolor=theme.muted, linewidth=0.8, label="dense")
     axes.bar(steps + 0.2, sparse, 0.38, color=theme.accent, label=printable(method))
     style_axes(axes, theme, grid="y")
-    style_legend(axes, theme, loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=2, columnspacing=1.2, borderpad=0)
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1), "ncols": 2, "borderpad": 0}
+    axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=theme.ink, **place)
     axes.set(xlabel="denoising step", ylabel="attention time (s)", xlim=(-0.6, len(dense) - 0.4))
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return finish(figure)
@@ -121,15 +119,18 @@ def plot_scaling(
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlabel=x_label, ylabel=y_label)
     style_axes(axes, theme, grid="both")
+    with_prefix = EngFormatter(sep="")  # 20k; small numbers stay as they are
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: with_prefix(x) if x >= 1000 else f"{x:g}"))
         axis.set_minor_formatter(NullFormatter())
     styles = series_styles(list(lines), theme)
     places = {name: {tuple(place) for place in np.log(points).round(2)} for name, points in lines.items()}
     for number, (name, points) in enumerate(lines.items()):
-        later = sum(len(places[name] & places[other]) > 1 for other in list(lines)[number + 1 :])
-        _plot_line(axes, points, styles[name], theme, widen=min(later, 2))
+        # A line is wider than later ones in the same place, so that its border stays visible.
+        later = min(2, sum(len(places[name] & places[other]) > 1 for other in list(lines)[number + 1 :]))
+        (line,) = axes.plot(*points.T, **styles[name], linewidth=1.3 + 1.2 * later, markersize=4.5 + 2 * later)
+        line.set(markeredgecolor=theme.paper, markeredgewidth=0.5, dash_capstyle="butt")
     _label_ends(axes, {name: tuple(points[-1]) for name, points in lines.items()}, styles)
     return finish(figure)
 
@@ -161,18 +162,15 @@ def plot_pareto(
     names = sorted(series, key=lambda name: (name in baselines, len(series[name]) == 1, name))
     styles = series_styles(names, theme)
     for name in styles.keys() & set(baselines):
-        styles[name] = replace(styles[name], color=theme.muted)
-    front = pareto_front(points, larger_x_is_better)
-    axes.plot(
-        [p.x for p in front], [p.y for p in front], color=theme.ink, alpha=0.09, linewidth=11, solid_capstyle="round",
-        solid_joinstyle="round", zorder=1,
-    )  # fmt: skip
+        styles[name]["color"] = theme.muted
+    front = [(point.x, point.y) for point in pareto_front(points, larger_x_is_better)]
+    (band,) = axes.plot(*zip(*front, strict=True), color=theme.ink, alpha=0.09, linewidth=11, zorder=1)
+    band.set(solid_capstyle="round", solid_joinstyle="round")
     for number, (name, line) in enumerate(series.items()):
-        style, (x, y) = styles[name], ([p.x for p in line], [p.y for p in line])
-        (joined,) = axes.plot(x, y, color=style.color, linestyle=style.dashes, linewidth=1, alpha=0.55, zorder=2)
-        marks = axes.scatter(
-            x, y, [p.size**2 for p in line], style.color, style.marker, zorder=3, edgecolors=theme.paper, linewidths=0.4
-        )
+        x, y, sizes = [p.x for p in line], [p.y for p in line], [p.size**2 for p in line]
+        color, marker, dashes = styles[name].values()
+        (joined,) = axes.plot(x, y, color=color, linestyle=dashes, linewidth=1, alpha=0.55, zorder=2)
+        marks = axes.scatter(x, y, sizes, color, marker, edgecolors=theme.paper, linewidths=0.4, zorder=3)
         marks.set_urls([p.url for p in line])
         for artist in (joined, marks):
             artist.set_gid(f"series-{number}")
@@ -214,22 +212,14 @@ def plot_intervals(
     return finish(figure)
 
 
-def _plot_line(axes: Axes, points: np.ndarray, style: SeriesStyle, theme: Theme, widen: int = 0) -> None:
-    """Draw a line, wider by ``widen`` steps so that later lines in the same place leave its border visible."""
-    axes.plot(
-        *points.T, color=style.color, linestyle=style.dashes, linewidth=1.3 + 1.2 * widen, marker=style.marker,
-        markersize=4.5 + 2 * widen, markeredgecolor=theme.paper, markeredgewidth=0.5, dash_capstyle="butt",
-    )  # fmt: skip
-
-
 def _label_ends(
     axes: Axes,
     ends: Mapping[str, tuple[float, float]],
-    styles: Mapping[str, SeriesStyle],
+    styles: Mapping[str, Mapping],
     urls: Mapping[str, str] | None = None,
 ) -> None:
     """Write the names in a column right of the axes, each with its marker and a thin line to its end."""
-    figure = axes.get_figure()
+    figure = finish(axes.get_figure())
     figure.get_layout_engine().execute(figure)
     line_height = 1.45 * SMALL_SIZE / 72 * figure.dpi / axes.get_window_extent().height
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -238,7 +228,7 @@ def _label_ends(
     column = dict(zip(names, spread_out([heights[name] for name in names], line_height), strict=True))
     key_place, text_place = (offset_copy(axes.transAxes, figure, x, units="points") for x in (8, 15))
     for number, name in enumerate(ends):
-        color, marker = styles[name].color, styles[name].marker
+        color, marker, _ = styles[name].values()
         arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3}
         label = axes.annotate(
             printable(name), ends[name], (1, column[name]), xycoords="data", textcoords=text_place,
@@ -260,11 +250,3 @@ def spread_out(heights: Sequence[float], apart: float) -> np.ndarray:
             groups[-2:] = [groups[-2] + groups[-1]]
     starts = np.concatenate([[np.mean(group)] * len(group) for group in groups])
     return np.clip(starts, 0, 1 - apart * (len(heights) - 1)) + apart * np.arange(len(heights))
-
-
-def short(value: float) -> str:
-    """Write a number with a unit prefix: 20k, 5M, 0.02."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"

@@ -8,7 +8,7 @@ import textwrap
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from itertools import cycle
 
 import matplotlib
 import numpy as np
@@ -80,19 +80,13 @@ def contrast(color: ColorType, other: ColorType) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@dataclass(frozen=True)
-class SeriesStyle:
-    """How one of many lines is told apart: by colour, marker and dashes together."""
-
-    color: str
-    marker: str
-    dashes: str | tuple
-
-
-def series_styles(names: Sequence[str], theme: Theme) -> dict[str, SeriesStyle]:
-    """Return a style for each of at most 70 series; later ones repeat."""
-    parts = zip(cycle(theme.series), cycle(MARKERS), cycle(DASHES), strict=False)
-    return {name: SeriesStyle(*part) for name, part in zip(names, islice(parts, len(names)), strict=True)}
+def series_styles(names: Sequence[str], theme: Theme) -> dict[str, dict]:
+    """Return the color, marker and linestyle of each name; no two of 70 share a colour and a marker."""
+    styles = zip(cycle(theme.series), cycle(MARKERS), cycle(DASHES), strict=False)
+    return {
+        name: {"color": color, "marker": marker, "linestyle": dashes}
+        for name, (color, marker, dashes) in zip(names, styles, strict=False)
+    }
 
 
 def new_figure(width: float, height: float, theme: Theme, title: str = "", notes: Sequence[str] = ()) -> Figure:
@@ -104,14 +98,12 @@ def new_figure(width: float, height: float, theme: Theme, title: str = "", notes
     title = wrap(title, room, TITLE_SIZE, "bold")
     note = "\n".join(wrap(line, room, TEXT_SIZE) for line in notes)
     above, below = (MARGIN + _height(text, size) for text, size in ((title, TITLE_SIZE), (note, TEXT_SIZE)))
-    total = height + above + below
+    total, left = height + above + below, MARGIN / width
     figure = Figure((width, total), DPI, facecolor=theme.paper, layout="constrained")
-    figure.get_layout_engine().set(
-        rect=(MARGIN / width, below / total, room / width, height / total), h_pad=0.02, w_pad=0.02
-    )
-    left, top, bottom = MARGIN / width, 1 - MARGIN / total, MARGIN / total
-    figure.text(left, top, title, size=TITLE_SIZE, color=theme.ink, weight="bold", va="top").set_in_layout(False)
-    figure.text(left, bottom, note, size=TEXT_SIZE, color=theme.muted).set_in_layout(False)
+    figure.get_layout_engine().set(rect=(left, below / total, room / width, height / total), h_pad=0.02, w_pad=0.02)
+    bold = {"size": TITLE_SIZE, "weight": "bold", "color": theme.ink}
+    figure.text(left, 1 - MARGIN / total, title, **bold, va="top").set_in_layout(False)
+    figure.text(left, MARGIN / total, note, size=TEXT_SIZE, color=theme.muted).set_in_layout(False)
     return figure
 
 
@@ -130,11 +122,6 @@ def style_axes(axes: Axes, theme: Theme, grid: str | None = None) -> None:
         axis.label.set(color=theme.muted, size=TEXT_SIZE)
     if grid:
         axes.grid(axis=grid, color=theme.grid, linewidth=0.8)
-
-
-def style_legend(axes: Axes, theme: Theme, **where) -> None:
-    """Draw the legend of the labelled artists without a frame."""
-    axes.legend(frameon=False, fontsize=TEXT_SIZE, labelcolor=theme.ink, **where)
 
 
 def wrap(text: str, width: float, size: float, weight: str = "normal") -> str:
