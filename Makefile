@@ -1,4 +1,4 @@
-# All commands set everything up by themselves and may be repeated.
+# Every command creates the environment first if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,7 +10,7 @@ demo: .venv/ready
 app: .venv/ready  ## the demo as a page on localhost
 	$(BIN)/python app.py
 
-test: .venv/ready .venv/beside/triton-3.6.0 .venv/beside/xformers-0.0.35
+test: .venv/ready .venv/packages/triton-3.6.0 .venv/packages/xformers-0.0.35
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -19,13 +19,13 @@ fix: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-shapes: .venv/ready  ## train the bundled model on
+shapes: .venv/ready  ## continue the training of the bundled model
 	$(BIN)/python -m dit_sparse.bundled.shapes_wan.train --out runs/shapes --resume --start dit_sparse/assets/shapes-wan
 
-gpu: .venv/ready  ## on a machine with an NVIDIA GPU: tests, benches, training, comparison
+gpu: .venv/ready  ## with an NVIDIA GPU: tests, benchmarks, training, comparison
 	$(BIN)/python -m dit_sparse.eval.bench.gpu_suite --out out/gpu
 
-# Without an NVIDIA GPU the exact pin comes first: a range would fetch the newest CUDA build.
+# Without an NVIDIA GPU, PyTorch is installed first, at the pinned version.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
@@ -33,9 +33,9 @@ gpu: .venv/ready  ## on a machine with an NVIDIA GPU: tests, benches, training, 
 	$(BIN)/pip install --quiet --editable '.[demo,dev]' -c constraints.txt
 	touch $@
 
-# For tests alone, in folders of their own: the oldest Triton that is allowed, and a package that complains when it is
-# imported without its GPU code. Where one does not install, its tests are skipped; in CI they fail.
-.venv/beside/%: .venv/ready
+# Only for tests, outside of site-packages: the oldest supported Triton, and xFormers, which warns at import on a CPU.
+# If one cannot be installed, its tests are skipped; in CI they fail.
+.venv/packages/%: .venv/ready
 	-$(BIN)/pip install --quiet --no-deps --target $@ $(subst -,==,$*)
 
 clean:

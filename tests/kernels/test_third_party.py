@@ -136,9 +136,9 @@ def test_xformers_paged(name, monkeypatch):
 def xformers_kernel():
     """The Triton operator of xFormers, imported from the folder where `make test` installs the package. Other modules
     that the import loads remain, because parts of PyTorch can be imported only once."""
-    folder = Path(sys.prefix, "beside", "xformers-0.0.35")
+    folder = Path(sys.prefix, "packages", "xformers-0.0.35")
     if not folder.is_dir():
-        skip_or_fail("requires xFormers in .venv/beside: run make .venv/beside/xformers-0.0.35")
+        skip_or_fail("requires xFormers in .venv/packages: run make .venv/packages/xformers-0.0.35")
     sys.path.insert(0, str(folder))
     yield importlib.import_module("xformers.ops").fmha.triton_splitk.FwOp
     sys.path.remove(str(folder))

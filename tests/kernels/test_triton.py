@@ -181,9 +181,9 @@ def test_compute_capabilities_from_ampere_on_have_launch_settings():
 def test_compiles_within_limits_for_every_nvidia_architecture(version, capabilities):
     """One test per Triton version, so that a single worker compiles, for two architectures at a time."""
     pytest.importorskip("triton")
-    folder = version and Path(sys.prefix, "beside", f"triton-{version}")
+    folder = version and Path(sys.prefix, "packages", f"triton-{version}")
     if folder and not folder.is_dir():
-        skip_or_fail(f"requires Triton {version} in .venv/beside: run make .venv/beside/triton-{version}")
+        skip_or_fail(f"requires Triton {version} in .venv/packages: run make .venv/packages/triton-{version}")
     with ThreadPoolExecutor(2) as pool:
         compiled = pool.map(partial(rows_in_subprocess, triton=folder), capabilities)
         for capability, rows in zip(capabilities, compiled, strict=True):
