@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from dit_sparse.grid import Grid
-from dit_sparse.plan import BasePlan
+from dit_sparse.plan import BasePlan, Plan
 
 from .style import LIGHT, SMALL_SIZE, TEXT_SIZE, Theme, finish, new_figure, style_axes
 
@@ -19,7 +19,7 @@ SIDE = 4.2  # inches of the block map
 
 
 def plot_plan(plan: BasePlan, grid: Grid | None = None, title: str | None = None, theme: Theme = LIGHT) -> Figure:
-    """Plot the block mask of the first head and, given the grid, the keys that one query attends to, frame by frame.
+    """Plot the block (or cluster) mask of the first head and, given the grid, the keys that one query attends to, frame by frame.
 
     Args:
         grid: the token grid of the plan. None draws the block mask alone.
@@ -52,7 +52,8 @@ def _plot_block_mask(axes: Axes, plan: BasePlan, theme: Theme) -> None:
     axes.imshow(mask, cmap=ListedColormap([theme.empty, theme.accent]), vmin=0, vmax=1, aspect="auto")
     axes.set_box_aspect(1)
     style_axes(axes, theme)
-    axes.set(xlabel=f"key block (of {mask.shape[1]})", ylabel=f"query block (of {mask.shape[0]})")
+    group = "block" if isinstance(plan, Plan) else "cluster"
+    axes.set(xlabel=f"key {group} (of {mask.shape[1]})", ylabel=f"query {group} (of {mask.shape[0]})")
 
 
 def _plot_keys_of_one_query(axes: Axes, plan: BasePlan, grid: Grid, theme: Theme) -> None:
