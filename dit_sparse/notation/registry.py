@@ -86,8 +86,8 @@ class Registry:
         cls = classes[name]
         positional = _positional(cls)
         if len(node.positional) > len(positional):
-            given = write(node.positional[len(positional)])
-            raise ValueError(f"settings of {name} are written NAME=VALUE, got {given[:60]!r} without a name")
+            text = write(node.positional[len(positional)])[:60]
+            raise ValueError(f"settings of {name} are written NAME=VALUE, got {text!r} without a name")
         values = dict(zip(positional, node.positional, strict=False))
         for key, value in (*node.settings, *settings.items()):
             if key in values:

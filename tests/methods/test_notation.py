@@ -234,7 +234,7 @@ def test_profiles_have_a_text(path):
         ("radial(0.2)", "settings of radial are written NAME=VALUE, got '0.2' without a name"),
         ("radial(decay='x')", "decay of radial must be a number, got 'x'"),
         ("radial(decay=x)", "decay of radial must be a number, got 'x'"),
-        ("radial(decay=true)", "decay of radial must be a number, got True"),
+        ("radial(decay=true)", "decay of radial must be a number, got true"),
         ("radial(dense_distance=1.5)", "dense_distance of radial must be a whole number, got 1.5"),
         ("radial(sink=1)", "sink of radial must be true or false, got 1"),
         ("neighborhood(stride=(1,2))", "stride of neighborhood must be a tuple of 3 values (each a whole number)"),
