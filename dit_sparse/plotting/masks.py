@@ -19,7 +19,7 @@ SIDE = 4.2  # inches of the block map
 
 
 def plot_plan(plan: BasePlan, grid: Grid | None = None, title: str | None = None, theme: Theme = LIGHT) -> Figure:
-    """Plot the block (or cluster) mask of the first head and, given the grid, the keys that one query attends to, frame by frame.
+    """Plot the block or cluster mask of the first head and, with a grid, the keys of one query frame by frame.
 
     Args:
         grid: the token grid of the plan. None draws the block mask alone.
