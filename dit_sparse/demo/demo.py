@@ -16,12 +16,16 @@ from dit_sparse.engine.report import Report
 from ..bundled import BUNDLED
 from ..eval.analysis.retained_mass import at_step
 from ..eval.quality.fidelity import psnr, ssim
+from ..generation.checks import check_clip
 from ..generation.generate import Progress, Stage, default_call, default_fps, generate, load_pipeline
 from ..output.environment import conditions
 from ..output.files import save_figure, save_json, writable_folder
 from ..output.media import difference, save_video, side_by_side
-from ..plotting.charts import plot_attention_time, plot_heat_map
 from ..plotting.masks import plot_plan
+from ..plotting.plots import plot_attention_time, plot_heat_map
+
+FILES = [f"{name}.mp4" for name in ("dense", "sparse", "difference", "side-by-side")]
+FILES += ["attention.png", "mask.png", "retained.png", "result.json"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Demo:
         object.__setattr__(self, "call", default_call(self.model) | self.call)
         if self.steps < 2:
             raise ValueError(f"the demo needs at least 2 steps, got {self.steps}")
-        writable_folder(self.out)
+        check_clip(self.prompt, self.seed, self.call)
+        writable_folder(self.out, FILES)
 
     @property
     def steps(self) -> int:

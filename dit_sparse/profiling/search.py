@@ -12,10 +12,11 @@ import torch
 from dit_sparse import Schedule, prepare
 from dit_sparse.pipelines.family import family_of
 
+from ..generation.checks import check_clip
 from ..generation.generate import Progress, default_call, generate, load_pipeline
 from ..output.environment import conditions
-from ..output.files import atomic_write, save_figure, writable_folder
-from ..plotting.charts import plot_heat_map
+from ..output.files import atomic_write, save_figure, writable_file
+from ..plotting.plots import plot_heat_map
 from .candidates import SPREAD, Candidate, parse_candidates
 from .choice import assign_letters, choose, choose_least_error, select
 from .head_profile import Profile
@@ -64,8 +65,8 @@ class ProfileSearch:
             raise ValueError("give either a target density or a maximum error")
         if self.target_density is not None and not 0 < self.target_density < 1:
             raise ValueError(f"the target density must be in (0, 1), got {self.target_density}")
-        if self.max_error is not None and not self.max_error > 0:
-            raise ValueError(f"the maximum error must be positive, got {self.max_error}")
+        if self.max_error is not None and not 0 < self.max_error < float("inf"):
+            raise ValueError(f"the maximum error must be positive and finite, got {self.max_error}")
         if self.out.suffix != ".json":
             raise ValueError(f"--out must end in .json, got {self.out}")
         default_spread = SPREAD if self.target_density is None else ONE_DENSITY
@@ -73,9 +74,12 @@ class ProfileSearch:
         self._parse_candidates()
         if self.target_density is not None and min(self.spread) > 1:
             raise ValueError(f"the spread {list(self.spread)} cannot meet the target: start it at 1 or below")
-        writable_folder(self.out.parent)
         object.__setattr__(self, "call", default_call(self.model) | self.call)
+        for prompt in self.prompts:
+            check_clip(prompt, 0, self.call)
         _check_steps(self.schedule, self.call)
+        for file in (self.out, self.out.with_suffix(".png")):
+            writable_file(file)
 
     def run(self, stage: Stage) -> Profile:
         """Measure the candidates, choose one for every head, and write the profile and its heat map.

@@ -23,7 +23,7 @@ from dit_sparse.generation.generate import Progress, default_call, generate, loa
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.output.environment import conditions
-from dit_sparse.plotting.charts import plot_heat_map
+from dit_sparse.plotting.plots import plot_heat_map
 from dit_sparse.profiling.probe import measured_steps
 
 from .mask_probe import METRICS, MaskProbe, MetricSums

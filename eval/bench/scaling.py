@@ -25,7 +25,7 @@ from dit_sparse.generation.generate import Progress
 from dit_sparse.kernels.pick import pick
 from dit_sparse.method import AttentionOutput
 from dit_sparse.output.environment import conditions
-from dit_sparse.plotting.charts import plot_scaling
+from dit_sparse.plotting.plots import plot_scaling
 
 from .attention import dense_attention
 from .synthetic_qkv import synthetic_qkv

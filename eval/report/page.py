@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dit_sparse.output.files import atomic_write
-from dit_sparse.plotting.charts import Point, plot_intervals, plot_pareto
+from dit_sparse.plotting.plots import Point, plot_intervals, plot_pareto
 from dit_sparse.plotting.style import DARK, LIGHT, figure_to_svg
 
 from .tables import TIMING_NOTE, count_clips, same_cost_note, unfinished_note

@@ -21,7 +21,7 @@ from matplotlib.text import Text
 from dit_sparse import Grid, Site
 from dit_sparse.methods import method
 from dit_sparse.output.files import save_figure
-from dit_sparse.plotting import charts
+from dit_sparse.plotting import plots
 from dit_sparse.plotting.masks import plot_plan, terminal_map
 from dit_sparse.plotting.style import DARK, LIGHT, contrast, figure_to_html, figure_to_svg, series_styles
 
@@ -37,10 +37,10 @@ HOSTILE = [
 NAMES = [*HOSTILE, *(f"method {i}" for i in range(25))]
 
 
-def points() -> list[charts.Point]:
+def points() -> list[plots.Point]:
     draw = np.random.default_rng(0)
     return [
-        charts.Point(f"{name} {density}", name, density, y, y - 1, y + 1, url=f"#row-{number}-{density}")
+        plots.Point(f"{name} {density}", name, density, y, y - 1, y + 1, url=f"#row-{number}-{density}")
         for number, name in enumerate(NAMES)
         for density, y in zip((0.15, 0.25, 0.4), draw.normal(25, 4, 3), strict=True)
     ]
@@ -56,16 +56,16 @@ LINES = {name: [(n, n**1.5) for n in (1e3, 1e4, 1e5)] for name in NAMES}  # all 
 FIGURES = {
     "mask": lambda theme: plot_plan(plan_of(GRID), GRID, " ".join(HOSTILE), theme),
     "mask alone": lambda theme: plot_plan(plan_of(GRID), theme=theme),
-    "heat map": lambda theme: charts.plot_heat_map(np.eye(6, 3), "x" * 90, ["abc"] * 6, HOSTILE, theme),
-    "large heat map": lambda theme: charts.plot_heat_map(torch.rand(40, 24), " ".join(HOSTILE), theme=theme),
-    "attention time": lambda theme: charts.plot_attention_time([2.0, 2.0, 1e-4], [1.0, 0.5, 0.0], HOSTILE[0], theme),
-    "scaling": lambda theme: charts.plot_scaling(LINES, "W" * 200, " ".join(HOSTILE * 9), "tokens", "s", theme),
-    "pareto": lambda theme: charts.plot_pareto(points(), "density", "PSNR (dB)", False, NAMES[:3], theme=theme),
-    "narrow pareto": lambda theme: charts.plot_pareto(
+    "heat map": lambda theme: plots.plot_heat_map(np.eye(6, 3), "x" * 90, ["abc"] * 6, HOSTILE, theme),
+    "large heat map": lambda theme: plots.plot_heat_map(torch.rand(40, 24), " ".join(HOSTILE), theme=theme),
+    "attention time": lambda theme: plots.plot_attention_time([2.0, 2.0, 1e-4], [1.0, 0.5, 0.0], HOSTILE[0], theme),
+    "scaling": lambda theme: plots.plot_scaling(LINES, "W" * 200, " ".join(HOSTILE * 9), "tokens", "s", theme),
+    "pareto": lambda theme: plots.plot_pareto(points(), "density", "PSNR (dB)", False, NAMES[:3], theme=theme),
+    "narrow pareto": lambda theme: plots.plot_pareto(
         points(), "a rather long name of an axis", "PSNR (dB)", True, size=(3.3, 5), theme=theme
     ),
-    "one point": lambda theme: charts.plot_pareto(points()[:1], "density", "PSNR (dB)", True, theme=theme),
-    "intervals": lambda theme: charts.plot_intervals(points(), "density 0.25", "PSNR (dB)", (5, 40), theme),
+    "one point": lambda theme: plots.plot_pareto(points()[:1], "density", "PSNR (dB)", True, theme=theme),
+    "intervals": lambda theme: plots.plot_intervals(points(), "density 0.25", "PSNR (dB)", (5, 40), theme),
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def test_figures_leave_global_settings_alone():
 import sys
 import dit_sparse
 assert "matplotlib" not in sys.modules
-from dit_sparse.plotting import charts, masks
+from dit_sparse.plotting import plots, masks
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -131,7 +131,7 @@ def test_mask_shows_every_kept_block_and_every_frame():
 
 def test_heat_map_prints_every_value_with_its_label():
     values = np.arange(6).reshape(3, 2) / 10
-    (axes,) = charts.plot_heat_map(values, "mass", ["ab", "cd", "ef"]).axes
+    (axes,) = plots.plot_heat_map(values, "mass", ["ab", "cd", "ef"]).axes
     assert [text.get_text() for text in axes.texts] == ["a 0.00", "b 0.10", "c 0.20", "d 0.30", "e 0.40", "f 0.50"]
 
 
@@ -145,16 +145,16 @@ def test_series_differ_by_more_than_color():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40).map(sorted), st.floats(0.01, 0.2))
 def test_labels_are_spread_out_in_order(heights, apart):
-    moved = charts.spread_out(heights, apart)
+    moved = plots.spread_out(heights, apart)
     room = min(apart, 1 / max(len(heights) - 1, 1))
     assert (np.diff(moved) >= room - 1e-9).all() and moved[0] >= -1e-9 and moved[-1] <= 1 + 1e-9
-    assert np.allclose(charts.spread_out(list(moved), room - 1e-9), moved), "labels that have room stay"
+    assert np.allclose(plots.spread_out(list(moved), room - 1e-9), moved), "labels that have room stay"
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30), st.booleans())
 def test_no_point_beats_the_pareto_front(places, larger_is_better):
-    points = [charts.Point("", "", x, y) for x, y in places]
-    front = charts.pareto_front(points, larger_is_better)
+    points = [plots.Point("", "", x, y) for x, y in places]
+    front = plots.pareto_front(points, larger_is_better)
     cost = lambda point: -point.x if larger_is_better else point.x
     beats = lambda a, b: cost(a) <= cost(b) and a.y >= b.y and (cost(a), a.y) != (cost(b), b.y)
     assert front and not any(beats(point, best) for point in points for best in front)
@@ -209,8 +209,8 @@ def test_figures_are_written_whole_or_not_at_all(tmp_path, suffix, monkeypatch):
 def test_scaling_requires_positive_points_and_has_round_ticks():
     for lines in ({}, {"a": []}, {"a": [(1, 0)]}):
         with pytest.raises(ValueError, match="at least one point"):
-            charts.plot_scaling(lines, "title", "subtitle", "x", "y")
-    canvas = FigureCanvasAgg(charts.plot_scaling({"a": [(2e3, 0.02), (5e6, 5)]}, "title", "subtitle", "x", "y"))
+            plots.plot_scaling(lines, "title", "subtitle", "x", "y")
+    canvas = FigureCanvasAgg(plots.plot_scaling({"a": [(2e3, 0.02), (5e6, 5)]}, "title", "subtitle", "x", "y"))
     canvas.draw()
     (axes,) = canvas.figure.axes
     assert {"2k", "1M"} <= {label.get_text() for label in axes.get_xticklabels()}
