@@ -51,22 +51,24 @@ def generate(
     with one_sentence():
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.generation import generate as generation
-        from dit_sparse.output.files import writable_folder
+        from dit_sparse.generation.checks import check_clip
+        from dit_sparse.output.files import shorten_path, writable_file
         from dit_sparse.output.media import save_video
 
         processor = SparseAttnProcessor(
             method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
         )
         if out.suffix != ".mp4":
-            raise ValueError(f"--out must be a file that ends in .mp4, got {out}")
-        arguments = call_arguments(steps, frames, height, width, guidance)
-        writable_folder(out.parent)
+            raise ValueError(f"--out must be a file that ends in .mp4, got {shorten_path(out)}")
+        call = generation.default_call(model) | call_arguments(steps, frames, height, width, guidance)
+        fps = generation.default_fps(model) if fps is None else fps
+        check_clip(prompt, seed, call, fps)
+        writable_file(out)
         pipe = generation.load_pipeline(model)
         run = processor.attach(pipe)
         with progress_bars() as stage:
-            call = generation.default_call(model) | arguments
             clip = generation.generate(pipe, prompt, seed, call, stage("denoising"))
-        save_video(out, clip.frames, fps or generation.default_fps(model))
+        save_video(out, clip.frames, fps)
     console.print(escape(str(run.report())))
     console.print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {escape(str(out))}")
 
@@ -93,7 +95,7 @@ def demo(
         processor = SparseAttnProcessor(
             method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
         )
-        task = Demo(prompt or BUNDLED_PROMPT, processor, out, seed, call_arguments(steps))
+        task = Demo(BUNDLED_PROMPT if prompt is None else prompt, processor, out, seed, call_arguments(steps))
         if json_file:
             writable_file(json_file, "--json")
         with progress_bars() as stage:

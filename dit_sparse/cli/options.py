@@ -48,7 +48,7 @@ Frames = Annotated[int | None, typer.Option(help="Frames of the video.")]
 Height = Annotated[int | None, typer.Option(help="Height in pixels.")]
 Width = Annotated[int | None, typer.Option(help="Width in pixels.")]
 Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")]
-Fps = Annotated[int | None, typer.Option(min=1, help="Frames per second of the file.")]
+Fps = Annotated[int | None, typer.Option(help="Frames per second of the file.")]
 
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 OutJson = Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")]
@@ -67,15 +67,14 @@ def call_arguments(
     """Return the arguments of a pipeline call that are not None.
 
     Raises:
-        ValueError: a number is too small.
+        ValueError: a number is out of range.
     """
-    counts = {"num_inference_steps": steps, "num_frames": frames, "height": height, "width": width}
-    for name, value in counts.items():
-        minimum = min_steps if name == "num_inference_steps" else 1
-        if value is not None and value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    arguments = counts | {"guidance_scale": guidance}
-    return {name: value for name, value in arguments.items() if value is not None}
+    from dit_sparse.generation.checks import check_call
+
+    arguments = {"num_inference_steps": steps, "num_frames": frames, "height": height, "width": width}
+    arguments = {name: value for name, value in (arguments | {"guidance_scale": guidance}).items() if value is not None}
+    check_call(arguments, min_steps)
+    return arguments
 
 
 def count_or_fraction(text: str | None) -> int | float | None:

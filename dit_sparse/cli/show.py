@@ -51,7 +51,7 @@ def show(
 
         from dit_sparse import Grid, Plan, Site, SparseAttnProcessor
         from dit_sparse.methods import name_of
-        from dit_sparse.output.files import save_figure, writable_folder
+        from dit_sparse.output.files import save_figure, writable_figure
         from dit_sparse.plotting.masks import plot_plan, terminal_map
 
         token_grid = Grid.parse(grid)
@@ -63,7 +63,7 @@ def show(
         if not 16 <= block <= 256:
             raise ValueError(f"block must be in [16, 256], got {block}")
         if png:
-            writable_folder(png.parent)
+            writable_figure(png, "--png")
         unused = torch.zeros(1, 1, token_grid.tokens, 8)  # static methods read the shape only
         plan = sparse_method.plan(unused, unused, Site(token_grid, block), {}) or Plan.dense(token_grid.tokens, block)
         if png:

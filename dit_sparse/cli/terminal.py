@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,13 +17,17 @@ console, error_console = Console(), Console(stderr=True)
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """End the command with one sentence on standard error: exit code 2 for wrong input, 1 for a RuntimeError, 130 for
-    Ctrl-C."""
+    """End the command with one sentence on standard error: exit code 1 for a RuntimeError, 130 for Ctrl-C, 2 for any
+    other error. The traceback of an unexpected error is logged at debug level."""
     try:
         yield
-    except (ValueError, RuntimeError, OSError) as error:
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        logging.getLogger("dit_sparse").debug("the command failed", exc_info=True)
         print_error(_message(error))
-        raise typer.Exit(1 if isinstance(error, RuntimeError) else 2) from None
+        failed = isinstance(error, RuntimeError) and not isinstance(error, RecursionError | NotImplementedError)
+        raise typer.Exit(1 if failed else 2) from None
     except KeyboardInterrupt:
         print_error("interrupted")
         raise typer.Exit(130) from None
@@ -36,7 +41,14 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         path = error.filename2 or error.filename  # os.replace has two: the second is the file that the user named
         return f"{path}: {error.strerror}" if path else error.strerror
-    return str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "out of memory: use fewer frames, a smaller size or a lower density"
+    if isinstance(error, RecursionError):
+        return "the input is nested too deep"
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, ValueError | RuntimeError | OSError) and text:
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 def make_table(*columns: str) -> Table:

@@ -1,16 +1,19 @@
 """Generate a clip for each prompt of a list, on one device or many, and resume after an interruption.
 
 Every clip is a video and a JSON file of the same name with its settings and measurements. The JSON file is written
-last, so a clip without it is not done. Under ``accelerate launch`` the processes share the clips that are left; the
-next start generates the clips of a process that was killed.
+last, so a clip without it is not done. Under ``accelerate launch`` the processes share the clips that are left. A lock
+of each clip keeps other processes from generating the clip or removing its partial files at the same time. The next
+start generates the clips of a process that was killed.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,16 @@ import torch
 from dit_sparse import SparseAttnProcessor, prepare
 
 from ..bundled import BUNDLED
+from ..notation.reading import check_regular_file, read_json
 from ..output.environment import conditions
-from ..output.files import json_values, save_json, writable_folder
-from ..output.media import save_video
+from ..output.files import json_values, partial_files, save_json, writable_folder
+from ..output.media import check_video, save_video
+from .checks import check_clip
 from .generate import Progress, Stage, default_call, default_fps, generate, load_pipeline
-from .processes import Interrupted, interruptible, shard
-from .prompts import MAX_NUMBER, Row
+from .processes import Interrupted, file_lock, interruptible, shard
+from .prompts import Row
+
+KINDS = ("mp4", "json")  # files of a clip
 
 CALL_ARGUMENTS = {  # of rows, and of the pipeline call
     "steps": "num_inference_steps",
@@ -103,19 +110,20 @@ class Batch:
             if job.name.lower() in names:
                 raise ValueError(f"two clips, or a clip and the manifest, would both be named {job.name}")
             names.add(job.name.lower())
-            if not 0 <= job.seed < 2**63:
-                raise ValueError(f"{job.name}: the seed must be in [0, 2**63), got {job.seed}")
-            for key, value in (job.call | {"fps": job.fps}).items():
-                if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
-                    raise ValueError(f"{job.name}: {key} must be in [-{MAX_NUMBER}, {MAX_NUMBER}], got {value}")
+            try:
+                check_clip(job.prompt, job.seed, job.call, job.fps)
+            except ValueError as error:
+                raise ValueError(f"{job.name}: {error}") from None
             stored = self._stored_result(job) or {}
             if stored.get("status") == "done" and not _same_settings(stored.get("asked"), job.settings):
                 raise ValueError(f"{self.out} holds {job.name} with other settings: choose another --out")
-        writable_folder(self.out)
+        files = (f"{name}.{kind}" for name in (*(job.name for job in self.jobs()), "manifest") for kind in KINDS)
+        writable_folder(self.out, files)
 
     def jobs(self) -> list[Job]:
         """Return all clips, in the order of the rows."""
-        call, fps = default_call(self.model) | self.call, self.fps or default_fps(self.model)
+        call = default_call(self.model) | self.call
+        fps = default_fps(self.model) if self.fps is None else self.fps
         jobs = []
         for name, row in self.rows:
             row_call = {argument: getattr(row, key) for key, argument in CALL_ARGUMENTS.items()}
@@ -141,7 +149,7 @@ class Batch:
             Interrupted: SIGINT or SIGTERM was received. Finished clips stay valid.
         """
         jobs, progress = self.jobs(), stage("clips")
-        names = set(shard(lambda: self._names_left(jobs)))
+        names = set(shard(lambda: [job.name for job in jobs if not self._is_done(job)]))
         own_jobs = [job for job in jobs if job.name in names]
         with interruptible(lambda: stage("stopping")) as signals:
             pipe = prepare(load_pipeline(self.model)) if own_jobs else None
@@ -149,17 +157,14 @@ class Batch:
                 for number, job in enumerate(own_jobs):
                     if signals:
                         raise Interrupted
-                    self._generate_or_fail(pipe, job, _batch_progress(progress, number, len(own_jobs), signals))
+                    with self._locked(job.name) as acquired:  # otherwise another process generates this clip
+                        if acquired and not self._is_done(job):
+                            on_step = _batch_progress(progress, number, len(own_jobs), signals)
+                            self._generate_or_fail(pipe, job, on_step)
                 progress(len(jobs), len(jobs))
             finally:
                 manifest = self._write_manifest(jobs)
         return manifest
-
-    def _names_left(self, jobs: Sequence[Job]) -> list[str]:
-        """Return the names of the clips that are not done. Only the first process calls it, before any clip begins, so
-        that no partial file is in use."""
-        self._remove_partial_files({job.name for job in jobs} | {"manifest"})
-        return [job.name for job in jobs if not self._is_done(job)]
 
     def _generate_or_fail(self, pipe: Any, job: Job, progress: Progress) -> None:
         """Generate a clip, or record why it failed: one failure must not end the batch."""
@@ -185,20 +190,21 @@ class Batch:
             pipe.set_attn_processor(None)
         video = self._path(job, "mp4")
         save_video(video, clip.frames, job.fps)
-        if not _is_complete(video):  # the encoder reports neither a full disk nor that it was killed
-            video.unlink()
-            raise OSError(f"{video} is incomplete: is the disk full?")
         result = {"status": "done", "seconds": clip.seconds, "report": report, "asked": job.settings}
+        result["video_sha256"] = sha256(video.read_bytes()).hexdigest()
         save_json(self._path(job, "json"), result | conditions())
 
     def _write_manifest(self, jobs: Sequence[Job]) -> dict:
         """Write the status of all clips to ``manifest.json`` and return it."""
-        manifest, counts = self._status(jobs), None
-        while manifest["count"] != counts:  # another process may have finished a clip meanwhile
-            save_json(self.out / "manifest.json", manifest)
-            counts, manifest = manifest["count"], self._status(jobs)
+        with self._locked("manifest", wait=True):
+            manifest, counts = self._status(jobs), None
+            while manifest["count"] != counts:  # another process may have finished a clip meanwhile
+                save_json(self.out / "manifest.json", manifest)
+                counts, manifest = manifest["count"], self._status(jobs)
         if counts["done"] == len(jobs):  # an encoder can outlive the process that was killed
-            self._remove_partial_files({job.name for job in jobs})
+            for job in jobs:
+                with self._locked(job.name):
+                    pass
         return manifest
 
     def _status(self, jobs: Sequence[Job]) -> dict:
@@ -209,22 +215,29 @@ class Batch:
         counts = {status: sum(clip["status"] == status for clip in clips) for status in ("done", "failed", "missing")}
         return {"count": counts, "clips": clips}
 
-    def _remove_partial_files(self, names: set[str]) -> None:
-        """Remove the files that killed processes left half-written."""
-        for path in self.out.glob(".*"):
-            partial = re.fullmatch(r"\.(.+)\.[^.]+\.(mp4|json)", path.name)
-            if partial and partial[1] in names:
+    @contextmanager
+    def _locked(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Hold the lock of a clip or of the manifest, and remove the partial files that killed processes left of it.
+        Yields whether the lock was acquired."""
+        with file_lock(self.out / f".{name}.lock", wait) as acquired:
+            for path in partial_files(self.out, name) if acquired else ():
                 path.unlink(missing_ok=True)
+            yield acquired
 
     def _is_done(self, job: Job) -> bool:
-        return (self._stored_result(job) or {}).get("status") == "done" and self._path(job, "mp4").exists()
+        return (self._stored_result(job) or {}).get("status") == "done"
 
     def _stored_result(self, job: Job) -> dict | None:
+        """Return the JSON file of a clip; None if it is missing or damaged, or if the video of a clip that is done
+        is."""
         try:
-            result = json.loads(self._path(job, "json").read_text())
-        except (OSError, ValueError):
+            result = read_json(self._path(job, "json"))
+        except ValueError:
             return None
-        return result if isinstance(result, dict) and "status" in result else None
+        if not isinstance(result, dict) or "status" not in result:
+            return None
+        damaged = result["status"] == "done" and not _is_intact(self._path(job, "mp4"), result.get("video_sha256"))
+        return None if damaged else result
 
     def _path(self, job: Job, kind: str) -> Path:
         return self.out / f"{job.name}.{kind}"
@@ -252,19 +265,22 @@ def _batch_progress(progress: Progress, number: int, count: int, signals: list[i
     return on_step
 
 
-def _is_complete(video: Path) -> bool:
-    """Whether the boxes of an MP4 file end at its end and include the index, which is written last."""
-    boxes, position, end = set(), 0, video.stat().st_size
-    with video.open("rb") as file:
-        while position < end:
-            file.seek(position)
-            size, box = int.from_bytes(file.read(4), "big"), file.read(4)
-            size = int.from_bytes(file.read(8), "big") if size == 1 else size
-            if size < 8:
-                return False
-            boxes.add(box)
-            position += size
-    return position == end and b"moov" in boxes
+def _is_intact(video: Path, digest: str | None) -> bool:
+    """Whether a video is the one that was written. Without a digest, as in folders of older versions, whether it is
+    complete."""
+    try:
+        status = check_regular_file(video)
+        return _is_intact_version(video, digest, status.st_size, status.st_mtime_ns)
+    except (OSError, ValueError):
+        return False
+
+
+@lru_cache(maxsize=100_000)
+def _is_intact_version(video: Path, digest: str | None, *_: int) -> bool:
+    if digest:
+        return sha256(video.read_bytes()).hexdigest() == digest
+    check_video(video)
+    return True
 
 
 def _is_out_of_memory(error: Exception) -> bool:

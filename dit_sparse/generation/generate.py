@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,11 @@ from numpy.typing import NDArray
 
 from ..bundled import BUNDLED, BUNDLED_CALL, BUNDLED_FPS, SMALL_CALL, model_source
 from ..output.files import to_uint8
+from .checks import COUNTS, check_clip
+from .model_config import check_family, failure_reason, pipeline_config
 
 DEFAULT_FPS = 16
+_log = logging.getLogger("dit_sparse")
 
 Progress = Callable[[int, int], None]
 Stage = Callable[[str], Progress]
@@ -60,14 +62,14 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
         device: default: ``cuda`` if there is a GPU, else ``cpu``.
 
     Raises:
-        ValueError: the model cannot be loaded.
+        ValueError: the model cannot be loaded, or no adapter supports its transformer.
     """
     from diffusers import DiffusionPipeline
     from diffusers.pipelines.wan import pipeline_wan
 
     bundled = model == BUNDLED
-    if not bundled and _is_path(model) and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model} is not a diffusers pipeline: it has no model_index.json")
+    if not bundled:
+        check_family(model, pipeline_config(model))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if bundled or device == "cpu" else torch.bfloat16
     if bundled:  # the warning about num_frames does not apply: the bundled autoencoder keeps every frame
@@ -76,8 +78,7 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
         with _no_loading_bars():
             pipe = DiffusionPipeline.from_pretrained(model_source(model), dtype=dtype)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"cannot load the model {model}: {reason[0]}") from error
+        raise ValueError(f"cannot load the model {model}: {failure_reason(error)}") from error
     return pipe.to(device)
 
 
@@ -97,13 +98,21 @@ def generate(
         call: further arguments of the pipeline call.
         progress: ``progress(done, steps)`` is called after every denoising step.
         observer: ``observer(step, steps, latents)`` is called after every denoising step.
+
+    Raises:
+        ValueError: an argument is invalid, or the frames contain NaN or infinity.
+        RuntimeError: the latents contain NaN or infinity after a step.
     """
+    check_clip(prompt, seed, call)
     step_ends: list[float] = []
 
     def on_step_end(pipe: Any, step: int, timestep: Any, values: dict) -> dict:
         if pipe.device.type == "cuda":
             torch.cuda.synchronize()
         step_ends.append(time.perf_counter())
+        latents = values.get("latents")
+        if latents is not None and not latents.isfinite().all():
+            raise RuntimeError(f"the latents contain NaN or infinity after step {step + 1} of {pipe.num_timesteps}")
         if progress:
             progress(step + 1, pipe.num_timesteps)
         if observer:
@@ -114,7 +123,12 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
     frames = pipe(prompt, generator=generator, output_type="np", callback_on_step_end=on_step_end, **call).frames[0]
-    return Clip(to_uint8(np.asarray(frames)), step_ends[-1] - begin)
+    clip = Clip(to_uint8(np.asarray(frames)), step_ends[-1] - begin)
+    requested = tuple(call.get(name) or size for name, size in zip(COUNTS[1:], clip.frames.shape, strict=False))
+    if requested != clip.frames.shape[:3]:
+        sizes = " x ".join(map(str, clip.frames.shape[:3])), " x ".join(map(str, requested))
+        _log.warning("the model generated %s (frames x height x width), not the requested %s", *sizes)
+    return clip
 
 
 def _is_not_frame_warning(record: logging.LogRecord) -> bool:
@@ -134,7 +148,3 @@ def _no_loading_bars() -> Iterator[None]:
     finally:
         for library in (diffusers_logging, transformers_logging):
             library.enable_progress_bar()
-
-
-def _is_path(model: str) -> bool:
-    return Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") != 1

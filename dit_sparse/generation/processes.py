@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 
+_log = logging.getLogger("dit_sparse")
 _shard_numbers = itertools.count()
 
 
@@ -51,6 +54,51 @@ def _rendezvous() -> tuple[Any, int, int]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return next(rendezvous("env://"))
+
+
+@contextmanager
+def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold an exclusive lock of this machine's processes, and yield whether it was acquired.
+
+    The operating system releases the lock of a process that was killed. The file is removed at the end. Without locks,
+    as on Windows and some network file systems, the lock counts as acquired after a warning.
+
+    Args:
+        path: the lock file.
+        wait: whether to wait for a process that holds the lock.
+    """
+    try:
+        descriptor = _acquire(path, wait)
+    except (ImportError, OSError) as error:
+        _log.warning("cannot lock %s (%s): do not run two batches in this folder at once", path, error)
+        yield True
+        return
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _acquire(path: Path, wait: bool) -> int | None:
+    """Return the descriptor of a locked file, or None if another process holds the lock."""
+    import fcntl
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with suppress(FileNotFoundError):  # otherwise the previous holder has removed the file
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+            os.close(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ..notation.reading import read_bytes
 from ..notation.settings import alternatives_to
+from .checks import MAX_NUMBER, MAX_PROMPT
 
-MAX_PROMPT = 10_000  # characters
 MAX_NAME = 80  # characters
-MAX_NUMBER = 100_000  # steps, frames or pixels
 RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{port}{number}" for port in ("com", "lpt") for number in range(10)}
 
 Count = Annotated[int | None, Field(gt=0, le=MAX_NUMBER)]
@@ -140,11 +140,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines of a UTF-8 file, with or without a byte order mark, and their numbers from 1."""
-    try:
-        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    for line, piece in enumerate(raw.splitlines(), 1):
+    for line, piece in enumerate(read_bytes(path).removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         try:
             text = piece.decode()
         except UnicodeDecodeError:

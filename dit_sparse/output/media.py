@@ -2,33 +2,90 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
+from imageio_ffmpeg import count_frames_and_secs
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import atomic_write
+from ..notation.reading import check_regular_file
+from .files import atomic_write, to_uint8
+
+_log = logging.getLogger("dit_sparse")
 
 MIN_HEIGHT = 384  # pixels; smaller videos are enlarged
 INK, PAPER = (29, 36, 48), (252, 252, 251)
 
 
-def save_video(path: Path, frames: NDArray, fps: int) -> None:
-    """Write ``frames [F, H, W, 3]`` uint8 as H.264, enlarged by whole pixels to at least 384 rows."""
-    large = _enlarge(frames)
-    even = large[:, : large.shape[1] // 2 * 2, : large.shape[2] // 2 * 2]
-    with atomic_write(path) as temporary:
+def save_video(path: Path, frames: NDArray, fps: float) -> None:
+    """Write ``frames [F, H, W, 3]`` as H.264, enlarged by whole pixels to at least 384 rows.
+
+    H.264 needs even sizes: the last row or column of a larger clip with an odd size is left out, with a warning.
+
+    Raises:
+        ValueError: the frames are not ``[F, H, W, 3]``, or a value is not finite.
+        OSError: the video is incomplete. The file is then not written.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size or frames.shape[2] < 2:
+        raise ValueError(f"a video must be [frames, height, width, 3], got {list(frames.shape)}")
+    large = _enlarge(to_uint8(frames))
+    height, width = large.shape[1:3]
+    even = large[:, : height // 2 * 2, : width // 2 * 2]
+    if even.shape != large.shape:
+        sizes = f"{even.shape[1]} x {even.shape[2]}, not {height} x {width}"
+        _log.warning("the size of %s is %s: H.264 needs even heights and widths", path, sizes)
+    with atomic_write(path) as temporary, _one_sentence_per_error(path):
         imageio.imwrite(temporary, even, fps=fps, codec="libx264", macro_block_size=2, quality=9)
+        check_video(temporary, len(frames))
+
+
+def check_video(path: Path, frames: int | None = None) -> None:
+    """Raise OSError if an MP4 file is incomplete or does not have this number of frames. The encoder reports neither a
+    full disk nor that it was killed."""
+    if not _has_all_boxes(path) or (frames is not None and count_frames_and_secs(str(path))[0] != frames):
+        raise OSError("the video is incomplete")
+
+
+@contextmanager
+def _one_sentence_per_error(path: Path) -> Iterator[None]:
+    """Replace the errors of the encoder, which list its command and its output, by one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:100]
+        raise OSError(f"{path} is incomplete: is the disk full? ({reason})") from None
+
+
+def _has_all_boxes(video: Path) -> bool:
+    """Whether the boxes of an MP4 file end at its end and include the index, which is written last."""
+    try:
+        boxes, position, end = set(), 0, video.stat().st_size
+        with video.open("rb") as file:
+            while position < end:
+                file.seek(position)
+                size, box = int.from_bytes(file.read(4), "big"), file.read(4)
+                size = int.from_bytes(file.read(8), "big") if size == 1 else size
+                if size < 8:
+                    return False
+                boxes.add(box)
+                position += size
+    except FileNotFoundError:
+        return False
+    return position == end and b"moov" in boxes
 
 
 def read_video(path: Path) -> tuple[NDArray, float]:
     """Return the frames ``[F, H, W, 3]`` uint8 of a video file and its frames per second.
 
     Raises:
-        ValueError: the file cannot be read.
+        ValueError: it is no regular file, or cannot be read.
     """
+    check_regular_file(path)
     try:
         frames = imageio.imread(path, plugin="FFMPEG")
         return frames, float(imageio.immeta(path, plugin="FFMPEG").get("fps", 8))

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..composition import PerHead
 from ..methods import method
+from ..notation.reading import read_json
 from ..notation.settings import alternatives_to
 from ..schedule import Schedule
 
@@ -68,8 +69,8 @@ class Profile(BaseModel):
         """
         path = _find(name_or_path)
         try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            content = read_json(path)
+        except ValueError as error:
             raise ValueError(f"{path} cannot be read as a profile: {error}") from None
         version = content.get("schema") if isinstance(content, dict) else None
         if not isinstance(version, int) or version < 1:
@@ -85,8 +86,8 @@ class Profile(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} cannot be used: {error}") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} cannot be used: {_first_line(error)}") from None
         return profile
 
     def dumps(self) -> str:
@@ -134,10 +135,16 @@ def _find(name_or_path: str | Path) -> Path:
         for path in (Path(name_or_path), _folder() / f"{name_or_path}.json"):
             if path.is_file():
                 return path
-    except OSError:
-        pass  # a name too long for a file, or a folder without read permission
+    except (OSError, ValueError):
+        pass  # a name that is too long or has a zero byte, or a folder without read permission
     name = str(name_or_path)
     raise ValueError(f"no profile {name[:60]!r}, neither a file nor a name; {alternatives_to(name, profile_names())}")
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "its settings are nested too deep"
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _dump(value: Any, indent: str = "") -> str:

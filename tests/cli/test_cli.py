@@ -5,15 +5,19 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import typer
+from diffusers import DiffusionPipeline, WanTransformer3DModel
 from typer.testing import CliRunner
 
 from dit_sparse import METHODS
 from dit_sparse.cli.main import app
 from dit_sparse.cli.options import call_arguments, count_or_fraction, method_list
+from dit_sparse.cli.terminal import one_sentence
 from dit_sparse.kernels.executors import EXECUTORS
 from dit_sparse.methods import method
+from dit_sparse.output.media import read_video, save_video
 
 STATIC = [name for name in METHODS if method(name, density=0.5).static]
 COMMANDS = sorted(typer.main.get_command(app).commands)
@@ -97,9 +101,21 @@ BAD = {
     "dense steps above 1": (["demo", "--dense-steps", "1.5"], "dense_steps must be a count"),
     "one step": (["demo", "--steps", "1"], "at least 2 steps"),
     "not an mp4": (["generate", "x", "--out", "x.gif"], "must be a file that ends in .mp4"),
-    "no frames": (["generate", "x", "--frames", "0"], "num_frames must be at least 1"),
+    "no frames": (["generate", "x", "--frames", "0"], "num_frames must be in [1, 100000], got 0"),
     "no model": (["generate", "x", "--model", "./nowhere"], "not a diffusers pipeline"),
     "block": (["show", "radial", "--block", "7"], "block must be in [16, 256]"),
+    "no frames per second": (["generate", "x", "--fps", "0"], "fps must be in (0, 1000], got 0"),
+    "guidance": (["generate", "x", "--guidance", "nan"], "guidance_scale must be in"),
+    "infinite guidance": (["generate", "x", "--guidance", "inf"], "guidance_scale must be in"),
+    "seed": (["generate", "x", "--seed", "-1"], "the seed must be in [0, 2**63), got -1"),
+    "no prompt": (["generate", " "], "the prompt is empty"),
+    "empty prompt of the demo": (["demo", "--prompt", ""], "the prompt is empty"),
+    "large clip": (["generate", "x", "--height", "99999", "--width", "99999", "--frames", "9999"], "a smaller clip"),
+    "long name": (["generate", "x", "--out", "a" * 300 + ".mp4"], "File name too long"),
+    "folder in the way": (["generate", "x", "--out", "f.mp4"], "must be a file, got the folder f.mp4"),
+    "device in the way": (["demo", "--json", "/dev/null"], "exists and is not a file"),
+    "format of a plot": (["show", "radial", "--png", "mask.xyz"], "--png must end in"),
+    "profile as a folder": (["profile", "shapes-wan", "--out", "f.json"], "must be a file, got the folder f.json"),
     "output": (["demo", "--out", "/proc/nothing"], "cannot write into"),
 }
 
@@ -107,8 +123,10 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for folder in ("f.mp4", "f.json"):
+        (tmp_path / folder).mkdir()
     result = call(*arguments)
-    assert result.exit_code == 2
+    assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert "Traceback" not in result.output + result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -121,6 +139,95 @@ def test_a_damaged_model_folder_is_refused(tmp_path):
     assert result.exit_code == 2
     assert "cannot load the model" in result.stderr
     assert not (tmp_path / "x.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1]", b"\0" * 100, b"[" * 200_000, b'{"_class_name": 1}', b'{"_class_name": "WanPipeline"}'],
+    ids=["empty", "a list", "binary", "deep nesting", "no name", "no transformer"],
+)
+def test_a_model_folder_that_is_no_pipeline_is_refused(tmp_path, content):
+    (tmp_path / "model_index.json").write_bytes(content)
+    result = call("generate", "x", "--model", tmp_path, "--out", tmp_path / "x.mp4")
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_a_model_without_an_adapter_is_refused_before_its_weights_are_read(tmp_path, monkeypatch):
+    config = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(config))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
+    result = call("generate", "x", "--model", tmp_path, "--out", tmp_path / "x.mp4")
+    assert result.exit_code == 2 and "has a FluxTransformer2DModel, which no adapter" in result.stderr, result.stderr
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name: config)
+    result = call("generate", "x", "--model", "owner/name", "--out", tmp_path / "x.mp4")
+    assert result.exit_code == 2 and "owner/name has a FluxTransformer2DModel" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("reason", "words"), [("Gated", "is restricted"), ("RepositoryNotFound", "no such model")])
+def test_a_failed_download_names_its_reason(tmp_path, monkeypatch, reason, words):
+    def load_config(name):
+        try:
+            raise type(f"{reason}RepoError" if reason == "Gated" else f"{reason}Error", (OSError,), {})()
+        except OSError:
+            raise OSError("a long\nmessage") from None
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    result = call("generate", "x", "--model", "owner/name", "--out", tmp_path / "x.mp4")
+    assert result.exit_code == 2 and words in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (TypeError("two\nlines"), 2, "TypeError: two"),
+        (AttributeError("x"), 2, "AttributeError: x"),
+        (MemoryError(), 2, "out of memory"),
+        (RecursionError("depth"), 2, "nested too deep"),
+        (KeyError("x"), 2, "KeyError: 'x'"),
+        (RuntimeError("x\ny"), 1, "dit-sparse: x"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_any_error_is_one_sentence(error, code, words, capsys):
+    with pytest.raises(typer.Exit) as end, one_sentence():
+        raise error
+    output = capsys.readouterr().err
+    assert end.value.exit_code == code and words in output and len(output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["a" * 249, "视频 [1] é [bold]x"])
+def test_any_name_that_the_file_system_allows_is_written(tmp_path, name):
+    save_video(tmp_path / f"{name}.mp4", np.zeros((1, 17, 19, 3), np.uint8), 8)
+    frames, _ = read_video(tmp_path / f"{name}.mp4")
+    assert frames.shape[0] == 1 and [path.stem for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_video_of_odd_size_is_even_and_a_warning_says_so(tmp_path, caplog):
+    save_video(tmp_path / "odd.mp4", np.zeros((2, 385, 401, 3), np.uint8), 8)
+    assert read_video(tmp_path / "odd.mp4")[0].shape == (2, 384, 400, 3) and "even heights" in caplog.text
+
+
+def test_frames_and_latents_that_are_not_finite_are_reported(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="50% of the values of the frames are NaN or infinite"):
+        save_video(tmp_path / "x.mp4", np.array([0.5, np.nan] * 6).reshape(1, 2, 2, 3), 8)
+    monkeypatch.setattr(WanTransformer3DModel, "forward", lambda *_, hidden_states, **__: (hidden_states * np.nan,))
+    size = ("--steps", "2", "--frames", "2", "--height", "32", "--width", "32", "--out", tmp_path / "x.mp4")
+    result = call("generate", "x", *size)
+    assert result.exit_code == 1 and "latents contain NaN or infinity after step 1 of 2" in result.stderr, result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_incomplete_video_is_not_written(tmp_path):
+    resource = pytest.importorskip("resource")
+    noise = np.random.default_rng(0).integers(0, 255, (4, 96, 96, 3), np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"x.mp4 is incomplete: is the disk full\?"):
+            save_video(tmp_path / "x.mp4", noise, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -159,7 +266,7 @@ def test_lists_of_methods_are_split_outside_parentheses():
 
 def test_call_arguments_are_those_that_are_given():
     assert call_arguments(steps=4, guidance=0.0) == {"num_inference_steps": 4, "guidance_scale": 0.0}
-    with pytest.raises(ValueError, match="num_inference_steps must be at least 2, got 1"):
+    with pytest.raises(ValueError, match=r"num_inference_steps must be in \[2, 100000\], got 1"):
         call_arguments(steps=1, min_steps=2)
 
 

@@ -16,6 +16,7 @@ from dit_sparse.cli.main import app
 from dit_sparse.generation import batch as module
 from dit_sparse.generation.batch import Batch, Interrupted
 from dit_sparse.generation.generate import Clip
+from dit_sparse.generation.processes import file_lock
 
 
 @pytest.fixture
@@ -59,9 +60,9 @@ def test_every_row_and_seed_is_generated_once(tmp_path, generated):
 def test_a_video_without_json_is_generated_again_and_partial_files_are_removed(tmp_path, generated):
     Batch(make_rows("a", "b"), tmp_path).run(silent_stage)
     (tmp_path / "c0.json").unlink()
-    for partial_file in (".c0.123.mp4", ".c1.45.json", ".manifest.6.json"):
+    for partial_file in (".c0.12ab9f.mp4", ".c1.45ffff.json", ".manifest.678901.json"):
         write_file(tmp_path, partial_file, b"half")
-    other_files = {".c0.x.123.mp4", ".hidden", ".c0.mp4"}
+    other_files = {".c0.x.12ab9f.mp4", ".hidden", ".c0.mp4", ".c0.backup.mp4", ".c0.2024.json"}
     for other_file in other_files:
         write_file(tmp_path, other_file, b"not ours")
     Batch(make_rows("a", "b"), tmp_path).run(silent_stage)
@@ -70,14 +71,17 @@ def test_a_video_without_json_is_generated_again_and_partial_files_are_removed(t
 
 
 def test_the_manifest_includes_clips_that_another_process_finishes_meanwhile(tmp_path, generated, monkeypatch):
-    original, result = module.save_json, {"status": "done"}
+    task, original = Batch(make_rows("a"), tmp_path), module.save_json
+    task.run(silent_stage)
+    result = (tmp_path / "c0.json").read_text()
+    (tmp_path / "c0.json").unlink()
+    generated.clear()
 
     def save_json(path, value):
         if path.name == "manifest.json":
-            write_file(tmp_path, "c0.json", json.dumps(result))
+            write_file(tmp_path, "c0.json", result)
         original(path, value)
 
-    task = Batch(make_rows("a"), tmp_path)
     monkeypatch.setattr(module, "shard", lambda names_left: [])
     monkeypatch.setattr(module, "save_json", save_json)
     assert task.run(silent_stage)["count"]["done"] == 1 and not generated
@@ -98,6 +102,38 @@ def test_a_video_that_does_not_fit_on_the_disk_is_not_done(tmp_path, generated, 
     assert "is incomplete: is the disk full?" in manifest["clips"][0]["error"]
     assert file_names(tmp_path) == {"c0.json", "manifest.json"}
     assert task.run(silent_stage)["count"]["done"] == 1
+
+
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_a_clip_whose_video_was_damaged_later_is_generated_again(tmp_path, generated, with_digest):
+    task = Batch(make_rows("a", "b", "c"), tmp_path)
+    task.run(silent_stage)
+    if not with_digest:  # as in folders of older versions
+        for path in tmp_path.glob("c*.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"video_sha256": None}))
+    whole = (tmp_path / "c0.mp4").read_bytes()
+    (tmp_path / "c0.mp4").write_bytes(whole[:-20])
+    (tmp_path / "c1.mp4").unlink()
+    assert task.run(silent_stage)["count"]["done"] == 3 and generated[3:] == [("a", 0), ("b", 0)]
+    (tmp_path / "c2.mp4").write_bytes(whole[:200] + bytes(64) + whole[264:])
+    task.run(silent_stage)
+    assert generated[5:] == ([("c", 0)] if with_digest else [])
+
+
+def test_a_clip_that_another_process_generates_is_left_alone(tmp_path, generated):
+    task = Batch(make_rows("a", "b"), tmp_path)
+    partial_file = write_file(tmp_path, ".c0.12ab9f.mp4", b"half")
+    with file_lock(tmp_path / ".c0.lock") as acquired:
+        assert acquired and task.run(silent_stage)["count"] == {"done": 1, "failed": 0, "missing": 1}
+        assert generated == [("b", 0)] and partial_file.exists()
+    assert task.run(silent_stage)["count"]["done"] == 2
+    assert file_names(tmp_path) == {"c0.mp4", "c0.json", "c1.mp4", "c1.json", "manifest.json"}
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_any_work(tmp_path):
+    (tmp_path / "c1.mp4").mkdir()
+    with pytest.raises(ValueError, match=r"c1\.mp4 exists and is not a file"):
+        Batch(make_rows("a", "b"), tmp_path)
 
 
 def test_clips_with_other_settings_are_not_overwritten(tmp_path, generated):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from batches import file_names, write_file
 from dit_sparse.cli.main import app
 from dit_sparse.generation.prompts import MAX_PROMPT, RESERVED_NAMES, Row, file_name, read_rows
+from dit_sparse.notation.reading import read_json
 
 
 def test_one_prompt_per_line(tmp_path):
@@ -138,7 +140,8 @@ def test_an_invalid_row_is_refused_before_any_work(tmp_path, row, words):
         (["--seed", "9" * 30], "seed must be in [0, 2**63)"),
         (["--guidance", "nan"], "guidance_scale must be in"),
         (["--frames", "9" * 30], "num_frames must be in"),
-        (["--fps", "9" * 30], "fps must be in"),
+        (["--fps", "9" * 30], "fps must be in (0, 1000]"),
+        (["--fps", "0"], "fps must be in (0, 1000]"),
         (["--executor", "nope"], "got 'nope'"),
     ],
 )
@@ -162,3 +165,18 @@ def test_a_missing_file_is_refused(tmp_path, name):
     (tmp_path / "folder.txt").mkdir()
     run = CliRunner().invoke(app, ["batch", str(tmp_path / name), "--out", str(tmp_path / "out")])
     assert run.exit_code == 2 and "cannot read" in run.output and not (tmp_path / "out").exists(), run.output
+
+
+def test_only_regular_files_of_limited_size_are_read(tmp_path):
+    """Reading a pipe would wait for ever, and a device or a large file would fill the memory."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**31)
+    (tmp_path / "deep").write_text("[" * 200_000)
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    reasons = {"pipe": "pipe or device", "link": "pipe or device", "large": "at most 64 MiB", "deep": "nested too deep"}
+    reasons |= {"binary": "not UTF-8", "nothing": "No such file", ".": "it is a folder", "x" * 300: "too long"}
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=reason):
+            read_json(tmp_path / name)
