@@ -3,46 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import json
-import time
+import logging
+import sys
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event
+from time import monotonic
 
-import gradio as gr
+try:
+    import gradio as gr
 
-from dit_sparse import METHODS
-from dit_sparse.bundled import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT
-from dit_sparse.demo.device_pool import Cancelled, DevicePool
-from dit_sparse.demo.request import MAX_CHARACTERS, MAX_SEED, MAX_STEPS, GenerationRequest, Limits
-from dit_sparse.demo.settings_form import MethodSetting, changed_settings, check_profiles, method_settings, sets_density
+    from dit_sparse import METHODS
+    from dit_sparse.bundled import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT
+    from dit_sparse.demo.device_pool import Cancelled, DevicePool
+    from dit_sparse.demo.request import MAX_CHARACTERS, MAX_SEED, MAX_STEPS, GenerationRequest, Limits, check_lengths
+    from dit_sparse.demo.request_filter import LOCAL_HOSTS, RequestFilter
+    from dit_sparse.demo.result_page import PLOTS, VIDEOS, read_result, result_files, result_table, result_title
+    from dit_sparse.demo.sessions import Sessions
+    from dit_sparse.demo.settings_form import (
+        MethodSetting,
+        changed_settings,
+        check_profiles,
+        method_settings,
+        sets_density,
+    )
+    from dit_sparse.demo.start_checks import check_address, check_model
+    from dit_sparse.demo.styles import CSS, SYNCHRONIZED_PLAYBACK
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"app.py: error: cannot import {error.name}: run pip install -e '.[demo]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 EXAMPLES = Path(__file__).parent / "docs" / "examples"
-VIDEOS = {"dense": "dense", "sparse": "sparse", "difference": "difference x 4"}
-PLOTS = ("mask", "retained", "attention")
-
-CSS = """
-.gradio-container {max-width: 1200px !important; margin: auto}
-#numbers table {width: 100%; font-variant-numeric: tabular-nums}
-#numbers th, #numbers td {padding: 6px 8px; word-break: normal; overflow-wrap: normal}
-#numbers td:not(:first-child), #numbers th:not(:first-child) {text-align: right; white-space: nowrap}
-"""
-
-# The clips have the same length: playing, pausing and seeking one of them applies to all.
-SYNCHRONIZED_PLAYBACK = """<script>
-const others = (video) => [...document.querySelectorAll("#clips video")].filter((each) => each !== video);
-const ours = (event) => event.target.matches && event.target.matches("#clips video");
-const follow = (video) => others(video).forEach((each) => {
-  if (Math.abs(each.currentTime - video.currentTime) > 0.07) each.currentTime = video.currentTime;
-});
-document.addEventListener("play", (event) => ours(event) && (follow(event.target),
-  others(event.target).forEach((each) => each.paused && each.play().catch(() => {}))), true);
-document.addEventListener("pause", (event) => ours(event) && !event.target.ended &&
-  others(event.target).forEach((each) => each.paused || each.pause()), true);
-document.addEventListener("seeking", (event) => ours(event) && event.target.paused && follow(event.target), true);
-document.addEventListener("timeupdate", (event) => ours(event) &&
-  event.target === document.querySelector("#clips video") && follow(event.target), true);
-</script>"""
+OUTPUTS = 1 + len(VIDEOS) + len(PLOTS) + 1  # table, videos, plots, downloads
+CLICK = "(_, ...fields) => [window.clicks = (window.clicks || 0) + 1, ...fields]"
 
 LIMITS = (
     f"Limits: {MAX_STEPS} steps, {MAX_CHARACTERS} characters, {{0.frames}} frames of {{0.side}} x {{0.side}} pixels "
@@ -51,7 +46,8 @@ LIMITS = (
 
 
 class Page:
-    """The page, and the state of each session: a folder with the latest result, and an event that cancels its request.
+    """The page. Clicks on Generate, Cancel and the examples are numbered: a newer one cancels the request of an older
+    one. Only requests are queued, for a device; all other events are answered at once.
 
     Args:
         models: models to offer.
@@ -60,45 +56,50 @@ class Page:
 
     def __init__(self, models: list[str], local: bool) -> None:
         self.models, self.local = models, local
-        self.pool = DevicePool()
-        self._folders: dict[str, TemporaryDirectory] = {}
-        self._cancel_events: dict[str, Event] = {}  # of the sessions with a request
+        self.pool, self.sessions = DevicePool(), Sessions()
+        self.examples = [(folder, result) for folder in sorted(EXAMPLES.glob("*/")) if (result := _example(folder))]
 
     def build(self) -> gr.Blocks:
         with gr.Blocks(title="dit-sparse", delete_cache=(3600, 6 * 3600)) as blocks:
             gr.Markdown(
                 "# dit-sparse\nOne video, generated with dense and with sparse attention from the same prompt and seed."
             )
+            click = gr.Number(0, visible=False, precision=0)
             with gr.Row():
                 with gr.Column(min_width=300):
                     inputs = self._inputs()
                     with gr.Row():
                         start = gr.Button("Generate", variant="primary", elem_id="start")
                         cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                    status = gr.HTML("", elem_id="status")
                     gr.Markdown(LIMITS)
                 with gr.Column(scale=2, min_width=300):
                     outputs, snippet = self._outputs()
-            if examples := {_title(folder): folder for folder in sorted(EXAMPLES.glob("*/"))}:
-                load_example = lambda title: _result_outputs(examples[title]) + _example_inputs(examples[title])
-                filled = [*outputs, *inputs[1:6], inputs[7]]
-                gr.Examples(
-                    [[title] for title in examples],
-                    [gr.Textbox(visible=False)],
-                    filled,
-                    load_example,
-                    run_on_click=True,
+            at_once = {"queue": False, "show_progress": "hidden"}
+            clicked = {"js": CLICK, "trigger_mode": "multiple"}
+            if self.examples:
+                titles = [[result_title(result)] for _, result in self.examples]
+                examples = gr.Dataset(
+                    label="Examples",
+                    elem_id="examples",
+                    components=[gr.Textbox(visible=False)],
+                    samples=titles,
+                    type="index",
                 )
-                first = next(iter(examples.values()))
-                blocks.load(lambda: _result_outputs(first), None, outputs, show_progress="hidden")
-            gr.on(
-                [blocks.load, *(each.change for each in inputs)], self._snippet, inputs, snippet, show_progress="hidden"
+                filled = [status, *outputs, *inputs[1:6], inputs[7]]
+                examples.click(self._load_example, [click, examples], filled, **clicked, **at_once)
+                blocks.load(self._load, None, outputs, **at_once)
+            changes = [blocks.load, *(each.change for each in inputs)]
+            gr.on(changes, self._snippet, inputs, snippet, trigger_mode="always_last", **at_once)
+            start.click(
+                self._run,
+                [click, *inputs],
+                [status, *outputs],
+                concurrency_limit=None,
+                show_progress_on=outputs[0],
+                **clicked,
             )
-            status = outputs[0]
-            devices = len(self.pool.devices)
-            start.click(self._enqueue, None, status, queue=False, show_progress="hidden").then(
-                self._run, inputs, outputs, concurrency_limit=devices, show_progress_on=status, trigger_mode="multiple"
-            )
-            cancel.click(self._cancel, concurrency_limit=None, show_progress="hidden")
+            cancel.click(self._cancel, click, status, **clicked, **at_once)
             blocks.unload(self._end_session)
         return blocks
 
@@ -118,29 +119,33 @@ class Page:
         settings = gr.State({})
         with gr.Accordion("Method settings", open=False, elem_id="options"):
             gr.Markdown("Settings that determine the density apply only if the box above is checked.")
-            gr.render(inputs=method)(lambda text: _render_settings(text, settings))
+            gr.render(inputs=method, queue=False)(lambda text: _render_settings(text, settings))
         with gr.Accordion("Size", open=False):
-            size = [gr.Number(None, label=name, precision=0) for name in ("Frames", "Height", "Width")]
-        method.change(dict, None, settings)
+            info = "0: the default of the model"
+            size = [gr.Number(0, label=name, info=info, precision=0) for name in ("Frames", "Height", "Width")]
+        method.change(dict, None, settings, queue=False)
         return [model, prompt, seed, steps, method, density, own_density, dense_steps, *size, settings]
 
     def _outputs(self) -> tuple[list[gr.components.Component], gr.Code]:
-        numbers = gr.Markdown("No results yet.", elem_id="numbers", min_height=80)
+        numbers = gr.HTML("No results yet.", elem_id="numbers", min_height=80)
         with gr.Row(elem_id="clips"):
-            clips = [gr.Video(label=label, autoplay=True, loop=True, min_width=140) for label in VIDEOS.values()]
+            clips = [gr.Video(label=label, autoplay=True, loop=True, min_width=100) for label in VIDEOS.values()]
         plot = lambda: gr.Image(show_label=False, min_width=260, buttons=["fullscreen"])
         mask = plot()
         with gr.Row():
             plots = [mask, plot(), plot()]
         files = gr.File(label="Downloads", file_count="multiple", interactive=False)
         with gr.Accordion("Python script", open=False):
-            snippet = gr.Code(language="python", label="Python script of the current settings", buttons=["copy"])
+            snippet = gr.Code(
+                language="python", label="Python script of the current settings", wrap_lines=True, buttons=["copy"]
+            )
         return [numbers, *clips, *plots, files], snippet
 
     def _request(
         self, model, prompt, seed, steps, method, density, own_density, dense_steps, frames, height, width, form
     ) -> GenerationRequest:
         """Return the request of the form fields. Raises ValueError if a field is invalid."""
+        check_lengths(model, prompt, method, *form.values())
         if not self.local and model not in self.models:
             raise ValueError(f"the model must be one of {', '.join(self.models)}")
         if not self.local:
@@ -148,6 +153,7 @@ class Page:
         settings = changed_settings(method, form)
         if own_density:  # a method with a setting gets no default density
             settings = {one.name: one.default for one in method_settings(method)} | settings
+        frames, height, width = (value or None for value in (frames, height, width))
         density = None if own_density or sets_density(method) else density
         return GenerationRequest(
             model, prompt, seed, steps, method, density, dense_steps, frames, height, width, settings
@@ -159,52 +165,64 @@ class Page:
         except ValueError as error:
             return f"# {error}"
 
-    def _enqueue(self, session: gr.Request) -> str:
-        self._stop(session)  # a new request replaces the previous one
-        self._cancel_events[session.session_hash] = Event()
-        return "Waiting for a free device."
+    def _load(self, session: gr.Request) -> list:
+        """Return the outputs of the first example, unless the visitor was faster."""
+        return _outputs(*self.examples[0]) if self.sessions.is_new(session.session_hash) else _unchanged(OUTPUTS)
 
-    def _cancel(self, session: gr.Request) -> None:
-        gr.Info("Stopping after the current step." if self._stop(session) else "No request is running.")
+    def _load_example(self, session: gr.Request, click: int, index: int) -> list:
+        latest, _ = self.sessions.supersede(session.session_hash, click)
+        if not latest:
+            return _unchanged(1 + OUTPUTS + 6)
+        folder, result = self.examples[index]
+        inputs = [result[name] for name in ("prompt", "seed", "steps", "method", "density_asked")]
+        return ["", *_outputs(folder, result), *inputs, result["dense_steps"] / result["steps"]]
+
+    def _cancel(self, session: gr.Request, click: int):
+        latest, cancelled = self.sessions.supersede(session.session_hash, click)
+        if not latest:
+            return gr.skip()
+        return "Cancelled. The device stops after the current step." if cancelled else "No request is running."
 
     def _end_session(self, session: gr.Request) -> None:
-        self._stop(session)
-        self._cancel_events.pop(session.session_hash, None)
-        self._folders.pop(session.session_hash, None)
+        self.sessions.close(session.session_hash)
 
-    def _stop(self, session: gr.Request) -> bool:
-        """Cancel the request of a session. Returns whether there is one."""
-        if event := self._cancel_events.get(session.session_hash):
-            event.set()
-        return event is not None
-
-    def _run(self, session: gr.Request, progress=gr.Progress(), *fields):
-        """Run a request and return the outputs. An invalid field becomes a message on the page."""
+    def _run(self, session: gr.Request, progress=gr.Progress(), click: int = 0, *fields) -> list:
+        """Run a request and return the status and the outputs, which are unchanged if there was a newer click. An error
+        becomes a message on the page."""
 
         def stage(name: str):
-            start = time.monotonic()
+            start = monotonic()
 
             def on_step(done: int, steps: int) -> None:
-                seconds_left = (time.monotonic() - start) / done * (steps - done)
+                seconds_left = (monotonic() - start) / done * (steps - done)
                 progress((done, steps), desc=f"{name}, {seconds_left:.0f} s left", unit="steps")
 
             progress((0, None), desc=name, unit="steps")
             return on_step
 
-        cancel = self._cancel_events.setdefault(session.session_hash, Event())
+        name = session.session_hash
+        try:
+            active = self.sessions.start(name, click)
+        except ValueError as error:
+            raise gr.Error(escape(str(error))) from None
+        if active is None:
+            return _unchanged(1 + OUTPUTS)
         try:
             request = self._request(*fields)
+            progress((0, None), desc="waiting for a free device", unit="steps")
             folder = TemporaryDirectory(prefix="dit-sparse-")
-            self.pool.run(request, Path(folder.name), stage, cancel)
+            active.wait(self.pool.submit(request, Path(folder.name), stage, active.cancel))
+            outputs = _outputs(Path(folder.name), read_result(Path(folder.name)))
         except Cancelled:
-            return ["Cancelled.", *[None] * (len(VIDEOS) + len(PLOTS) + 1)]
-        except ValueError as error:
-            raise gr.Error(str(error)) from None
-        finally:
-            if self._cancel_events.get(session.session_hash) is cancel:
-                del self._cancel_events[session.session_hash]
-        self._folders[session.session_hash] = folder
-        return _result_outputs(Path(folder.name))
+            return _unchanged(1 + OUTPUTS)
+        except Exception as error:
+            if not self.sessions.finish(name, active):
+                return _unchanged(1 + OUTPUTS)
+            if not isinstance(error, ValueError):
+                logging.exception("request failed")
+            raise gr.Error(escape(_sentence(error))) from None
+        latest = self.sessions.finish(name, active, folder)
+        return ["", *outputs] if latest else _unchanged(1 + OUTPUTS)
 
 
 def _render_settings(method: str, form: gr.State) -> None:
@@ -214,7 +232,7 @@ def _render_settings(method: str, form: gr.State) -> None:
     for setting in settings:
         field = _form_field(setting)
         store = lambda value, values, name=setting.name: values | {name: value}
-        field.change(store, [field, form], form, show_progress="hidden")
+        field.change(store, [field, form], form, queue=False, show_progress="hidden")
 
 
 def _form_field(setting: MethodSetting) -> gr.components.Component:
@@ -228,66 +246,60 @@ def _form_field(setting: MethodSetting) -> gr.components.Component:
     return gr.Textbox(setting.default_text, info=setting.type, **shared)
 
 
-def _title(folder: Path) -> str:
-    result = _read_result(folder)
-    density = result["density_asked"]
-    return f"{result['method']}{'' if density is None else f' at {density:g}'}: {result['prompt']}"
+def _example(folder: Path) -> dict | None:
+    """Return the result in a folder of the examples, or None if it cannot be shown."""
+    try:
+        result = read_result(folder)
+        result_title(result), result_table(result)
+        return result
+    except (KeyError, TypeError, ValueError) as error:
+        logging.warning("no example in %s: %s", folder, error)
+        return None
 
 
-def _read_result(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
+def _outputs(folder: Path, result: dict) -> list:
+    return [result_table(result), *result_files(folder)]
 
 
-def _example_inputs(folder: Path) -> list:
-    """Return prompt, seed, steps, method, density and fraction of dense steps of an example."""
-    result = _read_result(folder)
-    values = [result[name] for name in ("prompt", "seed", "steps", "method", "density_asked")]
-    return [*values, result["dense_steps"] / result["steps"]]
+def _unchanged(count: int) -> list:
+    return [gr.skip() for _ in range(count)]
 
 
-def _result_outputs(folder: Path) -> list:
-    """Return the values of the outputs for the folder of a result."""
-    path = lambda name: str(folder / name) if (folder / name).exists() else None
-    return [
-        _table(_read_result(folder)),
-        *(path(f"{name}.mp4") for name in VIDEOS),
-        *(path(f"{name}.png") for name in PLOTS),
-        [*map(str, sorted(folder.glob("*.mp4"))), str(folder / "result.json")],
-    ]
-
-
-def _table(result: dict) -> str:
-    achieved = result["density_achieved"]
-    density = "-" if achieved is None else f"{achieved:.3f}"
-    method = result["method"].replace("|", "\\|")
-    return f"""| | dense | {method} | speedup |
-|---|---|---|---|
-| denoising time (s) | {result["seconds_dense"]:.1f} | {result["seconds_sparse"]:.1f} | **{result["speedup"]:.2f}x** |
-| attention time (s) | {result["attention_seconds_dense"]:.1f} | {result["attention_seconds_sparse"]:.1f} | \
-**{result["attention_speedup"]:.2f}x** |
-| density: sparse calls / whole run | 1 | {density} / {result["density_run"]:.3f} | |
-| PSNR (dB) / SSIM | | {result["psnr"]:.1f} / {result["ssim"]:.3f} | |
-
-“{result["prompt"]}”, seed {result["seed"]}, {result["grid"]} tokens, {result["steps"]} steps, \
-{result["dense_steps"]} of them dense, executor {result["executor"]}, {result["device"]}"""
+def _sentence(error: Exception) -> str:
+    """Return the first line of an error, with its type if the message is not ours."""
+    line = next(iter(str(error).strip().splitlines()), "")[:MAX_CHARACTERS]
+    return line if isinstance(error, ValueError) and line else f"the request failed: {type(error).__name__}: {line}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="app.py", description=__doc__)
     parser.add_argument("--model", action="append", default=[], help="another model to offer; may be repeated")
     parser.add_argument("--host", default="127.0.0.1", help="address; except on localhost, only offered models run")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args()
-    page = Page([BUNDLED, *options.model], local=options.host in ("127.0.0.1", "localhost", "::1"))
-    launch(page.build(), server_name=options.host, server_port=options.port)
+    try:
+        for model in options.model:
+            check_model(model)
+        check_address(options.host, options.port)
+        local = options.host in LOCAL_HOSTS
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        launch(Page([BUNDLED, *options.model], local).build(), local, server_name=host, server_port=options.port)
+    except Exception as error:
+        parser.exit(2, f"app.py: error: {next(iter(str(error).splitlines()), type(error).__name__)}\n")
 
 
-def launch(blocks: gr.Blocks, **where) -> None:
-    blocks.queue(max_size=20, api_open=False).launch(
+def launch(blocks: gr.Blocks, local: bool = True, **where) -> None:
+    blocks.queue(max_size=64, api_open=False).launch(
         css=CSS,
         head=SYNCHRONIZED_PLAYBACK,
         allowed_paths=[str(EXAMPLES)],
-        show_error=True,
+        app_kwargs={"middleware": [(RequestFilter, (), {"local": local})]},
+        max_file_size=1,
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        show_error=False,
         footer_links=["gradio"],
         **where,
     )

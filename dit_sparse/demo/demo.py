@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -109,10 +110,10 @@ class Demo:
             "density_run": report.density_run,
             "seconds_dense": dense.seconds,
             "seconds_sparse": sparse.seconds,
-            "speedup": dense.seconds / sparse.seconds,
+            "speedup": _ratio(dense.seconds, sparse.seconds),
             "attention_seconds_dense": dense.report.attention_seconds,
             "attention_seconds_sparse": report.attention_seconds,
-            "attention_speedup": dense.report.attention_seconds / report.attention_seconds,
+            "attention_speedup": _ratio(dense.report.attention_seconds, report.attention_seconds),
             "attention_by_step_dense": dense.by_step,
             "attention_by_step_sparse": sparse.by_step,
             "psnr": psnr(sparse.frames, dense.frames),
@@ -146,6 +147,10 @@ class Demo:
             save_figure(self.out / "mask.png", plot_plan(observer.plan, observer.grid, method))
             save_figure(self.out / "retained.png", plot_heat_map(mass, title))
         save_json(self.out / "result.json", result)
+
+
+def _ratio(dense: float, sparse: float) -> float:
+    return dense / sparse if sparse else math.nan
 
 
 @dataclass(frozen=True)

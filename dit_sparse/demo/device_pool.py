@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
@@ -32,8 +34,13 @@ class DevicePool:
         self.devices = list(devices or cuda or ["cpu"])
         self._free: SimpleQueue[str] = SimpleQueue()
         self._loaded: dict[str, tuple[str, Any]] = {}
+        self._threads = ThreadPoolExecutor(len(self.devices), "device")
         for device in self.devices:
             self._free.put(device)
+
+    def submit(self, request: GenerationRequest, out: Path, stage: Stage, cancel: Event) -> Future:
+        """Call `run` in a thread of a device, in the context of the caller."""
+        return self._threads.submit(copy_context().run, self.run, request, out, stage, cancel)
 
     def run(self, request: GenerationRequest, out: Path, stage: Stage, cancel: Event) -> dict:
         """Generate videos, plots and ``result.json`` in ``out``, and return the result.
@@ -42,12 +49,12 @@ class DevicePool:
             ValueError: the model cannot be loaded or made sparse, or there is too little memory.
             Cancelled: ``cancel`` was set.
         """
-        demo = Demo(request.prompt, request.processor, out, request.seed, request.call, request.model)
         with self._device() as device:
             if cancel.is_set():
                 raise Cancelled
+            demo = Demo(request.prompt, request.processor, out, request.seed, request.call, request.model)
             try:
-                return demo.run(lambda name: _cancellable(stage(name), cancel), self._pipeline(request.model, device))
+                return demo.run(lambda name: _cancellable(stage, name, cancel), self._pipeline(request.model, device))
             except torch.OutOfMemoryError:
                 raise ValueError("out of memory: use fewer frames or a smaller size") from None
 
@@ -70,10 +77,19 @@ class DevicePool:
         return pipe
 
 
-def _cancellable(progress: Progress, cancel: Event) -> Progress:
-    def on_step(done: int, steps: int) -> None:
-        progress(done, steps)
+def _cancellable(stage: Stage, name: str, cancel: Event) -> Progress:
+    """Return the progress of a stage. After a cancel it reports nothing and raises Cancelled."""
+
+    def check() -> None:
         if cancel.is_set():
             raise Cancelled
+
+    check()
+    progress = stage(name)
+
+    def on_step(done: int, steps: int) -> None:
+        check()
+        progress(done, steps)
+        check()
 
     return on_step

@@ -63,6 +63,7 @@ class GenerationRequest:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_lengths(self.model, self.method, *self.settings.values())
         limits = Limits.for_model(self.model)
         if not self.prompt.strip() or len(self.prompt) > MAX_CHARACTERS:
             raise ValueError(f"the prompt must have 1 to {MAX_CHARACTERS} characters, got {len(self.prompt.strip())}")
@@ -110,6 +111,13 @@ class GenerationRequest:
         )
 
 
+def check_lengths(*values: Any) -> None:
+    """Raise ValueError if a text has more than `MAX_CHARACTERS` characters. Checked before a text is parsed."""
+    for value in values:
+        if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+            raise ValueError(f"a text must have at most {MAX_CHARACTERS} characters, got {len(value)}")
+
+
 def _check_integer(name: str, value: Any, minimum: int, maximum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        raise ValueError(f"{name} must be a whole number in [{minimum}, {maximum}], got {value!r}")
+        raise ValueError(f"{name} must be a whole number in [{minimum}, {maximum}], got {repr(value)[:40]}")
