@@ -144,12 +144,15 @@ def _store_first(file: Path, key: list[str], measured: CostModel) -> CostModel:
     """Store a cost model unless another process has stored one in the meantime, and return the stored one, so that all
     processes choose the same executors."""
     temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps({"key": key, "cost_model": asdict(measured)}, indent=1))
-    with suppress(OSError):  # the file exists, or the file system has no hard links
-        os.link(temporary, file)
-    if _load(file) is None:
-        temporary.replace(file)
-    temporary.unlink(missing_ok=True)
+    try:
+        temporary.write_text(json.dumps({"key": key, "cost_model": asdict(measured)}, indent=1))
+        with suppress(OSError):  # the file exists, or the file system has no hard links
+            os.link(temporary, file)
+        if _load(file) is None:
+            temporary.replace(file)
+        temporary.unlink(missing_ok=True)
+    except OSError as error:  # such as a full disk
+        _log.warning("cannot store the cost model in %s (%s): it is measured again in every process", file, error)
     return _load(file) or measured
 
 

@@ -123,7 +123,8 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
     frames = pipe(prompt, generator=generator, output_type="np", callback_on_step_end=on_step_end, **call).frames[0]
-    clip = Clip(to_uint8(np.asarray(frames)), step_ends[-1] - begin)
+    frames = np.asarray(frames)[: call.get("num_frames")]  # some autoencoders decode a multiple of several frames
+    clip = Clip(to_uint8(frames), step_ends[-1] - begin)
     requested = tuple(call.get(name) or size for name, size in zip(COUNTS[1:], clip.frames.shape, strict=False))
     if requested != clip.frames.shape[:3]:
         sizes = " x ".join(map(str, clip.frames.shape[:3])), " x ".join(map(str, requested))

@@ -36,7 +36,8 @@ def pipeline_config(model: str) -> dict:
     source = model_source(model)
     if _is_path(source):
         if not os.path.isfile(Path(source) / "model_index.json"):
-            raise ValueError(f"{source[:200]!r} is not a diffusers pipeline: it has no model_index.json")
+            reason = "it is not a diffusers pipeline, because it has no model_index.json"
+            raise ValueError(f"cannot load the model {source[:200]}: {reason}")
         try:
             config = read_json(Path(source) / "model_index.json")
         except ValueError as error:

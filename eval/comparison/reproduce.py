@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dit_sparse import Schedule
-from dit_sparse.bundled import model_source
+from dit_sparse.generation.model_config import pipeline_config
+from dit_sparse.notation.reading import read_text
 
 from .comparison import Comparison
 from .result_schema import first_error
@@ -99,13 +101,15 @@ class Recipe(_Strict):
         """
         path = Path(name) if Path(name).suffix == ".toml" else FOLDER / f"{name}.toml"
         try:
-            return cls.model_validate(tomllib.loads(path.read_text()))
-        except OSError:
-            raise ValueError(f"there is no recipe {str(name)!r}; there are {', '.join(recipes())}") from None
+            if not os.path.isfile(path):
+                raise ValueError(f"there is no recipe {str(name)[:60]!r}; there are {', '.join(recipes())}")
+            return cls.model_validate(tomllib.loads(read_text(path)))
         except ValidationError as error:
             raise ValueError(f"{path}: {first_error(error)}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is no TOML file: {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be used: {error}") from None
 
     def check_call(self) -> None:
         """Check ``call`` against the signature of the pipeline's class, without loading weights.
@@ -115,11 +119,7 @@ class Recipe(_Strict):
         """
         import diffusers
 
-        try:
-            class_name = diffusers.DiffusionPipeline.load_config(model_source(self.model))["_class_name"]
-        except (OSError, KeyError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"cannot load the model {self.model}: {reason}") from None
+        class_name = pipeline_config(self.model)["_class_name"]
         pipeline = getattr(diffusers, str(class_name), None)
         if pipeline is None:
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from dit_sparse.notation.reading import read_json
 
 Interval = Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
 Density = Annotated[FiniteFloat, Field(gt=0, le=1)]
@@ -103,13 +104,12 @@ def read_result(path: Path) -> dict:
         ValueError: the file is missing, or not a result of ``dit-sparse compare``.
     """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
         _Result.model_validate(result)
     except ValidationError as error:
         raise ValueError(f"{path} is no result of this version of dit-sparse compare: {first_error(error)}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is no JSON"
-        raise ValueError(f"{path} is no result of dit-sparse compare: {reason}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is no result of dit-sparse compare: {error}") from None
     return result
 
 

@@ -22,7 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_sparse.eval.comparison.clip_store import ClipStore
+from dit_sparse.notation.reading import read_json
 from dit_sparse.output.files import atomic_write, json_values, to_uint8, writable_folder
+from dit_sparse.output.media import check_video
 
 Clips = Iterable[tuple[str, int, NDArray]]
 
@@ -148,7 +150,7 @@ def _read_list(path: Path, default: list | dict) -> list | dict:
     if not path.exists():
         return default
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         entries = content if isinstance(content, list) else []
         valid = all({"prompt_en", "dimension", "video_list"} <= set(entry) for entry in entries)
     except (OSError, ValueError, TypeError):
@@ -172,5 +174,6 @@ def _save_video(path: Path, frames: NDArray, fps: float) -> None:
             quality=None,
             output_params=["-crf", "0"],
         )
+        check_video(draft, len(frames))
         if path.exists() and path.read_bytes() != draft.read_bytes():
             raise ValueError(f"{path} exists with different content; choose another folder")

@@ -102,7 +102,10 @@ BAD = {
     "one step": (["demo", "--steps", "1"], "at least 2 steps"),
     "not an mp4": (["generate", "x", "--out", "x.gif"], "must be a file that ends in .mp4"),
     "no frames": (["generate", "x", "--frames", "0"], "num_frames must be in [1, 100000], got 0"),
-    "no model": (["generate", "x", "--model", "./nowhere"], "not a diffusers pipeline"),
+    "no model": (
+        ["generate", "x", "--model", "./nowhere"],
+        "cannot load the model ./nowhere: it is not a diffusers pipeline",
+    ),
     "block": (["show", "radial", "--block", "7"], "block must be in [16, 256]"),
     "no frames per second": (["generate", "x", "--fps", "0"], "fps must be in (0, 1000], got 0"),
     "guidance": (["generate", "x", "--guidance", "nan"], "guidance_scale must be in"),
