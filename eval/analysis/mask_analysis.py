@@ -19,6 +19,7 @@ from torch import Tensor
 from dit_sparse import Method, PerHead, Schedule, SparseAttnProcessor, enable, prepare
 from dit_sparse.bundled import BUNDLED, BUNDLED_PROMPT
 from dit_sparse.composition import nested_methods
+from dit_sparse.generation.checks import check_clip
 from dit_sparse.generation.generate import Progress, default_call, generate, load_pipeline
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.rettention import Rettention
@@ -71,6 +72,8 @@ class MaskAnalysis:
         object.__setattr__(self, "call", default_call(self.model, small=True) | self.call)
         if steps := self.call.get("num_inference_steps"):
             measured_steps(self.schedule, steps, self.sampled_steps)
+        for prompt in self.prompts:
+            check_clip(prompt, 0, self.call)
 
     def cases(self) -> list[tuple[str, float | None, Method]]:
         """Return name, requested density and method of every row."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dit_sparse import METHODS, Schedule, SparseAttnProcessor
 from dit_sparse.bundled import BUNDLED
+from dit_sparse.generation.checks import check_clip
 from dit_sparse.generation.generate import Progress, default_call
 from dit_sparse.methods import method
 from dit_sparse.notation.parser import parse
@@ -82,7 +83,9 @@ class Comparison:
         if "num_inference_steps" in self.call:
             check_steps(self.schedule, self.call["num_inference_steps"])
         self.specs()
-        writable_folder(self.out)
+        for prompt in self.prompts:
+            check_clip(prompt, self.seeds, self.call)
+        writable_folder(self.out, ("compare.json", "report.html"))
 
     def specs(self) -> list[ClipSpec]:
         """Return the rows that are known in advance: dense attention, requested rows and their random baselines."""

@@ -179,6 +179,14 @@ def test_a_failed_download_names_its_reason(tmp_path, monkeypatch, reason, words
     assert result.exit_code == 2 and words in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize("content", ["x = " + "[" * 5_000, "call = 1", "\0", "[call]\n", "published = [1]"])
+def test_a_recipe_that_cannot_be_read_is_one_sentence(tmp_path, content):
+    (tmp_path / "r.toml").write_text(content)
+    result = call("reproduce", tmp_path / "r.toml", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and str(tmp_path) in result.stderr, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
