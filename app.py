@@ -15,18 +15,20 @@ try:
 
     from dit_sparse import METHODS
     from dit_sparse.bundled import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT
+    from dit_sparse.demo import settings_form
     from dit_sparse.demo.device_pool import Cancelled, DevicePool
     from dit_sparse.demo.request import MAX_CHARACTERS, MAX_SEED, MAX_STEPS, GenerationRequest, Limits, check_lengths
     from dit_sparse.demo.request_filter import LOCAL_HOSTS, RequestFilter
-    from dit_sparse.demo.result_page import PLOTS, VIDEOS, read_result, result_files, result_table, result_title
-    from dit_sparse.demo.sessions import Sessions
-    from dit_sparse.demo.settings_form import (
-        MethodSetting,
-        changed_settings,
-        check_profiles,
-        method_settings,
-        sets_density,
+    from dit_sparse.demo.result_page import (
+        PLOTS,
+        VIDEOS,
+        read_example,
+        read_result,
+        result_files,
+        result_table,
+        result_title,
     )
+    from dit_sparse.demo.sessions import Sessions
     from dit_sparse.demo.start_checks import check_address, check_model
     from dit_sparse.demo.styles import CSS, SYNCHRONIZED_PLAYBACK
 except ImportError as error:
@@ -57,7 +59,7 @@ class Page:
     def __init__(self, models: list[str], local: bool) -> None:
         self.models, self.local = models, local
         self.pool, self.sessions = DevicePool(), Sessions()
-        self.examples = [(folder, result) for folder in sorted(EXAMPLES.glob("*/")) if (result := _example(folder))]
+        self.examples = [(folder, result) for folder in sorted(EXAMPLES.glob("*/")) if (result := read_example(folder))]
 
     def build(self) -> gr.Blocks:
         with gr.Blocks(title="dit-sparse", delete_cache=(3600, 6 * 3600)) as blocks:
@@ -129,7 +131,7 @@ class Page:
     def _outputs(self) -> tuple[list[gr.components.Component], gr.Code]:
         numbers = gr.HTML("No results yet.", elem_id="numbers", min_height=80)
         with gr.Row(elem_id="clips"):
-            clips = [gr.Video(label=label, autoplay=True, loop=True, min_width=100) for label in VIDEOS.values()]
+            clips = [gr.Video(label=label, autoplay=True, loop=True, min_width=140) for label in VIDEOS.values()]
         plot = lambda: gr.Image(show_label=False, min_width=260, buttons=["fullscreen"])
         mask = plot()
         with gr.Row():
@@ -149,12 +151,12 @@ class Page:
         if not self.local and model not in self.models:
             raise ValueError(f"the model must be one of {', '.join(self.models)}")
         if not self.local:
-            check_profiles(method)
-        settings = changed_settings(method, form)
+            settings_form.check_profiles(method)
+        settings = settings_form.changed_settings(method, form)
         if own_density:  # a method with a setting gets no default density
-            settings = {one.name: one.default for one in method_settings(method)} | settings
+            settings = {one.name: one.default for one in settings_form.method_settings(method)} | settings
         frames, height, width = (value or None for value in (frames, height, width))
-        density = None if own_density or sets_density(method) else density
+        density = None if own_density or settings_form.sets_density(method) else density
         return GenerationRequest(
             model, prompt, seed, steps, method, density, dense_steps, frames, height, width, settings
         )
@@ -226,7 +228,7 @@ class Page:
 
 
 def _render_settings(method: str, form: gr.State) -> None:
-    settings = method_settings(method)
+    settings = settings_form.method_settings(method)
     if not settings:
         gr.Markdown("This method has no settings besides the density.")
     for setting in settings:
@@ -235,7 +237,7 @@ def _render_settings(method: str, form: gr.State) -> None:
         field.change(store, [field, form], form, queue=False, show_progress="hidden")
 
 
-def _form_field(setting: MethodSetting) -> gr.components.Component:
+def _form_field(setting: settings_form.MethodSetting) -> gr.components.Component:
     shared = {"label": setting.name, "interactive": True}
     if setting.type == "bool":
         return gr.Checkbox(setting.default, **shared)
@@ -244,17 +246,6 @@ def _form_field(setting: MethodSetting) -> gr.components.Component:
     if setting.type == "float":
         return gr.Number(setting.default, step=0.01, **shared)
     return gr.Textbox(setting.default_text, info=setting.type, **shared)
-
-
-def _example(folder: Path) -> dict | None:
-    """Return the result in a folder of the examples, or None if it cannot be shown."""
-    try:
-        result = read_result(folder)
-        result_title(result), result_table(result)
-        return result
-    except (KeyError, TypeError, ValueError) as error:
-        logging.warning("no example in %s: %s", folder, error)
-        return None
 
 
 def _outputs(folder: Path, result: dict) -> list:

@@ -8,6 +8,7 @@ from typing import Any
 from dit_sparse import SparseAttnProcessor
 
 from ..bundled import BUNDLED
+from ..generation.checks import check_clip
 from ..generation.generate import default_call, default_fps
 
 MAX_SEED = 2**31 - 1
@@ -74,6 +75,7 @@ class GenerationRequest:
                 _check_integer(name, getattr(self, name), 1, maximum)
         if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int | float):
             raise ValueError(f"dense_steps must be a number in [0, 1], got {self.dense_steps!r}")
+        check_clip(self.prompt, self.seed, self.call, min_steps=2)
         _ = self.processor
 
     @property

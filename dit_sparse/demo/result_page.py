@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from html import escape
 from pathlib import Path
@@ -23,6 +24,17 @@ def read_result(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {folder / 'result.json'}: {error}") from None
     return {key: float(value) if value in ("inf", "-inf") else value for key, value in result.items()}
+
+
+def read_example(folder: Path) -> dict | None:
+    """Return the result in a folder, or None with a warning if it cannot be shown."""
+    try:
+        result = read_result(folder)
+        result_title(result), result_table(result)
+        return result
+    except (KeyError, TypeError, ValueError) as error:
+        logging.warning("no example in %s: %s", folder, error)
+        return None
 
 
 def result_files(folder: Path) -> list:

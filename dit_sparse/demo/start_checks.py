@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
 
 from ..bundled import BUNDLED
+from ..generation.model_config import check_family, pipeline_config
 
 
 def check_model(model: str) -> None:
-    """Raise ValueError if a model is neither a folder with a pipeline nor a name on the hub."""
-    is_folder = Path(model).exists() or model.startswith((".", "/", "~"))
-    if is_folder and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model} is not a diffusers pipeline: it has no model_index.json")
-    if not is_folder and model != BUNDLED and model.count("/") != 1:
-        raise ValueError(f"the model must be {BUNDLED}, a folder or OWNER/NAME on the Hugging Face hub, got {model!r}")
+    """Raise ValueError if a model is missing, or if no adapter supports it. No weights are downloaded."""
+    if model != BUNDLED:
+        check_family(model, pipeline_config(model))
 
 
 def check_address(host: str, port: int) -> None:

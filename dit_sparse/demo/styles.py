@@ -7,8 +7,10 @@ CSS = """
 #numbers td:not(:first-child), #numbers th:not(:first-child) {text-align: right}
 #numbers td:not(:first-child) {white-space: nowrap}
 #numbers th:nth-child(3), #numbers p {overflow-wrap: anywhere}
-#clips {flex-wrap: nowrap}
-#clips > * {min-width: 0 !important}
+#clips {justify-content: flex-start}
+#clips > * {overflow: hidden !important}
+#status:has(.prose:empty) {display: none}
+@media (max-width: 600px) {#clips > * {flex: 0 0 calc(50% - 8px) !important}}
 #examples .gallery-item {max-width: 100%; white-space: normal; text-align: left}
 #examples .gallery-item * {max-width: none; white-space: normal; overflow-wrap: anywhere}
 #status {min-height: 0; font-weight: 600}
