@@ -8,9 +8,11 @@ CSS = """
 #numbers td:not(:first-child) {white-space: nowrap}
 #numbers th:nth-child(3), #numbers p {overflow-wrap: anywhere}
 #clips {justify-content: flex-start}
-#clips > * {overflow: hidden !important}
 #status:has(.prose:empty) {display: none}
-@media (max-width: 600px) {#clips > * {flex: 0 0 calc(50% - 8px) !important}}
+@media (max-width: 600px) {
+  #clips > * {flex: 0 0 calc(50% - 8px) !important}
+  #numbers th, #numbers td {padding: 4px; font-size: 13px}
+}
 #examples .gallery-item {max-width: 100%; white-space: normal; text-align: left}
 #examples .gallery-item * {max-width: none; white-space: normal; overflow-wrap: anywhere}
 #status {min-height: 0; font-weight: 600}
