@@ -1,6 +1,6 @@
 """Head profiles: a method for every head of a model, as readable JSON.
 
-    {"schema": 1, "model": "...", "transformer": "WanTransformer3DModel", "source": "...",
+    {"schema": 2, "model": "...", "transformer": "WanTransformer3DModel", "source": "...",
      "schedule": {"dense_steps": 0.25, "dense_layers": 0, "replan_interval": 1},
      "methods": {"a": {"method": "radial", "settings": {"density": 0.2}}, ...},
      "layers": ["aab", "bba", ...],
@@ -24,7 +24,7 @@ from ..notation.reading import read_json
 from ..notation.settings import alternatives_to
 from ..schedule import Schedule
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had other names of settings
 
 
 class MethodEntry(BaseModel):
@@ -75,10 +75,9 @@ class Profile(BaseModel):
         version = content.get("schema") if isinstance(content, dict) else None
         if not isinstance(version, int) or version < 1:
             raise ValueError(f"{path} is not a profile: it has no number under 'schema'")
-        if version > SCHEMA:
-            raise ValueError(
-                f"{path} has schema {version}, but this version of dit-sparse reads up to {SCHEMA}: upgrade it"
-            )
+        if version != SCHEMA:
+            remedy = "upgrade dit-sparse" if version > SCHEMA else "search it again with dit-sparse profile"
+            raise ValueError(f"{path} has schema {version}, but this version of dit-sparse reads {SCHEMA}: {remedy}")
         try:
             profile = cls.model_validate(content)
             profile.to_method()

@@ -67,7 +67,7 @@ def test_profile_is_saved_and_loaded(tmp_path):
     profile, path = make_profile(measured={"errors": [[0.1, 0.2]], "density": 0.3}), tmp_path / "p.json"
     path.write_text(profile.dumps())
     assert Profile.load(path) == profile
-    assert '"rt",\n' in profile.dumps() and json.loads(profile.dumps())["schema"] == 1
+    assert '"rt",\n' in profile.dumps() and json.loads(profile.dumps())["schema"] == 2
     processor = SparseAttnProcessor.from_profile(path, executor="gather")
     assert processor.settings.method == profile.to_method()
     assert processor.settings.schedule == Schedule(dense_steps=1)
@@ -83,8 +83,9 @@ TEXT = make_profile().dumps()
         ("{", "cannot be read as a profile"),
         ("[1]", "no number under 'schema'"),
         ('{"model": "x"}', "no number under 'schema'"),
-        ('{"schema": 7}', "schema 7, but this version of dit-sparse reads up to 1"),
-        ('{"schema": 1, "model": "x"}', "is damaged: transformer"),
+        ('{"schema": 7}', "schema 7, but this version of dit-sparse reads 2: upgrade"),
+        ('{"schema": 1, "model": "x"}', "schema 1, but this version of dit-sparse reads 2: search it again"),
+        ('{"schema": 2, "model": "x"}', "is damaged: transformer"),
         (TEXT.replace('"radial"', '"radail"'), "no method 'radail'"),
         (TEXT.replace('"density"', '"densty"'), "no setting 'densty'"),
         (TEXT.replace("0.4", "4"), "density must be in"),
