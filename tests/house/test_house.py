@@ -37,7 +37,7 @@ ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it f
     "executors": Room("kernels.*", "nouns programs platformdirs", lazily="triton xformers flash_attn flashinfer"),
     "adapters": Room("pipelines.*", "nouns", lazily="diffusers"),
     "methods": Room(
-        "budget density method scoring composition notation notation.* methods methods.*", "nouns planners"
+        "budget density method pattern scoring composition notation notation.* methods methods.*", "nouns planners"
     ),
     "profile": Room("profiling profiling.head_profile", "nouns methods pydantic"),
     "engine": Room(
@@ -144,7 +144,7 @@ def test_import_reader_reads():
     assert ("pipelines.family", False) in imports("pipelines.wan")
     assert {("order", False), ("method", False), ("grid", False), ("torch", False)} <= imports("methods.window")
     assert ("diffusers", True) in imports("pipelines.family")
-    assert ("diffusers", False) in imports("engine.tracking")
+    assert ("diffusers", True) in imports("engine.intercept")
     assert ("budget", False) in imports("package")
 
 
