@@ -17,8 +17,9 @@ from .composition import Cached, PerHead  # noqa: E402
 from .engine.enable import SparseAttnProcessor, enable, prepare  # noqa: E402
 from .engine.run import Run  # noqa: E402
 from .grid import Grid, Site  # noqa: E402
-from .method import Method, Pattern, Scorer  # noqa: E402
+from .method import Method, Scorer  # noqa: E402
 from .methods import METHODS  # noqa: E402
+from .pattern import Pattern  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .schedule import Schedule  # noqa: E402
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import Grid, Site
-from .method import AttentionOutput, Method, Union
+from .method import AttentionOutput, Method
+from .notation.settings import within
+from .pattern import Union
 from .plan import Plan
 from .scoring import pool
 
@@ -28,8 +30,6 @@ class Wrapper(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.inner, Method):
-            raise ValueError(f"inner must be a dit_sparse.Method, got {type(self.inner).__name__}")
         density = self.inner.density if self.density is None else self.density
         object.__setattr__(self, "density", density)
         object.__setattr__(self, "inner", replace(self.inner, density=density))
@@ -39,6 +39,10 @@ class Wrapper(Method):
         is_default = isinstance(default, Method) and self.inner == replace(default, density=self.density)
         redundant = "inner" if is_default else "density"
         return (setting for setting in super()._changed_settings() if setting[0] != redundant)
+
+    @property
+    def density_exception(self) -> str | None:
+        return self.inner.density_exception
 
     @property
     def static(self) -> bool:
@@ -55,6 +59,16 @@ class Wrapper(Method):
     @property
     def needs_lse(self) -> bool:
         return self.inner.needs_lse
+
+    def required(self, grid: Grid, block: int) -> Tensor:
+        return self.inner.required(grid, block)
+
+    def least_density(self, grid: Grid, block: int) -> float:
+        return self.inner.least_density(grid, block)
+
+    def resolve(self, grid: Grid, block: int) -> Method:
+        inner = self.inner.resolve(grid, block)
+        return self if inner is self.inner else replace(self, inner=inner, density=None)
 
     def check_model(self, layers: int, heads: int) -> None:
         self.inner.check_model(layers, heads)
@@ -122,15 +136,8 @@ class Cached(Wrapper):
 
     static = False
     manages_own_plans = True
-    replan_interval: int | None = None
-    drift: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.replan_interval is not None and self.replan_interval < 1:
-            raise ValueError(f"replan_interval must be at least 1, got {self.replan_interval}")
-        if self.drift is not None and not 0 <= self.drift <= 2:
-            raise ValueError(f"drift must be in [0, 2], got {self.drift}")
+    replan_interval: int | None = within("[1, 10000]", None)
+    drift: float | None = within("[0, 2]", None)
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
         means = None if self.drift is None else pool(q, site.block)
@@ -161,8 +168,6 @@ class PerHead(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Method) for pair in self.methods):
-            raise ValueError("methods must be pairs of a letter and a dit_sparse.Method")
         letters = [letter for letter, _ in self.methods]
         if cluster := next((type(part).__name__ for _, part in self.methods if part.makes_cluster_plans), None):
             raise ValueError(f"{cluster} makes clusters, which cannot share a launch with the blocks of other heads")

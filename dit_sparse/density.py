@@ -1,57 +1,201 @@
-"""Solve for the pattern of a given density: bisect its knob, then add single blocks."""
+"""The density of a plan: the fraction of all query-key pairs of a call, those with text included, that it computes.
+
+One law for all methods. A method keeps some pairs whatever the density: rows and columns of text, and what a row always
+keeps, such as its own block. They count in the density. The other pairs are shared by the rows of the video in equal
+parts; a row whose required groups exceed its part keeps these alone. So a plan meets the density to half a pair of
+blocks, unless the required pairs exceed it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .grid import Grid
+from .grid import Blocks, Grid
+from .kernels.planning.selection import select_top
 from .plan import num_blocks
 
 
 def pair_weights(grid: Grid, block: int) -> Tensor:
     """Return the fraction of all token pairs that lies in each block pair, float64 ``[Qb, Qb]``."""
-    starts = torch.arange(num_blocks(grid.tokens, block)) * block
-    size = (grid.tokens - starts).clamp(max=block).double() / grid.tokens
+    size = _block_sizes(grid, block).double() / grid.tokens
     return size[:, None] * size
 
 
-def meet_density(
-    keep_at: Callable[[float], Tensor],
-    knob_range: tuple[float, float],
-    required: Tensor,
-    weights: Tensor,
-    density: float,
-) -> Tensor:
-    """Return the mask of a pattern at a density, bool ``[Qb, Qb]``.
+def _block_sizes(grid: Grid, block: int) -> Tensor:
+    starts = torch.arange(num_blocks(grid.tokens, block)) * block
+    return (grid.tokens - starts).clamp(max=block)
 
-    The knob adds blocks in steps. Of the step that would exceed the density, the blocks nearest to the diagonal are
-    added, evenly over the rows, until the density is met.
+
+@dataclass(frozen=True)
+class VideoBlocks:
+    """The V blocks of a call without text, between which a method chooses. Blocks with text are always kept.
+
+    Attributes:
+        index: their numbers, int64 ``[V]``; None: no block holds text.
+        sizes: their tokens, int64 ``[V]``.
+        own: the diagonal, bool ``[V, V]``: every row keeps its own block.
+        block: tokens in a block.
+        total, tokens: tokens of the call and of these blocks.
+    """
+
+    index: Tensor | None
+    sizes: Tensor
+    own: Tensor
+    block: int
+    total: int
+    tokens: int
+
+    @classmethod
+    def from_grid(cls, grid: Grid, block: int, order: Tensor | None = None) -> VideoBlocks:
+        """Return the blocks that are cut from the tokens in ``order [N]``."""
+        text, sizes = Blocks.from_grid(grid, block, order).text, _block_sizes(grid, block)
+        index = (~text).nonzero().flatten() if text.any() else None
+        sizes = sizes if index is None else sizes[index]
+        return cls(index, sizes, torch.eye(len(sizes), dtype=torch.bool), block, grid.tokens, int(sizes.sum()))
+
+    def to(self, device: torch.device | str) -> VideoBlocks:
+        """Return the blocks on another device."""
+        index = None if self.index is None else self.index.to(device)
+        return replace(self, index=index, sizes=self.sizes.to(device), own=self.own.to(device))
+
+    def pairs(self, density: float) -> float:
+        """Return the token pairs that a density of the call leaves to these blocks; negative if text exceeds it."""
+        return density * self.total**2 - (self.total**2 - self.tokens**2)
+
+    @property
+    def own_pairs(self) -> int:
+        """Token pairs on the diagonal."""
+        last = self.tokens % self.block
+        return self.tokens // self.block * self.block**2 + last**2
+
+    def choose(self, scores: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the mask of all blocks ``[B, H, Qb, Qb]``; ``keep`` chooses from the scores ``[B, H, V, V]`` of these
+        blocks."""
+        if self.index is None:
+            return keep(scores)
+        mask = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+        if self.tokens:
+            rows = self.index[:, None]
+            mask[..., rows, self.index] = keep(scores[..., rows, self.index])
+        return mask
+
+    def keep_at(self, scores: Tensor, pairs: float | Tensor) -> Tensor:
+        """Return the mask of the best of these blocks, ``[B, H, V, V]``, as `keep_pairs` does."""
+        ragged = self.tokens % self.block > 0
+        return keep_pairs(scores, pairs, self.sizes, self.sizes, self.own, self.block, ragged)
+
+
+@lru_cache(maxsize=16)
+def video_blocks(grid: Grid, block: int, device: torch.device) -> VideoBlocks:
+    """Return the blocks without text in the order of the input, cached on a device."""
+    return VideoBlocks.from_grid(grid, block).to(device)
+
+
+def text_density(grid: Grid) -> float:
+    """Return the fraction of the token pairs with at least one text token."""
+    return 1 - (grid.video / grid.tokens) ** 2
+
+
+def keep_pairs(
+    scores: Tensor,
+    pairs: float | Tensor,
+    row_sizes: Tensor,
+    column_sizes: Tensor,
+    required: Tensor | None = None,
+    block: int | None = None,
+    ragged: bool = True,
+) -> Tensor:
+    """Return the mask of the best key groups of every row that hold ``pairs`` token pairs in every head.
+
+    With equal groups the rows keep one group more or less than the mean, in turns, so that their sum is exact.
 
     Args:
-        keep_at: mask for a value of the knob, monotonic, with the required blocks.
-        knob_range: least and greatest value of the knob.
+        scores: ``[B, H, Q, K]``; +inf is always kept.
+        pairs: token pairs of a head: a number, or one for each head, ``[B|1, H]``.
+        row_sizes, column_sizes: tokens of each group, ``[Q]`` or ``[B|1, H|1, Q]``, and the same for K.
+        required: groups to keep in any case, bool ``[Q, K]`` or ``[B|1, H|1, Q, K]``.
+        block: tokens of a key group, if all but perhaps the last one are equal; None: they differ.
+        ragged: whether groups differ at all. If so, a second pass corrects the sum of the first one.
+    """
+    scores = scores if required is None else scores.masked_fill(required, torch.inf)
+    forced, columns = scores.isposinf(), column_sizes[..., None, :]
+    forced_tokens, row_sizes = (forced * columns).sum(-1).double(), row_sizes.double()
+    other_tokens, others = (columns - forced * columns).sum(-1), (~forced).sum(-1)
+    pairs = torch.as_tensor(pairs, dtype=torch.float64, device=scores.device)
+
+    def choose(pairs: Tensor) -> Tensor:
+        tokens = (_level(forced_tokens, row_sizes, pairs)[..., None] - forced_tokens).clamp(min=0)
+        if block is None:
+            return select_top(scores, (forced_tokens + tokens)[..., None], columns, to_nearest=True)
+        groups = (tokens / other_tokens.clamp(min=1)).clamp(max=1) * others
+        so_far = (groups.cumsum(-1) + 0.5).floor()
+        groups = so_far.diff(dim=-1, prepend=torch.zeros_like(so_far[..., :1]))
+        return select_top(scores, (forced.sum(-1) + groups)[..., None])
+
+    keep = choose(pairs)
+    if not ragged:
+        return keep
+    missing = lambda keep: pairs - ((keep * columns).sum(-1) * row_sizes).sum(-1)
+    corrected = choose(pairs + missing(keep))
+    is_better = missing(corrected).abs() < missing(keep).abs()
+    return torch.where(is_better[..., None, None], corrected, keep)
+
+
+def _level(forced: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
+    """Return the tokens t of a row, ``[B, H]``, for which the rows hold ``pairs`` pairs if each keeps max(forced, t).
+
+    Args:
+        forced: tokens that each row keeps in any case, float64 ``[B, H, Q]``.
+        sizes: tokens of each row, ``[Q]`` or ``[B|1, H|1, Q]``.
+        pairs: ``[]`` or ``[B|1, H]``.
+    """
+    forced, order = forced.sort(-1)
+    sizes = sizes.expand_as(forced).gather(-1, order)
+    filled, held = sizes.cumsum(-1), (sizes * forced).cumsum(-1)
+    above = held[..., -1:] - held  # pairs of the rows that keep more than this one
+    is_reached = forced * filled + above <= pairs[..., None]
+    last = (is_reached.sum(-1, keepdim=True) - 1).clamp(min=0)
+    level = (pairs[..., None] - above.gather(-1, last)) / filled.gather(-1, last).clamp(min=1)
+    return torch.where(is_reached.any(-1, keepdim=True), level, forced[..., :1])[..., 0]
+
+
+def meet_density(
+    stages: Sequence[Callable[[float], Tensor]], required: Tensor, weights: Tensor, density: float
+) -> tuple[int, float, Tensor]:
+    """Return the stage, the knob in [0, 1] and the mask of a pattern at a density, bool ``[Qb, Qb]``.
+
+    The first stage that is sparse enough at 0 is bisected. Of the step that would exceed the density, the blocks
+    nearest to the diagonal are added, evenly over the rows, until the density is met.
+
+    Args:
+        stages: masks with the required blocks for a value of the knob, which adds blocks from 0 to 1. The next stage at
+            1 is this stage at 0.
         required: blocks to keep even if they alone exceed the density.
         weights: fraction of the token pairs in each block pair.
         density: fraction of the token pairs to keep.
     """
     measure = lambda keep: float(weights[keep].sum())
-    low, high = knob_range
-    inner, outer = keep_at(low), keep_at(high)
-    if measure(inner) > density:
-        return _fill(required, inner, weights, density)
+    stage, inner = next(
+        ((i, keep) for i, keep in enumerate(at(0.0) for at in stages) if measure(keep) <= density), (None, None)
+    )
+    if stage is None:
+        return len(stages) - 1, 0.0, _fill(required, stages[-1](0.0), weights, density)
+    low, high, outer = 0.0, 1.0, stages[stage](1.0)
     if measure(outer) <= density:
-        return _fill(outer, torch.ones_like(outer), weights, density)
-    while measure(outer) - density > 1e-3 and high / low > 1 + 1e-6:
-        middle = (low * high) ** 0.5
-        candidate = keep_at(middle)
+        return stage, 1.0, _fill(outer, torch.ones_like(outer), weights, density)
+    while measure(outer) - density > 1e-3 and high - low > 1e-6:
+        middle = (low + high) / 2
+        candidate = stages[stage](middle)
         if measure(candidate) <= density:
             low, inner = middle, candidate
         else:
             high, outer = middle, candidate
-    return _fill(inner, outer, weights, density)
+    return stage, low, _fill(inner, outer, weights, density)
 
 
 def _fill(inner: Tensor, outer: Tensor, weights: Tensor, density: float) -> Tensor:

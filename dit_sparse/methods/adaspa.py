@@ -17,7 +17,8 @@ Differs from the authors:
 - Their pseudo-code prints log for exp.
 - The recall of a head is relative to the mass of its own rows, because rows of a map made with an older L need not sum
   to one.
-- Below s = 1/3, where the third level would be denser than dense, all heads get the same density.
+- s is the sparsity of the pairs without text. Where the third level would be denser than dense, or the first one less
+  than the own blocks, all heads get the same density.
 - A search looks at every fourth query (``queries_per_block``). Theirs looks at all, because it gets L for free from a
   dense step.
 """
@@ -30,11 +31,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Top
-from ..grid import Blocks, Site
+from ..density import video_blocks
+from ..grid import Site
 from ..kernels.planning.block_mass import block_mass, block_mass_and_lse
-from ..kernels.planning.selection import select_top
-from ..method import Method, required_blocks
+from ..method import Method
+from ..notation.settings import POWER_OF_TWO, within
 from ..plan import Plan
 
 
@@ -46,22 +47,15 @@ class AdaSpa(Method):
         density: the authors use 0.2.
         head_adaptive: whether heads get different densities.
         search_interval: steps between two searches: a count (int) or a fraction of all steps (float).
-        queries_per_block: queries of each block that a search looks at, a divisor of the block. None, or more than the
-            block holds: all.
+        queries_per_block: queries of each block that a search looks at: a power of two that divides the block. None, or
+            more than the block holds: all.
     """
 
     manages_own_plans: ClassVar[bool] = True
 
     head_adaptive: bool = True
-    search_interval: int | float = 0.4
-    queries_per_block: int | None = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.search_interval <= 0:
-            raise ValueError(f"search_interval must be greater than 0, got {self.search_interval}")
-        if self.queries_per_block is not None and self.queries_per_block < 1:
-            raise ValueError(f"queries_per_block must be at least 1, got {self.queries_per_block}")
+    search_interval: int | float = within("[1, 10000]", 0.4, float="(0, 1]")
+    queries_per_block: int | None = within(POWER_OF_TWO, 16)
 
     def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
         if site.block % min(self.queries_per_block or 1, site.block):
@@ -81,21 +75,19 @@ class AdaSpa(Method):
             mass = block_mass(q, k, memory["lse"], site.block, rows=rows)
         else:
             mass, memory["lse"] = block_mass_and_lse(q, k, site.block, rows=rows)
-        required = required_blocks(Blocks.from_grid(site.grid, site.block)).to(q.device)
-        scores, density = mass.masked_fill(required, torch.inf), 0.2 if self.density is None else self.density
-        keep = Top(density).keep(scores)
-        if self.head_adaptive and density <= 2 / 3:
+        blocks = video_blocks(site.grid, site.block, q.device)
+        pairs = blocks.pairs(0.2 if self.density is None else self.density)
+        choose = lambda pairs: blocks.choose(mass, lambda mass: blocks.keep_at(mass, pairs))
+        keep = choose(pairs)
+        if self.head_adaptive and 2 * blocks.own_pairs <= pairs <= 2 / 3 * blocks.tokens**2:
             recall = (mass * keep).sum((-2, -1)) / mass.sum((-2, -1))
-            blocks = (_density_by_head(recall, density) * mass.shape[-1]).round()
-            keep = select_top(scores, blocks[..., None, None])
+            keep = choose(pairs * _share_by_head(recall))
         return Plan.from_mask(keep, site.grid.tokens, site.block)
 
 
-def _density_by_head(recall: Tensor, density: float) -> Tensor:
-    """Return the density of every head from its recall, ``[B, H]`` both, with the mean ``density``."""
-    heads, sparsity = recall.shape[1], 1 - density
+def _share_by_head(recall: Tensor) -> Tensor:
+    """Return the pairs of every head in multiples of the mean, from its recall: ``[B, H]`` both, with the mean 1."""
+    heads = recall.shape[1]
     rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(-1)  # 0: the highest recall
     n = (recall > 0.8).sum(-1, keepdim=True).clamp(max=heads // 2)
-    by_head = torch.full_like(recall, density)
-    by_head[rank < n], by_head[rank >= heads - n] = (1 - (1 + sparsity) / 2), 1 - (3 * sparsity - 1) / 2
-    return by_head
+    return torch.where(rank < n, 0.5, torch.where(rank >= heads - n, 1.5, 1.0))

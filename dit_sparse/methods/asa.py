@@ -13,6 +13,7 @@ Differs from the authors:
 - The positions are drawn once from a fixed seed, not each time, so that equal inputs give equal plans.
 - Their branch of pooled keys and values is left out: it counts selected blocks twice, which only their distilled models
   have learned to compensate.
+- Their selection leaves out the block that crosses .95. Here it is kept, and so is the own block, which counts.
 - Inference only, no distillation.
 """
 
@@ -28,6 +29,7 @@ from .. import order
 from ..budget import Budget, Mass
 from ..grid import Grid, Site
 from ..method import Scorer
+from ..notation.settings import within
 from ..plan import num_blocks
 from ..scoring import score_in_chunks
 
@@ -42,13 +44,8 @@ class ASA(Scorer):
     """
 
     default_budget: ClassVar[Budget] = Mass(0.95, min_ratio=0.05, max_ratio=0.17)
-    samples: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples < 1:
-            raise ValueError(f"samples, the number of tokens of a block, must be at least 1, got {self.samples}")
+    samples: int = within("[1, 256]", 16)
+    seed: int = within("[0, 4294967296)", 0)
 
     def order(self, grid: Grid, block: int) -> Tensor:
         return order.gilbert(grid)

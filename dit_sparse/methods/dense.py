@@ -17,6 +17,7 @@ from ..method import Method
 class Dense(Method):
     """Computes all pairs. Accepts a density, so that loops over methods need no special case, and ignores it."""
 
+    density_exception: ClassVar[str] = "all pairs are computed"
     static: ClassVar[bool] = True
     keeps_model_attention: ClassVar[bool] = True
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from .. import order
 from ..grid import Grid
-from ..method import Pattern
+from ..notation.settings import within
+from ..pattern import Pattern
 
 Sizes = tuple[int, int, int]
 
@@ -47,21 +48,10 @@ class Neighborhood(Pattern):
     knob: ClassVar[str] = "window"
     knob_range: ClassVar[tuple[float, float]] = (1e-3, 1.0)
 
-    window: float = 0.5
-    stride: Sizes = (1, 1, 1)
-    dilation: Sizes = (1, 1, 1)
-    tile: Sizes | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("stride", "dilation", "tile"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))  # JSON has lists
-        if not 0 < self.window <= 1:
-            raise ValueError(f"window, a fraction of each axis, must be in (0, 1], got {self.window}")
-        for name, least in (("stride", 0), ("dilation", 1), ("tile", 1)):
-            if min(getattr(self, name) or (1,)) < least:
-                raise ValueError(f"{name} must be at least {least} along every axis, got {getattr(self, name)}")
+    window: float = within("(0, 1]", 0.5)
+    stride: tuple[int, int, int] = within("[0, 10000]", (1, 1, 1))
+    dilation: tuple[int, int, int] = within("[1, 10000]", (1, 1, 1))
+    tile: tuple[int, int, int] | None = within("[1, 256]", None)
 
     def order(self, grid: Grid, block: int) -> Tensor:
         return order.tiles(grid, *self._tile(grid, block))

@@ -12,8 +12,8 @@ Differs from the authors:
   density .25 the relative error of the output is .205 with 64 and .203 with 128.
 - Blocks are ranked by the exact attention of ``queries_per_block`` queries, not by block means: sorted keys of one
   block have little in common, so their mean carries no information.
-- Text is a group of its own that attends to all and is attended by all. A query block keeps its own segment, as theirs
-  does.
+- Text is a group of its own that attends to all and is attended by all. A query block keeps its own segment in
+  addition to the top-p of the other blocks, as theirs does.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..budget import Mass, top_tokens
+from ..budget import Mass
 from ..clusters import ClusterPlan, Clusters
-from ..grid import Site
+from ..density import keep_pairs, text_density
+from ..grid import Grid, Site
 from ..method import Method
+from ..notation.settings import within
 from ..plan import num_blocks, reorder
 from ..scoring import score_in_chunks, split_blocks
 
@@ -41,22 +43,20 @@ class PBS(Method):
         probe_queries: number of queries that measure the importance of keys.
         segment_blocks: blocks of keys that are sorted together; the authors: 2, of 128 tokens.
         queries_per_block: queries of each block that rank the key blocks.
-        top_p: estimated attention mass to keep, without a density.
+        top_p: estimated attention mass to keep outside of the own segment, without a density.
     """
 
     makes_cluster_plans: ClassVar[bool] = True
 
-    probe_queries: int = 64
-    segment_blocks: int = 2
-    queries_per_block: int = 4
-    top_p: float = 0.9
+    probe_queries: int = within("[1, 100000]", 64)
+    segment_blocks: int = within("[1, 10000]", 2)
+    queries_per_block: int = within("[1, 256]", 4)
+    top_p: float = within("(0, 1]", 0.9)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("probe_queries", "segment_blocks", "queries_per_block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        Mass(self.top_p)
+    def least_density(self, grid: Grid, block: int) -> float:
+        segment = self.segment_blocks * block
+        own = grid.video // segment * segment**2 + (grid.video % segment) ** 2
+        return text_density(grid) + own / grid.tokens**2
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
         grid, block, scale = site.grid, site.block, q.shape[-1] ** -0.5
@@ -72,16 +72,16 @@ class PBS(Method):
         scores = self._score(q, reorder(k, sorted_keys), block, blocks)
         own_segment = segment[::block]
         own_segment = own_segment[:, None] == own_segment
+        if self.density is None:
+            keep = Mass(self.top_p).keep(scores.masked_fill(own_segment, torch.inf))
+        else:
+            sizes = (grid.video - torch.arange(blocks, device=q.device) * block).clamp(max=block)
+            pairs, ragged = (self.density - text_density(grid)) * grid.tokens**2, grid.video % block > 0
+            keep = keep_pairs(scores, pairs, sizes, sizes, own_segment, block, ragged)
         if grid.tokens > grid.video:
-            scores = F.pad(scores, (0, 1, 0, 1), value=torch.inf)
-            own_segment = F.pad(own_segment, (0, 1, 0, 1))
+            keep = F.pad(keep, (0, 1, 0, 1), value=True)
         queries = Clusters.from_video_labels((position // block)[None, None], blocks, grid)
         keys = Clusters.from_video_labels(sorted_keys.argsort(-1) // block, blocks, grid)
-        if self.density is None:
-            keep = Mass(self.top_p).keep(scores) | own_segment
-        else:
-            scores, tokens = scores.masked_fill(own_segment, torch.inf), self.density * grid.tokens
-            keep = top_tokens(scores, keys.sizes[..., None, :], tokens)
         return ClusterPlan.from_mask(keep, queries, keys)
 
     def _score(self, q: Tensor, k: Tensor, block: int, blocks: int) -> Tensor:

@@ -84,7 +84,8 @@ def _group_mean(
 
     def mean(x: Tensor) -> Tensor:
         total = x.new_zeros(*lead, groups, x.shape[-1])
-        total.scatter_add_(2, label[..., None].expand_as(x), x * weight[..., None])
+        real = torch.where(weight[..., None] > 0, x, 0.0)  # padding may hold NaN
+        total.scatter_add_(2, label[..., None].expand_as(x), real)
         return total / size.clamp(min=1)[..., None]
 
     return size, mean

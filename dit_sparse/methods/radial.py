@@ -24,14 +24,15 @@ Differs from the authors:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..grid import Grid
-from ..method import Pattern
+from ..notation.settings import within
+from ..pattern import Pattern
 from ..plan import num_blocks
 
 
@@ -48,25 +49,12 @@ class Radial(Pattern):
 
     knob: ClassVar[str] = "decay"
     knob_range: ClassVar[tuple[float, float]] = (1e-4, 1e4)
+    narrowing: ClassVar[tuple[tuple[str, float], ...]] = (("min_width", 0.0), ("dense_distance", -1))
 
-    decay: float = 0.95
-    dense_distance: int = 1
-    min_width: float = 1.0
+    decay: float = within("(0, 1000000]", 0.95)
+    dense_distance: int = within("[-1, 10000]", 1)
+    min_width: float = within("[0, 1000]", 1.0)
     sink: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.decay > 0:
-            raise ValueError(f"decay must be greater than 0, got {self.decay}")
-        if not self.dense_distance >= -1:
-            raise ValueError(f"dense_distance must be at least -1, got {self.dense_distance}")
-        if not self.min_width >= 0:
-            raise ValueError(f"min_width must be at least 0, got {self.min_width}")
-
-    def narrower(self) -> Radial | None:
-        if self.dense_distance >= 0:
-            return replace(self, dense_distance=self.dense_distance - 1)
-        return replace(self, min_width=0.0) if self.min_width else None
 
     def keep(self, grid: Grid, block: int) -> Tensor:
         runs = _FrameRuns.from_grid(grid, block)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..budget import Top
-from ..grid import Blocks, Site
-from ..method import Method, required_blocks
+from ..density import video_blocks
+from ..grid import Site
+from ..method import Method
+from ..notation.settings import within
 from ..plan import Plan, num_blocks
 
 
@@ -27,18 +28,14 @@ class RandomBlocks(Method):
         seed: of the random blocks, which are the same in every step.
     """
 
-    density: float = 0.25
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.density is None:
-            raise ValueError("random_blocks needs a density, for example density=0.25")
+    density: float = within("(0, 1]", 0.25)
+    seed: int = within("[0, 4294967296)", 0)
 
     def plan(self, q, k, site: Site, memory: dict) -> Plan:
         grid, block = site.grid, site.block
         blocks = num_blocks(grid.tokens, block)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)
         scores = torch.rand(1, q.shape[1], blocks, blocks, generator=generator)
-        scores = scores.masked_fill(required_blocks(Blocks.from_grid(grid, block)), torch.inf)
-        return Plan.from_mask(Top(self.density).keep(scores), grid.tokens, block).to(q.device)
+        video = video_blocks(grid, block, scores.device)
+        keep = video.choose(scores, lambda scores: video.keep_at(scores, video.pairs(self.density)))
+        return Plan.from_mask(keep, grid.tokens, block).to(q.device)

@@ -7,8 +7,9 @@ every query the share rho of the softmax that the kept keys M hold, and the outp
     rho = exp(L_M - L),  R = O - rho O_M                at a refresh, whose output is the dense O
     O = rho O_M + R,     rho <- min(1, rho + ramp)      at the steps between two refreshes
 
-rho grows because the dropped keys lose weight as the noise decreases. The plan must not change between refreshes, so it
-is kept as long; any method can make it.
+The log-sum-exp between refreshes is L_M - log rho; log rho is stored, because rho can underflow. rho grows because the
+dropped keys lose weight as the noise decreases. The plan must not change between refreshes, so it is kept as long; any
+method can make it.
 
 Differs from the authors:
 - R is stored for each head instead of after the output projection, which is equivalent.
@@ -30,10 +31,12 @@ from torch import Tensor
 from ..composition import Correction
 from ..grid import Site
 from ..method import AttentionOutput, Method
+from ..notation.settings import within
 from ..plan import Plan
 from .window import Window
 
 DEFAULT_INNER = Window()
+MIN_LOG = -1e30  # of rho, for rows whose kept keys are all padding: subtracting -inf from -inf would give NaN
 
 log = logging.getLogger("dit_sparse")
 
@@ -54,16 +57,9 @@ class Rettention(Correction):
     static = False
     manages_own_plans = True
     inner: Method = DEFAULT_INNER
-    refresh_interval: int = 5
-    ramp: float = 0.04
+    refresh_interval: int = within("[1, 10000]", 5)
+    ramp: float = within("[0, 1]", 0.04)
     offload: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.refresh_interval < 1:
-            raise ValueError(f"refresh_interval must be at least 1, got {self.refresh_interval}")
-        if self.ramp < 0:
-            raise ValueError(f"ramp must be at least 0, got {self.ramp}")
 
     def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
         reserved_bytes += super().begin_generation(q, site, reserved_bytes)
@@ -87,14 +83,15 @@ class Rettention(Correction):
         statistics = memory.setdefault(site.branch, {})  # branches of guidance share a plan, but not rho and R
         if statistics.get("step") != memory["step"]:
             out, lse = result.dense()
-            ratio = (result.lse - lse).exp()
-            residual = out - ratio[..., None].to(out.dtype) * result.out
+            log_ratio = (result.lse - lse).clamp(MIN_LOG, 0)
+            residual = out - log_ratio.exp()[..., None].to(out.dtype) * result.out
             residual = residual.cpu() if self.offload else residual
-            statistics.update(step=memory["step"], ratio=ratio, residual=residual)
+            statistics.update(step=memory["step"], log_ratio=log_ratio, residual=residual)
             return out, lse
-        ratio, residual = statistics["ratio"], statistics["residual"].to(result.out.device, non_blocking=True)
-        statistics["ratio"] = (ratio + self.ramp).clamp(max=1)
-        return ratio[..., None].to(result.out.dtype) * result.out + residual, result.lse - ratio.log()
+        log_ratio, residual = statistics["log_ratio"], statistics["residual"].to(result.out.device, non_blocking=True)
+        ramp = torch.tensor(self.ramp, dtype=log_ratio.dtype, device=log_ratio.device)
+        statistics["log_ratio"] = log_ratio.logaddexp(ramp.log()).clamp(max=0)
+        return log_ratio.exp()[..., None].to(result.out.dtype) * result.out + residual, result.lse - log_ratio
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid
-from ..method import Pattern
+from ..notation.settings import within
+from ..pattern import Pattern
 from ..plan import num_blocks
 
 
@@ -35,12 +36,7 @@ class Sink(Pattern):
     knob: ClassVar[str] = "frames"
     knob_range: ClassVar[tuple[float, float]] = (1e-6, 1e6)
 
-    frames: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.frames > 0:
-            raise ValueError(f"frames, the size of the sink, must be greater than 0, got {self.frames}")
+    frames: float = within("(0, 1000000]", 1.0)
 
     def keep(self, grid: Grid, block: int) -> Tensor:
         starts = torch.arange(num_blocks(grid.tokens, block)) * block

@@ -6,12 +6,14 @@ are represented by their means; key blocks j compete by
 
     softmax_j(mean(Q_i) . mean(K_j) / sqrt(D))
 
-Rows and columns of blocks with a low self-similarity are always computed. Tokens are ordered along a Hilbert curve
-(sec. 3.7), which increases the self-similarity of blocks.
+Rows and columns of blocks with a low self-similarity are always computed, in addition to the budget. The mean of all
+keys is subtracted first, which changes no softmax. Tokens are ordered along a Hilbert curve (sec. 3.7), which increases
+the self-similarity of blocks.
 
 Differs from the authors:
 - Only the first of their two filters. The second skips products inside a computed block, and 8-bit products are a
   matter of the kernel.
+- A share keeps the block that crosses it, which theirs leaves out; the own block is kept and counts in it.
 - One block size for queries and keys; theirs are 128 and 64.
 - By default no block counts as dissimilar, so that a density is met. This is also the rule they recommend: top-k with a
   threshold of -0.1, below what a mean cosine can be.
@@ -28,6 +30,7 @@ from torch import Tensor
 from .. import order
 from ..grid import Grid, Site
 from ..method import Scorer
+from ..notation.settings import within
 from ..scoring import pool
 
 
@@ -40,19 +43,19 @@ class Sparge(Scorer):
         hilbert: whether blocks are cut along a Hilbert curve.
     """
 
-    similarity_threshold: float = 0.0
+    similarity_threshold: float = within("[0, 1]", 0.0)
     hilbert: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.similarity_threshold <= 1:
-            raise ValueError(f"similarity_threshold, a mean cosine, must be in [0, 1], got {self.similarity_threshold}")
+    @property
+    def density_exception(self) -> str | None:
+        return "dissimilar blocks are always computed" if self.similarity_threshold else None
 
     def order(self, grid: Grid, block: int) -> Tensor | None:
         return order.hilbert(grid) if self.hilbert else None
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         scores = pool(q, site.block) @ pool(k, site.block).mT * q.shape[-1] ** -0.5
+        k = k - k.mean(2, keepdim=True)
         rows, columns = (self_similarity(x, site.block) < self.similarity_threshold for x in (q, k))
         return scores.masked_fill(rows[..., None] | columns[..., None, :], torch.inf)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..grid import Site
 from ..method import Scorer
+from ..notation.settings import POWER_OF_TWO, within
 from ..scoring import pool, score_in_chunks
 
 
@@ -29,15 +30,10 @@ class SubBlock(Scorer):
     """Log-sum-exp over sub-block means.
 
     Attributes:
-        subblocks: n, sub-blocks of a block; a divisor of the block.
+        subblocks: n, sub-blocks of a block: a power of two that divides the block.
     """
 
-    subblocks: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.subblocks < 1:
-            raise ValueError(f"subblocks must be at least 1, got {self.subblocks}")
+    subblocks: int = within(POWER_OF_TWO, 4)
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         (tokens, dim), n = q.shape[2:], self.subblocks

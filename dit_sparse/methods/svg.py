@@ -26,7 +26,9 @@ from torch import Tensor
 
 from .. import order
 from ..grid import Grid, Site
-from ..method import Method, Pattern
+from ..method import Method
+from ..notation.settings import within
+from ..pattern import Pattern
 from ..plan import Plan, num_blocks
 from ..scoring import sampled_attention
 
@@ -43,7 +45,7 @@ class Band(Pattern):
     knob: ClassVar[str] = "width"
     knob_range: ClassVar[tuple[float, float]] = (1e-4, 1.0)
 
-    width: float = 0.25
+    width: float = within("(0, 1]", 0.25)
 
     def keep(self, grid: Grid, block: int) -> Tensor:
         position = torch.arange(num_blocks(grid.tokens, block))
@@ -70,13 +72,8 @@ class SVG(Method):
         seed: of the sample.
     """
 
-    samples: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples < 1:
-            raise ValueError(f"samples, the number of queries, must be at least 1, got {self.samples}")
+    samples: int = within("[1, 10000]", 64)
+    seed: int = within("[0, 4294967296)", 0)
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         grid, block = site.grid, site.block

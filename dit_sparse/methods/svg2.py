@@ -17,8 +17,8 @@ Differs from the authors:
   convergence synchronizes with the GPU. On the bundled model, 2,048 tokens at density 0.25, 10 initial iterations
   (theirs: 50) are no better than 2 (31.2 dB both), and 1 later iteration is worse than 2 (30.3 dB).
 - The branches of guidance share clusters and plan, not only centroids: separate clusters cost 7 dB.
-- With ``density`` each query cluster keeps its best key clusters up to that fraction of the tokens, to the nearest
-  cluster.
+- With ``density`` each query cluster keeps its best key clusters, at least one, up to the same number of tokens, to
+  the nearest cluster.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..budget import Mass, top_tokens
+from ..budget import Mass
 from ..clusters import ClusterPlan, Clusters
+from ..density import keep_pairs, text_density
 from ..grid import Grid, Site
 from ..kernels.planning.cluster import kmeans
 from ..method import Method
+from ..notation.settings import within
 
 REFERENCE_TOKENS = 75_600
 
@@ -51,42 +53,36 @@ class SVG2(Method):
 
     makes_cluster_plans: ClassVar[bool] = True
 
-    query_clusters: int = 300
-    key_clusters: int = 1000
-    top_p: float = 0.9
-    min_ratio: float = 0.1
-    init_iterations: int = 2
-    iterations: int = 2
+    query_clusters: int = within("[1, 1000000]", 300)
+    key_clusters: int = within("[1, 1000000]", 1000)
+    top_p: float = within("(0, 1]", 0.9)
+    min_ratio: float = within("[0, 1]", 0.1)
+    init_iterations: int = within("[1, 1000]", 2)
+    iterations: int = within("[1, 1000]", 2)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("query_clusters", "key_clusters", "init_iterations", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        Mass(self.top_p, self.min_ratio)
+    def least_density(self, grid: Grid, block: int) -> float:
+        return text_density(grid)
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         queries, query_centroids = self._cluster(q, self.query_clusters, site.grid, memory, "query centroids")
         keys, key_centroids = self._cluster(k, self.key_clusters, site.grid, memory, "key centroids")
-        sizes = keys.sizes[..., None, :]
-        logits = query_centroids @ key_centroids.mT * q.shape[-1] ** -0.5 + sizes.log()
-        if site.grid.before + site.grid.after:
-            logits[..., -1, :] = logits[..., :, -1] = torch.inf
-        logits = logits.masked_fill(sizes == 0, -torch.inf)
+        logits = query_centroids @ key_centroids.mT * q.shape[-1] ** -0.5 + keys.sizes[..., None, :].log()
         if self.density is None:
             keep = Mass(self.top_p, self.min_ratio).keep(logits)
         else:
-            keep = top_tokens(logits, sizes, self.density * site.grid.tokens)
+            best = F.one_hot(logits.argmax(-1), len(keys)).bool()
+            pairs = (self.density - text_density(site.grid)) * site.grid.tokens**2
+            keep = keep_pairs(logits, pairs, queries.sizes, keys.sizes, best)
+        if site.grid.tokens > site.grid.video:
+            keep = F.pad(keep, (0, 1, 0, 1), value=True)
+            queries, keys = (Clusters.from_video_labels(x.labels, len(x), site.grid) for x in (queries, keys))
         return ClusterPlan.from_mask(keep, queries, keys)
 
     def _cluster(self, x: Tensor, clusters: int, grid: Grid, memory: dict, name: str) -> tuple[Clusters, Tensor]:
-        """Return clusters of the video tokens of ``x [B, H, N, D]``, text as the last one, and their centroids."""
+        """Return clusters of the video tokens of ``x [B, H, N, D]``, and their centroids."""
         video = x[:, :, grid.before : grid.before + grid.video]
         count = min(grid.video, round(clusters * (grid.video / REFERENCE_TOKENS) ** 0.5) or 1)
         iterations = self.iterations if name in memory else self.init_iterations
         video_clusters, memory[name] = kmeans(video, count, iterations, memory.get(name))
-        if grid.before + grid.after == 0:
-            return video_clusters, memory[name]
-        text = memory[name].new_zeros(*memory[name].shape[:2], 1, x.shape[-1])
-        return Clusters.from_video_labels(video_clusters.labels, count, grid), torch.cat([memory[name], text], 2)
+        return video_clusters, memory[name]

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..grid import Site
 from ..method import AttentionOutput, Method, Scorer
+from ..notation.settings import within
 from ..plan import Plan
 from ..scoring import sampled_attention
 from .svg import Band, Temporal
@@ -44,13 +45,8 @@ class Vertical(Scorer):
         seed: of the sample.
     """
 
-    samples: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.samples < 1:
-            raise ValueError(f"samples, the number of queries, must be at least 1, got {self.samples}")
+    samples: int = within("[1, 10000]", 64)
+    seed: int = within("[0, 4294967296)", 0)
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         _, weights = sampled_attention(q, k, site.grid, self.samples, self.seed)
@@ -62,6 +58,8 @@ class Vertical(Scorer):
 @dataclass(frozen=True, kw_only=True)
 class Skip(Method):
     """Skips a head: its output is zero. The plan holds only text and the diagonal."""
+
+    density_exception: ClassVar[str] = "skipped heads compute only text and the diagonal"
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         return Band(width=1e-6).plan(q, k, site, memory)
@@ -82,12 +80,8 @@ class VDiT(Method):
 
     manages_own_plans: ClassVar[bool] = True
 
-    samples: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        Vertical(samples=self.samples)
+    samples: int = within("[1, 10000]", 64)
+    seed: int = within("[0, 4294967296)", 0)
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         if "plan" not in memory:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import order
 from ..grid import Blocks, Grid
-from ..method import Pattern
+from ..notation.settings import within
+from ..pattern import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,7 @@ class Window(Pattern):
     knob: ClassVar[str] = "radius"
     knob_range: ClassVar[tuple[float, float]] = (1e-3, 1.0)
 
-    radius: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.radius <= 1:
-            raise ValueError(f"radius, a fraction of each axis, must be in (0, 1], got {self.radius}")
+    radius: float = within("(0, 1]", 0.25)
 
     def order(self, grid: Grid, block: int) -> Tensor:
         return order.hilbert(grid)

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..budget import Budget, Mass
 from ..grid import Site
 from ..method import Scorer
+from ..notation.settings import POWER_OF_TWO, within
 from ..scoring import score_in_chunks, split_blocks
 
 
@@ -33,16 +34,11 @@ class XAttention(Scorer):
     """Antidiagonal scores.
 
     Attributes:
-        stride: S, side of a tile in tokens; a divisor of the block.
+        stride: S, side of a tile in tokens: a power of two that divides the block.
     """
 
     default_budget: ClassVar[Budget] = Mass(0.9)
-    stride: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stride < 1:
-            raise ValueError(f"stride, the side of a tile, must be at least 1, got {self.stride}")
+    stride: int = within(POWER_OF_TWO, 8)
 
     def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
         tokens, dim = q.shape[2:]

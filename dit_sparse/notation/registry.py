@@ -8,7 +8,8 @@ from typing import Any
 
 from ..budget import Above, Mass, Top
 from ..composition import PerHead
-from ..method import Method, Union
+from ..method import Method
+from ..pattern import Union
 from .settings import alternatives_to, check_settings
 from .syntax import Call, Either, Node, ProfileName, write
 

@@ -75,9 +75,7 @@ def check_fields(instance: Any) -> None:
             try:
                 converted = _convert(value, hints[one.name], None)
             except _Mismatch:
-                raise ValueError(
-                    f"{one.name} must be {_describe(hints[one.name])}, got {_shorten(value)}"
-                ) from None
+                raise ValueError(f"{one.name} must be {_describe(hints[one.name])}, got {_shorten(value)}") from None
             if converted is not value:
                 object.__setattr__(instance, one.name, converted)
             _check_range(one.name, converted, one.metadata.get("ranges", {}))
@@ -122,8 +120,8 @@ def check_settings(name: str, cls: type, settings: dict[str, Any], build: Build)
         try:
             checked[key] = _convert(value, hints[key], build)
         except _Mismatch:
-            given = repr(write(value)) if isinstance(value, Node) else repr(value)
-            raise ValueError(f"{key} of {name} must be {_describe(hints[key])}, got {given[:60]}") from None
+            given = _shorten(write(value) if isinstance(value, Node) else value)
+            raise ValueError(f"{key} of {name} must be {_describe(hints[key])}, got {given}") from None
     return checked
 
 
@@ -217,5 +215,6 @@ def _describe_one(hint: Any) -> str:
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    """Return a value for a message; constants as methods are written."""
+    text = write(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 and "\n" not in text else f"{' '.join(text.split())[:57]}..."

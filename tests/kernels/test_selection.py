@@ -6,11 +6,17 @@ import pytest
 import torch
 
 from attention_cases import nan_filled_memory
-from dit_sparse.budget import Mass, Top, top_tokens
+from dit_sparse.budget import Mass, Top
+from dit_sparse.density import keep_pairs
 from dit_sparse.kernels.planning.selection import select_top, select_top_by_sort, select_top_triton
 from dit_sparse.plan import lists_from_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def sizes_of_one(scores: torch.Tensor) -> list[torch.Tensor]:
+    """Return the sizes of rows and columns of one token each."""
+    return [torch.ones(n, device=scores.device) for n in scores.shape[-2:]]
 
 
 def random_scores(columns: int, *, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
@@ -97,9 +103,12 @@ def test_first_of_equal_scores_are_kept_and_negative_zero_equals_zero():
         Mass(0.7).keep,
         Mass(1.0).keep,
         Mass(0.9, min_ratio=0.2, max_ratio=0.4).keep,
-        lambda scores: top_tokens(scores, 1 + 8 * eighths(60, 1).to(scores.device), 70),
+        lambda scores: keep_pairs(
+            scores, 300, sizes_of_one(scores)[0], (1 + 8 * eighths(60, 1)[0, 0, 0]).to(scores.device)
+        ),
+        lambda scores: keep_pairs(scores, 50, *sizes_of_one(scores), block=1, ragged=False),
     ],
-    ids=["top", "mass", "all mass", "mass within bounds", "tokens"],
+    ids=["top", "mass", "all mass", "mass within bounds", "groups", "blocks"],
 )
 def test_budgets_agree_in_triton_and_pytorch(keep, monkeypatch):
     """Rounding may change one block per row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -65,17 +66,17 @@ def test_adaspa_reuses_the_first_log_sum_exp():
 # --- sparsed
 
 
-def test_sparsed_plans_once_and_keeps_blocks_of_every_group():
-    grid = Grid(6, 8, 8)  # 24 blocks of 16, in three groups of eight
+@pytest.mark.parametrize("groups", [1, 3])
+def test_sparsed_plans_once_and_keeps_the_best_blocks_of_every_group(groups):
+    grid = Grid(6, 8, 8)  # 24 blocks of 16
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
     k[:, :, :128] *= 3  # the first frames receive nearly all attention
-    memory, method = {}, SparseD(density=0.3)  # two of eight
+    memory, method = {}, SparseD(density=0.25, groups=groups)  # six of 24, or two of eight
     plan = method.plan(q, k, Site(grid, 16), memory)
     exact = block_sums(softmax_map(q, k), 16).masked_fill(torch.eye(24, dtype=torch.bool), torch.inf)
-    for columns in (slice(0, 8), slice(8, 16), slice(16, 24)):
-        group = exact[..., columns]
-        expected = torch.zeros_like(group, dtype=torch.bool).scatter(-1, group.topk(2, dim=-1).indices, True)
-        assert plan.block_mask()[..., columns].equal(expected)
+    for group, keep in zip(exact.chunk(groups, -1), plan.block_mask().chunk(groups, -1), strict=True):
+        best = group.topk(6 // groups, dim=-1).indices
+        assert keep.equal(torch.zeros_like(group, dtype=torch.bool).scatter(-1, best, True))
     assert method.plan(k, q, Site(grid, 16, step=9), memory) is plan
     assert method.plan(k, q, Site(grid, 16), {}) is not plan
 

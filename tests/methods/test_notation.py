@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse import Above, Cached, Grid, Mass, Method, PerHead, Top
-from dit_sparse.method import Union
 from dit_sparse.methods import METHODS, PARTS, method, method_text, name_of
 from dit_sparse.methods.pooled import Pooled
 from dit_sparse.methods.radial import Radial
 from dit_sparse.methods.sink import Sink
 from dit_sparse.notation.parser import parse, parse_value
 from dit_sparse.notation.syntax import nodes, split_list, write
+from dit_sparse.pattern import Union
 
 # --- random methods
 

@@ -42,7 +42,7 @@ def test_the_budget_selects_from_scores_and_required_blocks(budget):
     blocks = range(-(-grid.tokens // block))
     mean = lambda x: torch.stack([x[:, :, i * block : (i + 1) * block].mean(2) for i in blocks], 2)
     products = mean(q) @ mean(k).repeat_interleave(2, 1).mT
-    expected = budget.keep(products.masked_fill(torch.eye(len(blocks), dtype=torch.bool), torch.inf))
+    expected = budget.keep(products, torch.eye(len(blocks), dtype=torch.bool))
     assert plan_of(BlockMeans(budget=budget), grid, block, q, k).block_mask().equal(expected)
 
 
@@ -55,12 +55,22 @@ def test_scores_are_computed_in_the_order_of_the_method():
     assert ordered.block_mask().equal(plain.block_mask()) and ordered.order.equal(curve)
 
 
-def test_a_density_means_top_k():
+@pytest.mark.parametrize("budget", [Top(0.3), Mass(0.7), Above(0.0)], ids=repr)
+def test_a_budget_counts_blocks_without_text(budget):
+    """Text is kept in addition: the blocks of the video are chosen as without it."""
+    with_text = Grid(4, 8, 8, before=32, after=40)
+    q, k, _ = qkv(with_text.tokens)
+    video = [x[:, :, 32 : 32 + 256] for x in (q, k)]
+    keep = plan_of(BlockMeans(budget=budget), with_text, 32, q, k).block_mask()
+    assert keep[..., 1:9, 1:9].equal(plan_of(BlockMeans(budget=budget), Grid(4, 8, 8), 32, *video).block_mask())
+    assert keep[..., [0, 9, 10]].all() and keep[..., [0, 9, 10], :].all()
+
+
+def test_the_default_budget_is_that_of_the_authors():
     grid = Grid(4, 8, 8)
     q, k, _ = qkv(grid.tokens)
     keep = lambda **settings: BlockMeans(**settings).plan(q, k, Site(grid, 32), {}).block_mask()
-    assert keep(density=0.3).equal(keep(budget=Top(0.3)))
-    assert keep().equal(keep(budget=Top(0.25)))
+    assert keep().equal(keep(budget=Top(0.25))) and keep(density=0.25).equal(keep(budget=Top(0.25)))
 
 
 @pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if issubclass(cls, Scorer)])
