@@ -123,7 +123,7 @@ def test_scaling_writes_exponents_and_pictures(tmp_path):
 @pytest.mark.parametrize(
     "command, words",
     [
-        (["eval", "video", "nowhere.mp4"], "cannot read a video from nowhere.mp4"),
+        (["eval", "video", "nowhere.mp4"], "cannot read nowhere.mp4: No such file"),
         (["eval", "export", "nowhere"], "no result of dit-sparse compare"),
         (["eval", "attention", "--methods", "nope"], "no method 'nope'"),
         (["eval", "attention", "--density", "x"], "numbers separated by commas"),
