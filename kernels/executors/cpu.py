@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.cache import cache_folder, writable_cache_folder
+from dit_sparse.kernels.gpu.launching import with_positive_scale
 from dit_sparse.plan import Plan
 
 LSE = True
@@ -51,11 +52,11 @@ def attend(
     Raises:
         RuntimeError: the operator cannot be compiled or loaded.
         IndexError: the plan holds the number of a key group that does not exist.
-        ValueError: ``scale`` is not positive.
     """
     if reason := _build_error():
         raise RuntimeError(f"executor 'cpu' is unavailable: {reason}")
     batch, heads, tokens, dim = q.shape
+    q, scale = with_positive_scale(q, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty_like(q)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32)

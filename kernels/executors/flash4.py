@@ -42,6 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import flash_attn_func
 
+    q, scale = launching.with_positive_scale(q, scale)
     q, k, v = (plan.arrange(x).transpose(1, 2) for x in (q, k, v))
     count, index = plan.count.contiguous(), plan.index.contiguous()
     block_lists = BlockSparseTensorsTorch(

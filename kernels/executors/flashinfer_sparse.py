@@ -42,6 +42,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute attention as specified in `executors`."""
+    q, scale = launching.with_positive_scale(q, scale)
     query_order = plan.queries.order if isinstance(plan, ClusterPlan) else plan.order
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))  # each query head has its own lists
     inputs = [reorder(x, order).flatten(0, 1) for x, order in ((q, query_order), (k, plan.order), (v, plan.order))]

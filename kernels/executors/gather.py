@@ -87,6 +87,7 @@ def _masked_attention(
     scores = (q.float() @ k.float().mT).mul_(scale)
     if key_mask is not None and not key_mask.all():
         scores.masked_fill_(~key_mask[..., None, :], -torch.inf)
+        v = v.masked_fill(~key_mask[..., None], 0.0)  # padding may hold NaN, which a weight of zero would not remove
     lse = scores.logsumexp(-1)
     weights = scores.sub_(lse.nan_to_num(neginf=0.0)[..., None]).exp_()
     return weights @ v.float(), lse

@@ -32,6 +32,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     """Compute attention as specified in `executors`."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+    q, scale = launching.with_positive_scale(q, scale)
     inputs = paged_inputs(q, k, v, plan)
     max_keys = inputs.page_table.shape[1] * plan.block
     out, lse = varlen_attn(

@@ -26,6 +26,8 @@ def attend(
     batch, heads, _, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     k, v = (x.repeat_interleave(heads // k.shape[1], 1).float() for x in (k, v))
+    if plan.lengths is not None:  # padding may hold NaN, which a weight of zero would not remove
+        v = v.masked_fill((torch.arange(plan.tokens, device=v.device) >= plan.lengths[:, None])[:, None, :, None], 0.0)
     mask = token_mask(plan, batch, heads)
     scores = (q.float() @ k.mT * scale).masked_fill(~mask, -torch.inf)
     weights = torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0.0)

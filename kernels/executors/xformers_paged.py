@@ -38,6 +38,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     """
     from xformers.ops import fmha
 
+    q, scale = launching.with_positive_scale(q, scale)
     inputs = paged_inputs(q, k, v, plan)
     bias = fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask.from_seqlens(
         q_seqlen=inputs.query_starts.diff().tolist(),

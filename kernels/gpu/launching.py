@@ -95,6 +95,7 @@ def attention_arguments(
     Returns:
         The arguments, and the empty tensors ``out``, like q, and ``lse``, float32 ``[B, H, N]``.
     """
+    q, scale = with_positive_scale(q, scale)
     widths = tiling.tile_widths(queries, q.shape[-1])
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     arguments = dict(
@@ -117,6 +118,14 @@ def attention_arguments(
         num_stages=tiling.stages,
     )
     return arguments, out, lse
+
+
+def with_positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float | None]:
+    """Return queries and a scale greater than 0 that give the same scaled scores. Kernels require it that scale the
+    maximum of the scores instead of every score."""
+    if scale is None or not scale <= 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
 
 
 def base_2_scale(scale: float | None, dim: int) -> float:
