@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from .kernels.pick import pick
 from .method import AttentionOutput, Method
 from .methods import method_at_density
 from .plan import Plan
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def attention(
@@ -30,33 +35,37 @@ def attention(
     """Compute sparse self-attention. No state is kept: for methods that reuse earlier steps every call is the first.
 
     Args:
-        q: queries after RoPE, ``[B, H, N, D]``.
-        k, v: keys and values, ``[B, Hkv, N, D]``; Hkv divides H.
+        q: queries after RoPE, ``[B, H, N, D]``, float16, bfloat16, float32 or float64.
+        k, v: keys and values, ``[B, Hkv, N, D]``, with the dtype and the device of q; Hkv divides H.
         grid: layout of the N tokens.
         method: a Method, or its text such as ``"radial"``, ``"radial(sink=true)"`` or ``"pooled(svg)"``.
         density: fraction of the query-key pairs to compute, for a method given as text; a Method has its own. Default:
             0.25 if the text has no settings.
-        lengths: tokens of each batch item before its padding, ``[B]``; None: no padding.
+        lengths: tokens of each batch item before its padding, whole numbers ``[B]``; None: no padding. Padded rows may
+            hold anything.
         block: tokens in a block.
         executor: "auto" or the name of an executor.
-        scale: factor of the scores; None: ``1 / sqrt(D)``.
+        scale: factor of the scores, any finite number; None: ``1 / sqrt(D)``.
 
     Returns:
         Output ``[B, H, N, D]`` in the dtype of q, and natural log-sum-exp, float32 ``[B, H, N]`` (None if the executor
         returns none).
 
     Raises:
-        ValueError: the shapes do not fit each other or the grid, or the method is unknown.
+        ValueError: an argument has the wrong type or value, the shapes do not fit each other or the grid, or the method
+            is unknown.
         RuntimeError: the named executor cannot run here.
     """
-    _check(q, k, v, grid, lengths, block)
+    _check_tensors(q, k, v)
+    _check_settings(grid, lengths, block, scale, q)
     if isinstance(method, str):
         method = method_at_density(method, density)
     if not isinstance(method, Method):
         raise ValueError(f"method must be a text or a dit_sparse.Method, got {type(method).__name__}")
     site, memory = Site(grid, block), {}
     method.begin_generation(q, site)
-    plan = method.plan(q, k, site, memory) or Plan.dense(grid.tokens, block, q.device)
+    visible = (q, k) if lengths is None else (_without_padding(x, lengths) for x in (q, k))
+    plan = method.plan(*visible, site, memory) or Plan.dense(grid.tokens, block, q.device)
     if lengths is not None and plan.order is not None and lengths.min() < grid.tokens - grid.after:
         raise ValueError("padding must be text at the end of the sequence, because this method reorders video tokens")
     plan = plan.with_lengths(lengths)
@@ -65,22 +74,47 @@ def attention(
     return method.correct(result, site, memory)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, grid: Grid, lengths: Tensor | None, block: int) -> None:
+def _without_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """Return ``x [B, H, N, D]`` with zeros as padding."""
+    position = torch.arange(x.shape[2], device=x.device)
+    return x.masked_fill((position >= lengths.to(x.device)[:, None])[:, None, :, None], 0.0)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if wrong := [type(x).__name__ for x in (q, k, v) if not isinstance(x, Tensor)]:
+        raise ValueError(f"q, k and v must be torch tensors, got {wrong[0]}")
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"q, k and v must be [batch, heads, tokens, head_dim], got {shapes}")
     heads_fit = k.shape[1] and q.shape[1] % k.shape[1] == 0
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or not heads_fit:
         raise ValueError(f"k and v must match q, and their number of heads must divide that of q, got {shapes}")
-    if block < 1:
-        raise ValueError(f"block, the number of tokens in a block, must be at least 1, got {block}")
-    if q.shape[2] != grid.tokens:
-        raise ValueError(f"the grid {grid} has {grid.tokens} tokens, but q has {q.shape[2]}")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point() and q.device == k.device == v.device):
-        raise ValueError("q, k and v must have the same floating-point dtype and the same device")
-    if lengths is not None and (
-        lengths.shape != (q.shape[0],) or not ((lengths >= 1) & (lengths <= grid.tokens)).all()
-    ):
-        raise ValueError(f"lengths must hold one number for each batch item, from 1 to {grid.tokens}")
+    if not q.numel():
+        raise ValueError(f"q, k and v must not be empty, got {shapes}")
+    kinds = {(x.dtype, x.device) for x in (q, k, v)}
+    if len(kinds) > 1 or q.dtype not in DTYPES:
+        given = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q, k and v must have the same floating-point dtype and the same device, got {given}")
+    if q.is_meta:
+        raise ValueError("q, k and v must hold values, got tensors of the device 'meta'")
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ValueError("sparse attention has no backward pass: call it under torch.no_grad()")
+
+
+def _check_settings(grid: Grid, lengths: Tensor | None, block: int, scale: float | None, q: Tensor) -> None:
+    is_a = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)
+    if not isinstance(grid, Grid):
+        raise ValueError(f"grid must be a dit_sparse.Grid, such as Grid(21, 45, 80), got {type(grid).__name__}")
+    if not is_a(block, Integral) or block < 1:
+        raise ValueError(f"block must be a whole number of tokens, at least 1, got {block!r}")
+    if scale is not None and not (is_a(scale, Real) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    if q.shape[2] != grid.tokens:
+        raise ValueError(f"the grid {grid} has {grid.tokens} tokens, but q has {q.shape[2]}")
+    if lengths is None:
+        return
+    is_whole = isinstance(lengths, Tensor) and lengths.dtype in WHOLE_DTYPES and lengths.shape == (len(q),)
+    if not is_whole or not ((lengths >= 1) & (lengths <= grid.tokens)).all():
+        given = f"{lengths.dtype} {lengths.tolist()}" if isinstance(lengths, Tensor) else type(lengths).__name__
+        expected = f"a tensor with a whole number from 1 to {grid.tokens} for each batch item"
+        raise ValueError(f"lengths must be {expected}, got {given[:60]}")

@@ -26,6 +26,9 @@ class Grid:
     after: int = 0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ValueError(f"{name} must be a whole number of tokens, got {value!r}"[:200])
         if min(self.frames, self.height, self.width) < 1 or min(self.before, self.after) < 0:
             raise ValueError(f"a grid needs at least 1x1x1 video tokens and no negative text length, got {self}")
 

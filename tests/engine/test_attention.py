@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from attention_cases import BlockMeans, assert_near, exact, make, plan_of, qkv, token_mask
-from dit_sparse import Grid, Method, Plan, attention
+from dit_sparse import METHODS, Grid, Method, Plan, attention
 
 GRID = Grid(3, 5, 4, after=7)
 Q, K, V = qkv(GRID.tokens, batch=2, heads=4)
@@ -25,6 +25,8 @@ class Untouchable(Method):
 
 LOOSE = lambda q=Q, k=K, v=V, **more: dict(q=q, k=k, v=v, grid=GRID, method=Untouchable()) | more
 
+ALIKE = lambda change: dict(zip("qkv", map(change, (Q, K, V)), strict=True))
+
 BAD = {
     "three dimensions": (LOOSE(q=Q[0]), r"\[batch, heads, tokens, head_dim\]"),
     "k of another length": (LOOSE(k=K[:, :, 1:]), "k and v must match q"),
@@ -33,21 +35,43 @@ BAD = {
     "another head_dim": (LOOSE(k=K[..., :16], v=V[..., :16]), "k and v must match q"),
     "heads that do not divide": (LOOSE(k=K[:, :3], v=V[:, :3]), "must divide that of q"),
     "no key heads": (LOOSE(k=K[:, :0], v=V[:, :0]), "must divide that of q"),
+    "no items": (LOOSE(**ALIKE(lambda x: x[:0])), r"must not be empty, got q \[0, 4, 67, 32\]"),
+    "no heads": (LOOSE(q=Q[:, :0]), "must not be empty"),
+    "no head_dim": (LOOSE(**ALIKE(lambda x: x[..., :0])), "must not be empty"),
+    "numpy": (LOOSE(q=Q.numpy()), "q, k and v must be torch tensors, got ndarray"),
+    "nothing": (LOOSE(v=None), "q, k and v must be torch tensors, got NoneType"),
+    "meta tensors": (LOOSE(**ALIKE(lambda x: x.to("meta"))), "must hold values, got tensors of the device 'meta'"),
     "another grid": (LOOSE(grid=Grid(3, 5, 4)), "3x5x4 has 60 tokens, but q has 67"),
-    "mixed dtypes": (LOOSE(k=K.bfloat16()), "the same floating-point dtype"),
-    "integers": (LOOSE(Q.int(), K.int(), V.int()), "the same floating-point dtype"),
-    "complex numbers": (LOOSE(Q.cfloat(), K.cfloat(), V.cfloat()), "the same floating-point dtype"),
+    "a tuple as grid": (
+        LOOSE(grid=(3, 5, 4)),
+        r"grid must be a dit_sparse.Grid, .*\), got tuple",
+    ),
+    "a text as grid": (LOOSE(grid="3x5x4"), "grid must be a dit_sparse.Grid, .* got str"),
+    "mixed dtypes": (LOOSE(k=K.bfloat16()), "the same floating-point dtype .* torch.bfloat16 on cpu"),
+    "integers": (LOOSE(**ALIKE(torch.Tensor.int)), "the same floating-point dtype"),
+    "complex numbers": (LOOSE(**ALIKE(torch.Tensor.cfloat)), "the same floating-point dtype"),
+    "8-bit numbers": (LOOSE(**ALIKE(lambda x: x.to(torch.float8_e4m3fn))), "the same floating-point dtype"),
     "another device": (LOOSE(k=K.to("meta"), v=V.to("meta")), "the same device"),
-    "lengths of another batch": (LOOSE(lengths=torch.tensor([67])), "one number for each batch item"),
+    "lengths of another batch": (LOOSE(lengths=torch.tensor([67])), "for each batch item, got torch.int64"),
     "no length": (LOOSE(lengths=torch.tensor([67, 0])), "from 1 to 67"),
     "too long": (LOOSE(lengths=torch.tensor([67, 68])), "from 1 to 67"),
+    "lengths as floats": (LOOSE(lengths=torch.tensor([67.0, 60.0])), "a whole number from 1 to 67 .* torch.float32"),
+    "lengths as a list": (LOOSE(lengths=[67, 60]), "lengths must be a tensor .* got list"),
+    "a padding mask as lengths": (LOOSE(lengths=torch.tensor([True, True])), "lengths must be a tensor .* torch.bool"),
     "gradients": (LOOSE(q=Q.clone().requires_grad_()), "no backward pass"),
-    "no block": (LOOSE(block=0), "block"),
+    "no block": (LOOSE(block=0), "block must be a whole number of tokens, at least 1, got 0"),
     "negative block": (LOOSE(block=-16), "block"),
+    "half a token": (LOOSE(block=1.5), "block must be a whole number of tokens, at least 1, got 1.5"),
+    "true block": (LOOSE(block=True), "block must be a whole number of tokens, at least 1, got True"),
+    "block as text": (LOOSE(block="64"), "block must be a whole number of tokens, at least 1, got '64'"),
+    "scale of nan": (LOOSE(scale=float("nan")), "scale must be a finite number or None, got nan"),
+    "scale as text": (LOOSE(scale="1"), "scale must be a finite number or None, got '1'"),
     "unknown method": (LOOSE(method="radail"), "no method 'radail'"),
     "no method": (LOOSE(method=None), "method must be a text or a dit_sparse.Method"),
     "density above one": (LOOSE(method="radial", density=1.5), "density must be in"),
+    "density as text": (LOOSE(method="radial", density="x"), "density of radial must be a number or none, got 'x'"),
     "unknown executor": (LOOSE(method="radial", executor="cuda"), "executor must be one of .* got 'cuda'"),
+    "no executor": (LOOSE(method="radial", executor=None), "executor must be one of .* got None"),
 }
 
 
@@ -113,7 +137,33 @@ def test_padded_items_equal_shorter_ones(method):
     assert_near(out[:1], F.scaled_dot_product_attention(Q[:1], K[:1], V[:1]), 1e-5)
 
 
-@pytest.mark.parametrize("scale", [0.5, 0.05])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dense"])
+def test_padding_may_hold_anything(method, value):
+    lengths = torch.tensor([67, 63])
+    padding = (torch.arange(67) >= lengths[:, None])[:, None, :, None]
+    results = [
+        attention(*tensors, grid=GRID, method=method, density=0.5, block=16, lengths=lengths)
+        for tensors in ([x.masked_fill(padding, filling) for x in (Q, K, V)] for filling in (0.0, value))
+    ]
+    real = ~padding[..., 0].expand(2, 4, -1)
+    for clean, other in zip(*results, strict=True):
+        assert other[real].equal(clean[real]) and clean[real].isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padded_text_leaves_no_row_empty(method):
+    """Text that is all padding: rows of the video attend to the video, rows of the text to the whole video."""
+    grid, lengths = Grid(3, 5, 4, after=90), torch.tensor([60, 61])
+    q, k, v = qkv(grid.tokens, batch=2)
+    out, lse = attention(q, k, v, grid=grid, method=method, density=0.1, block=16, lengths=lengths)
+    assert lse.isfinite().all() and (out != 0).any(-1).all()
+    full, full_lse = attention(q, k, v, grid=grid, method="dense", block=16, lengths=lengths)
+    assert_near(out[:, :, 60:], full[:, :, 60:], 1e-5)
+    assert_near(lse[:, :, 60:], full_lse[:, :, 60:], 1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.05, 0.0, -0.3, 1])
 def test_scale_is_passed_on(scale):
     out, _ = attention(Q, K, V, grid=GRID, density=1.0, scale=scale)
     assert_near(out, F.scaled_dot_product_attention(Q, K, V, scale=scale), 1e-5)

@@ -47,6 +47,13 @@ def test_a_grid_needs_video_tokens(shape):
         Grid(*shape)
 
 
+@pytest.mark.parametrize("value", [2.0, "2", None, True, float("nan"), (2,)])
+def test_a_grid_holds_whole_numbers(value):
+    for name in ("frames", "height", "width", "before", "after"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of tokens, got"):
+            Grid(**{"frames": 1, "height": 1, "width": 1, name: value})
+
+
 @given(grids())
 def test_coordinates_are_row_major(grid):
     *axes, text = (axis.tolist() for axis in grid.coordinates())
