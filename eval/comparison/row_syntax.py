@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dit_sparse import SparseAttnProcessor
-from dit_sparse.budget import check_density
+from dit_sparse.budget import Top
 from dit_sparse.methods import name_of
 from dit_sparse.notation.parser import parse
 from dit_sparse.notation.syntax import sets_density, split_list
@@ -62,4 +62,4 @@ def parse_row(text: str) -> RowRequest:
 
 def round_density(density: float) -> float:
     """Return a density rounded to four digits. Raises ValueError if it is not in (0, 1]."""
-    return check_density(round(check_density(density), 4))
+    return Top(round(Top(density).density, 4)).density  # raises ValueError outside (0, 1]

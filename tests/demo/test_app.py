@@ -136,7 +136,7 @@ def test_a_device_is_free_again_after_a_cancel_and_an_error(tmp_path):
     with pytest.raises(Cancelled):
         pool.run(GenerationRequest(**REQUEST), tmp_path / "a", stage, cancel)
     assert steps == [("dense", 1)] and not list((tmp_path / "a").iterdir())
-    with pytest.raises(ValueError, match="/etc is not a diffusers pipeline"):
+    with pytest.raises(ValueError, match="cannot load the model /etc: it is not a diffusers pipeline"):
         pool.run(GenerationRequest(**REQUEST | {"model": "/etc"}), tmp_path / "b", silent_stage, Event())
     assert pool.run(GenerationRequest(**REQUEST), tmp_path / "c", silent_stage, Event())["steps"] == 2
 

@@ -187,8 +187,8 @@ def test_a_failing_start_is_one_sentence(app, monkeypatch, capsys):
             ("--port", str(busy.getsockname()[1])): "cannot listen on 127.0.0.1:",
             ("--port", "70000"): "the port must be in [1, 65535], got 70000",
             ("--host", "no.such.host.invalid"): "cannot listen on no.such.host.invalid:7860",
-            ("--model", "/no/such/model"): "'/no/such/model' is not a diffusers pipeline",
-            ("--model", "nope"): "'nope' is not a diffusers pipeline",
+            ("--model", "/no/such/model"): "cannot load the model /no/such/model: it is not a diffusers pipeline",
+            ("--model", "nope"): "cannot load the model nope: it is not a diffusers pipeline",
         }
         for arguments, message in cases.items():
             monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
