@@ -47,7 +47,11 @@ ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it f
     ),
     "plotting": Room("plotting plotting.*", "nouns matplotlib numpy"),
     "bundled": Room("bundled bundled.*", "engine diffusers transformers safetensors jinja2"),
-    "output": Room("output output.*", "engine methods bundled imageio imageio_ffmpeg numpy PIL", lazily="diffusers matplotlib"),
+    "output": Room(
+        "output output.*",
+        "engine methods bundled imageio imageio_ffmpeg numpy PIL",
+        lazily="diffusers matplotlib",
+    ),
     "generation": Room(
         "generation generation.* profiling.*",
         "nouns profile engine methods executors adapters output bundled plotting numpy pydantic",
