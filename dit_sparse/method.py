@@ -104,6 +104,17 @@ class Method:
         """Return the fraction of the pairs that the method keeps whatever the density."""
         return float(pair_weights(grid, block)[self.required(grid, block)].sum())
 
+    def density_note(self, grid: Grid, block: int, achieved: float) -> str | None:
+        """Return why plans do not have the requested density, or None if they have it to 0.01."""
+        if self.density is None or abs(achieved - self.density) <= 0.01:
+            return None
+        if self.density_exception:
+            return self.density_exception
+        least, pair = self.least_density(grid, block), (min(block, grid.tokens) / grid.tokens) ** 2
+        if least > self.density:
+            return f"what every row keeps, such as text and its own block, is {least:.3f} of the pairs"
+        return f"one pair of blocks is {pair:.3f} of all pairs" if pair > 0.01 else "every row keeps at least one group"
+
     def resolve(self, grid: Grid, block: int) -> Method:
         """Return the method with the settings that its density is solved to on a grid, for methods that solve for
         settings; the method itself otherwise."""

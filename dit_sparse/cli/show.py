@@ -69,11 +69,14 @@ def show(
         if png:
             save_figure(png, plot_plan(plan, token_grid, name_of(sparse_method)))
     console.print(terminal_map(plan), highlight=False, markup=False)
-    console.print(
+    resolved = sparse_method.resolve(token_grid, block)
+    note = sparse_method.density_note(token_grid, block, plan.density)
+    lines = [
+        *([] if resolved == sparse_method else [f"settings at this density: {name_of(resolved)}"]),
+        *([f"density {sparse_method.density:g} requested: {note}"] if note else []),
         f"{name_of(sparse_method)}  {token_grid}  {plan.blocks} blocks of {block}  density {plan.density:.3f}",
-        highlight=False,
-        markup=False,
-    )
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def doctor(

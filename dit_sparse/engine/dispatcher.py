@@ -143,7 +143,7 @@ class AttentionDispatcher:
         for observer in self._observers:
             observer(site, q, k, plan)
         self.last_plan = site, plan
-        counters.count_sparse(site.grid, call.pairs, plan.mean_density, choice.name)
+        counters.count_sparse(site, call.pairs, plan.mean_density, choice.name)
         attend = partial(choice.executor.attend, q, k, v, scale=call.scale)
 
         def attend_densely() -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..grid import Grid, Site
 from ..method import Method
 from ..methods import name_of
 
@@ -22,6 +23,8 @@ class Report:
 
     Attributes:
         method, settings: name and settings of the method.
+        resolved: by token grid the method with the settings that its density was solved to, for methods that solve for
+            settings.
         executors: number of sparse calls by executor.
         choices: choices of the executor ``"auto"`` with their reasons, and the number of layers and call signatures for
             which each was made. Methods whose density varies choose again for every clip.
@@ -30,6 +33,7 @@ class Report:
         dense_calls: number of self-attention calls computed densely, by reason.
         density_asked: requested density, or None if the method's own settings decide.
         density_achieved: fraction of the query-key pairs computed in sparse calls, or None before the first one.
+        density_note: why the achieved density differs from the requested one by more than 0.01; None if it does not.
         density_run: the same for all self-attention calls, including dense steps and layers.
         attention_seconds: time in self-attention calls, including planning.
         planning_seconds: time spent on plans.
@@ -37,6 +41,7 @@ class Report:
 
     method: str
     settings: dict
+    resolved: dict[str, str]
     executors: dict[str, int]
     choices: dict[str, int]
     grids: list[str]
@@ -44,6 +49,7 @@ class Report:
     dense_calls: dict[str, int]
     density_asked: float | None
     density_achieved: float | None
+    density_note: str | None
     density_run: float | None
     attention_seconds: float
     planning_seconds: float
@@ -63,6 +69,8 @@ class Report:
                 f"  grid             {', '.join(self.grids) or '-'}",
                 f"  sparse calls     {self.sparse_calls}" + (f": {executors}" if executors else ""),
                 *(f"  dense calls      {count}: {reason}" for reason, count in self.dense_calls.items()),
+                *(f"  settings         {method} on {grid}" for grid, method in self.resolved.items()),
+                *([f"  density          {self.density_note}"] if self.density_note else []),
                 *(f"  executor choice  {choice}" for choice in choices),
                 f"  attention time   {self.attention_seconds:.1f} s",
                 f"  planning time    {self.planning_seconds:.1f} s, included in the attention time",
@@ -77,7 +85,7 @@ class RunCounters:
     executors: Counter = field(default_factory=Counter)
     choices: Counter = field(default_factory=Counter)
     dense: Counter = field(default_factory=Counter)
-    grids: dict[str, None] = field(default_factory=dict)
+    grids: dict[tuple[Grid, int], None] = field(default_factory=dict)  # and blocks
     sparse_calls: int = 0
     sparse_pairs: int = 0
     computed_in_sparse: float | torch.Tensor = 0.0  # pairs; a tensor, because reading it would wait for the GPU
@@ -87,11 +95,11 @@ class RunCounters:
     attention: Stopwatch = field(default_factory=lambda: Stopwatch())
     planning: Stopwatch = field(default_factory=lambda: Stopwatch())
 
-    def count_sparse(self, grid: object, pairs: int, density: torch.Tensor, executor: str) -> None:
+    def count_sparse(self, site: Site, pairs: int, density: torch.Tensor, executor: str) -> None:
         """Count a sparse call of ``pairs`` query-key pairs."""
         self.sparse_calls += 1
         self.executors[executor] += 1
-        self.grids[str(grid)] = None
+        self.grids[site.grid, site.block] = None
         self.sparse_pairs += pairs
         self.computed_in_sparse = self.computed_in_sparse + pairs * density  # not in place: of either inference mode
 
@@ -121,16 +129,21 @@ class RunCounters:
 
     def report(self, method: Method) -> Report:
         """Return the report of a run with this method."""
+        achieved = self.density_achieved
+        resolved = {str(grid): method.resolve(grid, block) for grid, block in self.grids}
+        notes = [] if achieved is None else [method.density_note(*one, achieved) for one in self.grids]
         return Report(
             method=name_of(method),
             settings=method.settings(),
+            resolved={grid: name_of(one) for grid, one in resolved.items() if one != method},
             executors=dict(self.executors),
             choices=dict(self.choices),
-            grids=list(self.grids),
+            grids=[str(grid) for grid, _ in self.grids],
             sparse_calls=self.sparse_calls,
             dense_calls=dict(self.dense),
             density_asked=method.density,
-            density_achieved=self.density_achieved,
+            density_achieved=achieved,
+            density_note="; ".join(dict.fromkeys(filter(None, notes))) or None,
             density_run=self.density_run,
             attention_seconds=self.attention.seconds,
             planning_seconds=self.planning.seconds,

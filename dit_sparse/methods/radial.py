@@ -18,8 +18,11 @@ Differs from the authors:
   work, and no N x N tensor is needed.
 - Dense distance, sink and block size are settings instead of depending on the name of the model.
 - Thinning starts below the block size instead of below 128.
-- ``density`` solves for ``decay``. If even the narrowest windows exceed it, which happens if a frame is only a few
-  blocks, first the dense distance and then the least width is reduced.
+- ``density`` solves for ``decay``. If even the narrowest windows exceed it, as on small grids where a frame is a few
+  blocks, windows get narrower than ``min_width``, as those of eq. 4 are, and then near frames are given up. Below
+  ``min_width=0, dense_distance=-1`` only the sink, text and the diagonal are left. `Method.resolve` and reports name
+  the settings. On the bundled model at density 0.25 the relative error of the output is .18 in this order, and .32 if
+  near frames are given up first.
 """
 
 from __future__ import annotations

@@ -61,6 +61,10 @@ class Rettention(Correction):
     ramp: float = within("[0, 1]", 0.04)
     offload: bool = False
 
+    @property
+    def density_exception(self) -> str:
+        return self.inner.density_exception or "refreshes compute all pairs"
+
     def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
         reserved_bytes += super().begin_generation(q, site, reserved_bytes)
         device = torch.device("cpu") if self.offload else q.device

@@ -67,6 +67,10 @@ def test_show_prints_the_canonical_text_and_the_density():
     shown = lambda *arguments: call("show", *arguments).output.splitlines()[-1]
     assert shown("radial( sink=true, decay=0.2 )").startswith("radial(decay=0.2, sink=true)  21x20x20")
     assert shown("radial").endswith("density 0.250") and shown("radial(density=0.4)").endswith("density 0.400")
+    lines = call("show", "radial", "--density", "0.2").output.splitlines()
+    assert re.match(r"settings at this density: radial\(decay=0.0001, min_width=0.\d+\)", lines[-2])
+    lines = call("show", "radial", "--density", "0.001").output.splitlines()
+    assert lines[-2].startswith("density 0.001 requested: what every row keeps, such as text and its own block, is")
 
 
 @pytest.mark.parametrize("text", [name for name in METHODS if name not in STATIC] + ["cached(radial)", "pooled(svg)"])

@@ -73,6 +73,33 @@ def test_report_as_text_and_json(wan):
     assert json.loads(json.dumps(report.as_dict()))["settings"]["decay"] == ds.METHODS["radial"]().decay
 
 
+def test_report_names_the_settings_that_the_density_is_solved_to(wan):
+    with enable_sparse(wan, "cached(radial)", density=0.4) as run:
+        generate(wan)
+    report = run.report()
+    (text,) = report.resolved.values()
+    assert text == ds.methods.name_of(run._settings.method.resolve(ds.Grid(5, 5, 7), 16)) != "cached(radial)"
+    assert f"  settings         {text} on 5x5x7" in str(report)
+    assert report.density_note is None or report.density_note in str(report)
+    with enable_sparse(wan, "svg2", density=0.4) as run:
+        generate(wan)
+    assert run.report().resolved == {}
+
+
+@pytest.mark.parametrize(
+    "method, density, words",
+    [
+        ("radial", 0.01, "what every row keeps, such as text and its own block, is"),
+        ("rettention", 0.4, "refreshes compute all pairs"),
+        ("vdit.skip", 0.9, "skipped heads compute only text and the diagonal"),
+    ],
+)
+def test_report_names_why_the_density_is_not_met(wan, method, density, words):
+    with enable_sparse(wan, method, density=density) as run:
+        generate(wan)
+    assert run.report().density_note.startswith(words) and words in str(run.report())
+
+
 def test_repr_is_one_line(wan):
     with enable_sparse(wan, density=0.25) as run:
         assert repr(run) == "Run(WanPipeline, radial, density 0.25, active)"
