@@ -48,6 +48,8 @@ def summarize_row(spec: ClipSpec, runner: ClipRunner, with_quality: bool = False
         "method": spec.method,
         "steps": runs[0]["steps"],
         "settings": runs[0]["settings"],
+        "resolved": runs[0].get("resolved", {}),
+        "density_note": runs[0].get("density_note"),
     }
     row |= _densities(spec, runs, dense_runs)
     for name in METRICS:

@@ -13,7 +13,7 @@ from dit_sparse.output.files import atomic_write
 from dit_sparse.plotting.plots import Point, plot_intervals, plot_pareto
 from dit_sparse.plotting.style import DARK, LIGHT, figure_to_svg
 
-from .tables import TIMING_NOTE, count_clips, same_cost_note, unfinished_note
+from .tables import TIMING_NOTE, count_clips, row_note, unfinished_note
 
 BASELINES = ("dense", "random_blocks")
 SIZES = {"wide": (5.7, 5.2), "narrow": (3.3, 5.2)}  # inches of the Pareto plots, 100 pixels each on the page
@@ -132,7 +132,7 @@ def _table_row(row: dict, group: Sequence[dict], rows: Sequence[dict]) -> dict:
         best = row in candidates and text in numbers and float(text) == column.best(map(float, numbers))
         missed = column.name == "density" and row["density_hit"] is False
         cells.append({"column": column, "text": text, "best": best, "missed": missed})
-    return row | {"note": same_cost_note(row, rows), "is_baseline": row["method"] in BASELINES, "cells": cells}
+    return row | {"note": row_note(row, rows), "is_baseline": row["method"] in BASELINES, "cells": cells}
 
 
 def _points(rows: Sequence[dict], x: str) -> list[Point]:

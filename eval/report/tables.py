@@ -93,7 +93,7 @@ def compare_table(result: dict, density: float | None = None) -> str:
     order = lambda row: (row["density_asked"] or 0, -(mean(row["psnr"]) or 999))
     cells = [
         (
-            ", ".join(filter(None, (f"`{r['name']}`", same_cost_note(r, result["rows"])))),
+            ", ".join(filter(None, (f"`{r['name']}`", row_note(r, result["rows"])))),
             number(r["density_achieved"], 2) + (" (!)" if r["density_hit"] is False else ""),
             number(r["density_run"], 2),
             number(r["error"], 2),
@@ -111,6 +111,12 @@ def compare_table(result: dict, density: float | None = None) -> str:
     columns += ("SSIM", "denoising speedup", "attention speedup", "planning overhead")
     notes = (_compare_conditions(result), TIMING_NOTE, unfinished_note(result))
     return f"{markdown(columns, cells)}\n\n{' '.join(filter(None, notes))}"
+
+
+def row_note(row: dict, rows: Sequence[dict]) -> str:
+    """Return the settings that the density of a row was solved to, why its density is not met, and `same_cost_note`."""
+    solved = [f"solved to {method} on {grid}" for grid, method in row.get("resolved", {}).items()]
+    return "; ".join(filter(None, (same_cost_note(row, rows), *solved, row.get("density_note"))))
 
 
 def same_cost_note(row: dict, rows: Sequence[dict]) -> str:

@@ -219,3 +219,12 @@ def test_report_refuses_what_is_no_result(tmp_path, content):
     run = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert run.exit_code == 2 and "is no result of" in run.output.replace("\n", " ")
     assert CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")]).exit_code == 2
+
+
+def test_rows_name_the_settings_that_their_density_is_solved_to(result):
+    result["rows"][0] |= {
+        "resolved": {"8x16x16": "radial(decay=0.0001)"},
+        "density_note": "refreshes compute all pairs",
+    }
+    note = "solved to radial(decay=0.0001) on 8x16x16; refreshes compute all pairs"
+    assert note in compare_table(result) and note in render_page(result)
