@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from functools import partial
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from .grid import Grid, Site
+from .grid import Grid, Site, short_repr
 from .kernels.pick import pick
 from .method import AttentionOutput, Method
 from .methods import method_at_density
 from .plan import Plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_BLOCK = 4096  # executors hold the scores of a block with a block
 WHOLE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -62,7 +63,8 @@ def attention(
         method = method_at_density(method, density)
     if not isinstance(method, Method):
         raise ValueError(f"method must be a text or a dit_sparse.Method, got {type(method).__name__}")
-    site, memory = Site(grid, block), {}
+    block, memory = int(block), {}
+    site = Site(grid, block)
     method.begin_generation(q, site)
     visible = (q, k) if lengths is None else (_without_padding(x, lengths) for x in (q, k))
     plan = method.plan(*visible, site, memory) or Plan.dense(grid.tokens, block, q.device)
@@ -105,10 +107,10 @@ def _check_settings(grid: Grid, lengths: Tensor | None, block: int, scale: float
     is_a = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)
     if not isinstance(grid, Grid):
         raise ValueError(f"grid must be a dit_sparse.Grid, such as Grid(21, 45, 80), got {type(grid).__name__}")
-    if not is_a(block, Integral) or block < 1:
-        raise ValueError(f"block must be a whole number of tokens, at least 1, got {block!r}")
-    if scale is not None and not (is_a(scale, Real) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number or None, got {scale!r}")
+    if not is_a(block, Integral) or not 1 <= block <= MAX_BLOCK:
+        raise ValueError(f"block must be a whole number of tokens from 1 to {MAX_BLOCK}, got {short_repr(block)}")
+    if scale is not None and not (is_a(scale, Real) and abs(scale) <= sys.float_info.max):
+        raise ValueError(f"scale must be a finite number or None, got {short_repr(scale)}")
     if q.shape[2] != grid.tokens:
         raise ValueError(f"the grid {grid} has {grid.tokens} tokens, but q has {q.shape[2]}")
     if lengths is None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass, replace
+from reprlib import Repr
+from typing import Any
 
 import torch
 from torch import Tensor
+
+MAX_TOKENS = 2**31 - 1  # plans number tokens in int32
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 60
+
+
+def short_repr(value: Any) -> str:
+    """Return a value for a message: on one line and shortened, however long or deeply nested it is."""
+    return " ".join(_REPR.repr(value).split())
 
 
 @dataclass(frozen=True)
@@ -27,10 +39,17 @@ class Grid:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not hasattr(value, "__index__"):
-                raise ValueError(f"{name} must be a whole number of tokens, got {value!r}"[:200])
+            try:
+                whole = None if isinstance(value, bool) else operator.index(value)
+            except TypeError:
+                whole = None
+            if whole is None:
+                raise ValueError(f"{name} must be a whole number of tokens, got {short_repr(value)}")
+            object.__setattr__(self, name, whole)
         if min(self.frames, self.height, self.width) < 1 or min(self.before, self.after) < 0:
             raise ValueError(f"a grid needs at least 1x1x1 video tokens and no negative text length, got {self}")
+        if self.tokens > MAX_TOKENS:
+            raise ValueError(f"a grid can hold at most {MAX_TOKENS} tokens, got {short_repr(self.tokens)}")
 
     @classmethod
     def parse(cls, text: str) -> Grid:
@@ -39,9 +58,12 @@ class Grid:
         Raises:
             ValueError: the text has another form.
         """
-        match = re.fullmatch(r"(?:(\d+)\+)?(\d+)x(\d+)x(\d+)(?:\+(\d+))?", re.sub(r"text|\s", "", text))
+        number = r"(\d{1,9})"
+        form = rf"(?:{number}\+)?{number}x{number}x{number}(?:\+{number})?"
+        match = re.fullmatch(form, re.sub(r"text|\s", "", text), re.ASCII) if isinstance(text, str) else None
         if not match:
-            raise ValueError(f"cannot read the grid {text!r}: write 21x45x80 (frames x height x width) or 21x45x80+226")
+            advice = "write 21x45x80 (frames x height x width) or 21x45x80+226"
+            raise ValueError(f"cannot read the grid {short_repr(text)}: {advice}")
         before, frames, height, width, after = (int(part or 0) for part in match.groups())
         return cls(frames, height, width, before, after)
 

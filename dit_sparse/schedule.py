@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
-from .grid import Site
+from .grid import Site, short_repr
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,14 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("dense_steps", "dense_layers"):
             value = getattr(self, name)
-            if not value >= 0 or (isinstance(value, float) and value > 1):
-                raise ValueError(f"{name} must be a count (int) or a fraction in [0.0, 1.0], got {value!r}")
-        if not isinstance(self.replan_interval, int) or self.replan_interval < 1:
-            raise ValueError(f"replan_interval must be a number of steps, at least 1, got {self.replan_interval}")
+            is_fraction = isinstance(value, float) and 0 <= value <= 1
+            if not is_fraction and not (_is_whole(value) and value >= 0):
+                raise ValueError(f"{name} must be a count (int) or a fraction in [0.0, 1.0], got {short_repr(value)}")
+        if not _is_whole(self.replan_interval) or self.replan_interval < 1:
+            given = short_repr(self.replan_interval)
+            raise ValueError(f"replan_interval must be a number of steps, at least 1, got {given}")
+        if not isinstance(self.per_branch, int) or self.per_branch not in (0, 1):
+            raise ValueError(f"per_branch must be true or false, got {short_repr(self.per_branch)}")
 
     def is_dense(self, site: Site) -> bool:
         """Return whether a call stays dense.
@@ -53,6 +58,10 @@ class Schedule:
                 "give a count, or pass steps= to enable"
             )
         return _count(self.dense_steps, steps)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _count(amount: int | float, total: int | None) -> int:

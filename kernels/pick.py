@@ -70,7 +70,7 @@ def pick(
     Raises:
         RuntimeError: the named executor does not support the call.
     """
-    if name != "auto":
+    if not isinstance(name, str) or name != "auto":
         if reason := why_not(name, q, k, plan, lse):
             raise RuntimeError(f"executor {name!r} cannot run this call: {reason}")
         return Choice(name, "requested by name")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..grid import short_repr
 from ..kernels.executors import executor as executor_named
 from ..method import Method
 from ..methods import method_at_density
@@ -67,13 +68,13 @@ class SparseAttnProcessor:
         overrides = {"dense_steps": dense_steps, "dense_layers": dense_layers}
         overrides = {name: value for name, value in overrides.items() if value is not None}
         method, self._profile = _make_method(method, density, settings)
-        default = Schedule() if self._profile is None else self._profile.to_schedule()
-        schedule = replace(schedule or default, **overrides)
+        if schedule is None:
+            schedule = Schedule() if self._profile is None else self._profile.to_schedule()
+        if isinstance(schedule, Schedule):
+            schedule = replace(schedule, **overrides)
+        self.settings = Settings(method, schedule, executor, block, min_tokens, steps)
         if executor != "auto":
             executor_named(executor)  # raises ValueError if there is none
-        if block is not None and (block < 16 or block > 256 or block % 16):
-            raise ValueError(f"block must be a multiple of 16 in [16, 256], got {block}")
-        self.settings = Settings(method, schedule, executor, block, min_tokens, steps)
 
     @classmethod
     def from_profile(cls, profile: str | Path | Profile, **settings: Any) -> SparseAttnProcessor:
@@ -89,6 +90,8 @@ class SparseAttnProcessor:
         """
         if isinstance(profile, str | Path):
             return cls(write(ProfileName(str(profile))), **settings)
+        if not hasattr(profile, "to_schedule"):
+            raise ValueError(f"a profile must be a name, a path or a Profile, got {short_repr(profile)}")
         if settings.get("schedule") is None:
             settings["schedule"] = profile.to_schedule()
         processor = cls(profile.to_method(), **settings)
@@ -203,6 +206,8 @@ def _transformers(model: Any) -> list[tuple[str, nn.Module, nn.Module, Family]]:
     Raises:
         ValueError: there is no transformer, or no adapter for it.
     """
+    if isinstance(model, type):
+        raise ValueError(f"a model must be a pipeline or transformer, got the class {model.__name__}")
     components = model.components if hasattr(model, "components") else {"transformer": model}
     transformers = [
         (name, *_unwrap(component))

@@ -7,21 +7,30 @@ from dataclasses import dataclass
 from ..grid import Grid
 from ..method import Method
 from ..methods import name_of
+from ..notation.settings import Range, check_fields, within
 from ..schedule import Schedule
 
+BLOCKS = Range("a multiple of 16 in [16, 256]", lambda tokens: tokens in range(16, 257, 16))
 SHORT_SEQUENCE = 32_768  # tokens; below it, blocks of 64 select more finely than 128 at little loss of speed
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run, documented in ``SparseAttnProcessor``."""
+    """The settings of a run, documented in ``SparseAttnProcessor``.
+
+    Raises:
+        ValueError: a setting has the wrong type or lies outside of its range.
+    """
 
     method: Method
     schedule: Schedule
     executor: str
-    block: int | None
-    min_tokens: int | None
-    steps: int | None
+    block: int | None = within(BLOCKS)
+    min_tokens: int | None = within("[0, 1000000000]")
+    steps: int | None = within("[1, 1000000]")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def density_varies(self) -> bool:

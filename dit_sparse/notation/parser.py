@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from ..grid import short_repr
 from .syntax import BARE_PATH, QUOTED, Call, Either, Node, ProfileName
 
 MAX_DEPTH = 32
@@ -49,6 +50,8 @@ class _Parser:
     """Recursive descent over tokens ``(kind, text, position)``."""
 
     def __init__(self, text: str, kind: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"a {kind} must be a text, got {short_repr(text)}")
         self.text, self.kind, self.at = text, kind, 0
         self.tokens = list(self._tokenize())
 

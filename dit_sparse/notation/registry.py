@@ -8,6 +8,7 @@ from typing import Any
 
 from ..budget import Above, Mass, Top
 from ..composition import PerHead
+from ..grid import short_repr
 from ..method import Method
 from ..pattern import Union
 from .settings import alternatives_to, check_settings
@@ -47,11 +48,16 @@ class Registry:
             return self.build(node.first, settings, load_profile) | self.build(node.rest, {}, load_profile)
         if isinstance(node, ProfileName):
             if load_profile is None:
-                raise ValueError(f"{write(node)} cannot be used here: a profile needs the model that it is made for")
+                raise ValueError(
+                    f"{write(node)[:60]} cannot be used here: a profile needs the model that it is made for"
+                )
             if settings:
-                raise ValueError(f"{write(node)} has its own settings, so it takes no {next(iter(settings))}")
+                raise ValueError(f"{write(node)[:60]} has its own settings, so it takes no {next(iter(settings))}")
             return load_profile(node.name)
-        settings = {key: self._from_json(value) for key, value in settings.items()}
+        try:
+            settings = {key: self._from_json(value) for key, value in settings.items()}
+        except RecursionError:
+            raise ValueError(f"settings of {write(node)[:60]} are nested too deeply") from None
         return self._instance(node, settings, self.methods | self.parts | UNION, load_profile)
 
     def node(self, value: Any, with_density: bool = True) -> Any:
@@ -121,7 +127,8 @@ class Registry:
         names = {cls.__name__: name for name, cls in (self.methods | self.parts | UNION | BUDGETS).items()}
         name, settings = next(iter(value.items()), (None, None))
         if name not in names or len(value) > 1 or not isinstance(settings, dict):
-            raise ValueError(f"{value} is neither a method nor a budget such as {{'Top': {{'density': 0.2}}}}")
+            expected = "a method or a budget such as {'Top': {'density': 0.2}}"
+            raise ValueError(f"expected {expected}, got {short_repr(value)}")
         return Call(names[name], (), tuple((key, self._from_json(part)) for key, part in settings.items()))
 
 

@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from ..grid import short_repr
 from .parser import parse_value
 from .syntax import Node, write
 
@@ -216,5 +217,5 @@ def _describe_one(hint: Any) -> str:
 
 def _shorten(value: Any) -> str:
     """Return a value for a message; constants as methods are written."""
-    text = write(value) if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 and "\n" not in text else f"{' '.join(text.split())[:57]}..."
+    text = write(value) if value is None or isinstance(value, bool) else short_repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..composition import PerHead
+from ..grid import short_repr
 from ..methods import method
 from ..notation.reading import read_json
 from ..notation.settings import alternatives_to
@@ -130,6 +131,8 @@ def _folder() -> Path:
 
 def _find(name_or_path: str | Path) -> Path:
     """Return the file of a profile. Raises ValueError if there is none."""
+    if not isinstance(name_or_path, str | Path):
+        raise ValueError(f"a profile must be given by its name or path, got {short_repr(name_or_path)}")
     try:
         for path in (Path(name_or_path), _folder() / f"{name_or_path}.json"):
             if path.is_file():

@@ -24,6 +24,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from dit_sparse.grid import short_repr
+
 ON_GPU = ("block_sparse", "block_ragged", "flex", "paged", "xformers_paged", "flash4", "flashinfer_sparse")
 EXECUTORS = ("reference", "gather", "cpu", *ON_GPU)
 
@@ -34,6 +36,6 @@ def executor(name: str) -> ModuleType:
     Raises:
         ValueError: ``name`` is not in ``EXECUTORS``.
     """
-    if name not in EXECUTORS:
-        raise ValueError(f"executor must be one of auto, {', '.join(EXECUTORS)}, got {name!r}")
+    if not isinstance(name, str) or name not in EXECUTORS:
+        raise ValueError(f"executor must be one of auto, {', '.join(EXECUTORS)}, got {short_repr(name)}")
     return importlib.import_module(f"{__name__}.{name}")

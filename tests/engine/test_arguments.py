@@ -36,6 +36,10 @@ def assert_one_sentence(call, message: str) -> None:
     assert len(text) < 240 and "\n" not in text and not re.search(r"\. [A-Z]", text), text
 
 
+DEEP: list = []
+for _ in range(3000):
+    DEEP = [DEEP]
+
 BAD = {
     "unknown method": (dict(method="radiall"), "there is no method 'radiall'"),
     "no method": (dict(method=3), "method must be a .* or a dit_sparse.Method, got int"),
@@ -54,6 +58,19 @@ BAD = {
     "block 20": (dict(block=20), r"block must be a multiple of 16 in \[16, 256\], got 20"),
     "block 0": (dict(block=0), r"block must be a multiple of 16 in \[16, 256\], got 0"),
     "block 512": (dict(block=512), r"block must be a multiple of 16 in \[16, 256\], got 512"),
+    "block as text": (dict(block="64"), "block must be a whole number or none, got '64'"),
+    "min_tokens as text": (dict(min_tokens="x"), "min_tokens must be a whole number or none, got 'x'"),
+    "min_tokens -1": (dict(min_tokens=-1), "min_tokens must be in"),
+    "steps inf": (dict(steps=float("inf")), "steps must be a whole number or none, got inf"),
+    "steps 0": (dict(steps=0), "steps must be in"),
+    "schedule as text": (dict(schedule="x"), "schedule must be a Schedule, got 'x'"),
+    "no schedule": (dict(schedule=0), "schedule must be a Schedule, got 0"),
+    "dense_steps as text": (dict(dense_steps="x"), "dense_steps must be a count"),
+    "dense_steps true": (dict(dense_steps=True), "dense_steps must be a count .* got True"),
+    "executor as list": (dict(executor=[1]), r"executor must be a string, got \[1\]"),
+    "profile as number": (dict(profile=5), "a profile must be a name, a path or a Profile, got 5"),
+    "deep setting": (dict(decay=DEEP), "nested too deeply"),
+    "long name": (dict(executor="x" * 10**6), "executor must be one of"),
 }
 
 
@@ -71,6 +88,7 @@ MODELS = {
     "unknown transformer": (lambda: Pipe(transformer=torch.nn.Linear(1, 1)), "no adapter .* supports Linear"),
     "unknown bare transformer": (lambda: torch.nn.Linear(1, 1), "no adapter .* supports Linear"),
     "no module": (lambda: "wan", "str has no transformer"),
+    "a class": (lambda: Pipe, "a pipeline or transformer, got the class Pipe"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,11 +60,17 @@ BAD = {
     "lengths as a list": (LOOSE(lengths=[67, 60]), "lengths must be a tensor .* got list"),
     "a padding mask as lengths": (LOOSE(lengths=torch.tensor([True, True])), "lengths must be a tensor .* torch.bool"),
     "gradients": (LOOSE(q=Q.clone().requires_grad_()), "no backward pass"),
-    "no block": (LOOSE(block=0), "block must be a whole number of tokens, at least 1, got 0"),
+    "no block": (LOOSE(block=0), "block must be a whole number of tokens from 1 to 4096, got 0"),
     "negative block": (LOOSE(block=-16), "block"),
-    "half a token": (LOOSE(block=1.5), "block must be a whole number of tokens, at least 1, got 1.5"),
-    "true block": (LOOSE(block=True), "block must be a whole number of tokens, at least 1, got True"),
-    "block as text": (LOOSE(block="64"), "block must be a whole number of tokens, at least 1, got '64'"),
+    "half a token": (LOOSE(block=1.5), "block must be a whole number of tokens from 1 to 4096, got 1.5"),
+    "true block": (LOOSE(block=True), "block must be a whole number of tokens from 1 to 4096, got True"),
+    "huge block": (
+        LOOSE(block=2**63),
+        "block must be a whole number of tokens from 1 to 4096, got 9223372036854775808",
+    ),
+    "huge scale": (LOOSE(scale=10**400), "scale must be a finite number or None"),
+    "executor as list": (LOOSE(method="radial", executor=[1]), "executor must be one of"),
+    "block as text": (LOOSE(block="64"), "block must be a whole number of tokens from 1 to 4096, got '64'"),
     "scale of nan": (LOOSE(scale=float("nan")), "scale must be a finite number or None, got nan"),
     "scale as text": (LOOSE(scale="1"), "scale must be a finite number or None, got '1'"),
     "unknown method": (LOOSE(method="radail"), "no method 'radail'"),
@@ -196,3 +203,11 @@ def test_method_decides_its_own_density():
     what = BlockMeans(density=1.0)
     out, _ = attention(Q, K, V, grid=GRID, method=what, density=0.1)
     assert_near(out, F.scaled_dot_product_attention(Q, K, V), 1e-5)
+
+
+def test_block_of_another_integer_type_leaves_later_calls_alone():
+    """Plans are cached by block, and numpy's 16 equals 16."""
+    grid = Grid(2, 3, 5)
+    q, k, v = qkv(grid.tokens)
+    first, _ = attention(q, k, v, grid=grid, method="radial", density=0.5, block=np.int64(16), executor="gather")
+    assert attention(q, k, v, grid=grid, method="radial", density=0.5, block=16, executor="gather")[0].equal(first)

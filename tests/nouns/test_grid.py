@@ -35,10 +35,31 @@ def test_grids_are_parsed_and_printed(grid):
         assert not text or f"{text} text" in str(grid)
 
 
-@pytest.mark.parametrize("text", ["", "21x45", "21x45x80x2", "axbxc", "1x2x3-4", "0x4x4", "1x2x3+", "1.5x2x3"])
+@pytest.mark.parametrize(
+    "text", ["", "21x45", "21x45x80x2", "axbxc", "1x2x3-4", "0x4x4", "1x2x3+", "1.5x2x3", "1e3x2x3"]
+)
 def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="grid"):
         Grid.parse(text)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"1x2x3", "x" * 10**6, "9" * 5000 + "x1x1", "٣x٤x٥"], ids=range(6))
+def test_other_inputs_are_refused_in_a_short_sentence(text):
+    with pytest.raises(ValueError, match="cannot read the grid") as error:
+        Grid.parse(text)
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+def test_a_grid_has_at_most_as_many_tokens_as_a_plan_can_number():
+    assert Grid(2**31 - 1, 1, 1).tokens == 2**31 - 1
+    for frames in (2**31, 10**400):
+        with pytest.raises(ValueError, match="at most 2147483647 tokens"):
+            Grid(frames, 1, 1)
+
+
+def test_whole_numbers_of_other_types_become_int():
+    """Plans are cached by grid: the sizes of an equal grid must not have another type."""
+    assert type(Grid(torch.tensor(2), 3, 4).frames) is int
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 1), (1, -1, 1), (1, 1, 1, -1), (1, 1, 1, 0, -1)])

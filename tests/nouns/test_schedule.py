@@ -37,8 +37,15 @@ def test_a_fraction_of_an_unknown_number_of_steps_is_refused():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"dense_steps": -1}, {"dense_steps": 1.5}, {"dense_layers": -0.1}, {"replan_interval": 0}]
-)
-def test_values_out_of_range_are_named(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    "settings",
+    [
+        {"dense_steps": -1}, {"dense_steps": 1.5}, {"dense_layers": -0.1}, {"replan_interval": 0}, {"dense_steps": "x"},
+        {"dense_layers": None}, {"dense_steps": True}, {"dense_steps": float("nan")}, {"replan_interval": "\n"},
+        {"replan_interval": True}, {"replan_interval": "x" * 10**6}, {"per_branch": "no"}, {"per_branch": 2},
+    ],
+    ids=lambda settings: str(settings)[:40],
+)  # fmt: skip
+def test_values_of_wrong_type_or_range_are_named(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))) as error:
         Schedule(**settings)
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
