@@ -5,13 +5,17 @@ Only video tokens are reordered. Text stays at the front and the end of the sequ
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .curves import generalized_hilbert, hilbert_index
 from .grid import Grid
+
+Cell = tuple[int, int, int]
+Axis = tuple[int, int]  # a dimension and a signed length
 
 
 def row_major(grid: Grid) -> Tensor:
@@ -67,3 +71,94 @@ def _sort_video(grid: Grid, position: Tensor) -> Tensor:
     order = torch.arange(grid.tokens)
     order[grid.before : grid.before + grid.video] = position.argsort(stable=True) + grid.before
     return order
+
+
+def hilbert_index(cells: Sequence[Tensor], bits: int) -> Tensor:
+    """Return the position of cells on the 3-D Hilbert curve of a cube with sides ``2 ** bits``.
+
+    Algorithm of J. Skilling, "Programming the Hilbert curve", AIP 2004.
+
+    Args:
+        cells: three int64 tensors of coordinates, ``[N]`` each.
+    """
+    axes = list(cells)
+    level = 1 << (bits - 1)
+    while level > 1:
+        below = level - 1
+        for i in range(3):
+            flip = (axes[i] & level) != 0
+            swap = torch.where(flip, 0, (axes[0] ^ axes[i]) & below)
+            axes[0] = torch.where(flip, axes[0] ^ below, axes[0]) ^ swap
+            axes[i] = axes[i] ^ swap if i else axes[0]
+        level >>= 1
+    axes[1] = axes[1] ^ axes[0]
+    axes[2] = axes[2] ^ axes[1]
+    parity = torch.zeros_like(axes[0])
+    for bit in range(bits - 1, 0, -1):
+        parity = torch.where((axes[2] >> bit) & 1 == 1, parity ^ ((1 << bit) - 1), parity)
+    index = torch.zeros_like(parity)
+    for bit in range(bits - 1, -1, -1):
+        for axis in axes:
+            index = index << 1 | ((axis ^ parity) >> bit & 1)
+    return index
+
+
+def generalized_hilbert(sides: Cell) -> Iterator[Cell]:
+    """Yield the cells of a box of any size along the generalized Hilbert curve ("gilbert") of J. Cerveny.
+
+    Consecutive cells share a face; odd sides also need a few diagonal steps.
+    """
+    return _fill_box((0, 0, 0), *sorted(enumerate(sides), key=lambda axis: -axis[1]))
+
+
+def _fill_box(start: Cell, a: Axis, b: Axis, c: Axis) -> Iterator[Cell]:
+    """Yield the cells of the box that ``start`` and three axes span, ending at the far end of ``a``."""
+    lengths = [abs(length) for _, length in (a, b, c)]
+    longest = max(lengths)
+    if math.prod(lengths) == longest:
+        line = (a, b, c)[lengths.index(longest)]
+        yield from (_move(start, _resize(line, step)) for step in range(longest))
+        return
+    if 3 * lengths[2] > 4 * lengths[1]:
+        b, c = c, b
+    (a1, a2), (b1, b2), (c1, c2) = map(_halve, (a, b, c))
+    if 2 * lengths[0] > 3 * max(lengths[1:]):
+        yield from _fill_box(start, a1, b, c)
+        yield from _fill_box(_move(start, a1), a2, b, c)
+    elif 3 * max(lengths[1:]) > 4 * min(lengths[1:]):
+        yield from _fill_box(start, b1, c, a1)
+        yield from _fill_box(_move(start, b1), a, b2, c)
+        yield from _fill_box(_move(start, _to_end(a), _to_end(b1)), _reverse(b1), c, _reverse(a2))
+    else:
+        yield from _fill_box(start, b1, c1, a1)
+        yield from _fill_box(_move(start, b1), c, a1, b2)
+        yield from _fill_box(_move(start, _to_end(b1), _to_end(c)), a, _reverse(b1), _reverse(c2))
+        yield from _fill_box(_move(start, _to_end(a), b1, _to_end(c)), _reverse(c), _reverse(a2), b2)
+        yield from _fill_box(_move(start, _to_end(a), _to_end(b1)), _reverse(b1), c1, _reverse(a2))
+
+
+def _halve(axis: Axis) -> tuple[Axis, Axis]:
+    """Cut an axis in two, the first part even if possible: an odd side forces a diagonal step."""
+    length = abs(axis[1])
+    half = length // 2
+    first = _resize(axis, half + half % 2 if length > 2 else half)
+    return first, (axis[0], axis[1] - first[1])
+
+
+def _resize(axis: Axis, length: int) -> Axis:
+    return axis[0], length if axis[1] > 0 else -length
+
+
+def _to_end(axis: Axis) -> Axis:
+    return _resize(axis, abs(axis[1]) - 1)
+
+
+def _reverse(axis: Axis) -> Axis:
+    return axis[0], -axis[1]
+
+
+def _move(cell: Cell, *axes: Axis) -> Cell:
+    target = list(cell)
+    for dimension, length in axes:
+        target[dimension] += length
+    return tuple(target)

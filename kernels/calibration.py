@@ -177,7 +177,8 @@ def _fit(low_density: Measurement, high_density: Measurement, short: Measurement
     """Return the cost model through three measurements: two with the same tokens, and one with fewer tokens. Noise
     makes no coefficient negative, and the cost per pair is at least a quarter of the seconds per pair at high
     density."""
-    slope = (high_density.seconds - low_density.seconds) / (high_density.pairs - low_density.pairs)
+    pairs = high_density.pairs - low_density.pairs  # 0 if the groups are so large that both keep all of them
+    slope = (high_density.seconds - low_density.seconds) / pairs if pairs else 0.0
     per_pair = max(slope, high_density.seconds / high_density.pairs / 4)
     rest, rest_of_short = (max(one.seconds - per_pair * one.pairs, 0.0) for one in (high_density, short))
     per_token = max(rest - rest_of_short, 0.0) / (high_density.tokens - short.tokens)

@@ -31,7 +31,7 @@ class Room:
 
 
 ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it fits
-    "nouns": Room("grid curves order plan clusters schedule", lazily="plotting matplotlib"),
+    "nouns": Room("grid order plan clusters schedule", lazily="plotting matplotlib"),
     "planners": Room("kernels.planning kernels.planning.*", "nouns executors programs"),
     "programs": Room("kernels.gpu kernels.gpu.*", "triton"),
     "executors": Room("kernels.*", "nouns programs platformdirs", lazily="triton xformers flash_attn flashinfer"),
@@ -146,7 +146,7 @@ def test_rooms_stand_on_lower_rooms():
 def test_import_reader_reads():
     """The guard above is only as good as this."""
     assert ("pipelines.family", False) in imports("pipelines.wan")
-    assert {("order", False), ("method", False), ("grid", False), ("torch", False)} <= imports("methods.window")
+    assert {("order", False), ("pattern", False), ("grid", False), ("torch", False)} <= imports("methods.window")
     assert ("diffusers", True) in imports("pipelines.family")
     assert ("diffusers", True) in imports("engine.intercept")
     assert ("budget", False) in imports("package")

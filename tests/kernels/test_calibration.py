@@ -183,6 +183,13 @@ def test_fit_of_noise_has_no_negative_coefficients(low_density, high_density, sh
     assert fitted.seconds(100, 8e3) == pytest.approx(max(high_density, 8e3 * fitted.per_pair))
 
 
+def test_fit_of_plans_of_equal_density():
+    """If blocks are large, the plans of both densities keep all pairs."""
+    high_density = Measurement(256, 256**2, 2e-4)
+    fitted = calibration._fit(Measurement(256, 256**2, 3e-4), high_density, Measurement(64, 64**2, 1e-4))
+    assert fitted.per_pair > 0 and fitted.seconds(256, 256**2) == pytest.approx(2e-4)
+
+
 @pytest.mark.parametrize("clusters", [False, True])
 def test_measured_costs_count_tokens_and_pairs_of_all_heads(clusters, monkeypatch):
     exact = CostModel(3.0, 0.01, 1e-3)
