@@ -44,7 +44,7 @@ def attention(
             0.25 if the text has no settings.
         lengths: tokens of each batch item before its padding, whole numbers ``[B]``; None: no padding. Padded rows may
             hold anything.
-        block: tokens in a block.
+        block: tokens in a block, at most 4096.
         executor: "auto" or the name of an executor.
         scale: factor of the scores, any finite number; None: ``1 / sqrt(D)``.
 

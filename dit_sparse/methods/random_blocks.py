@@ -24,11 +24,10 @@ class RandomBlocks(Method):
     """The same number of random key blocks for each query block.
 
     Attributes:
-        density: fraction of the query-key pairs to compute.
+        density: fraction of the query-key pairs to compute; 0.25 if None.
         seed: of the random blocks, which are the same in every step.
     """
 
-    density: float = within("(0, 1]", 0.25)
     seed: int = within("[0, 4294967296)", 0)
 
     def plan(self, q, k, site: Site, memory: dict) -> Plan:
@@ -37,5 +36,6 @@ class RandomBlocks(Method):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)
         scores = torch.rand(1, q.shape[1], blocks, blocks, generator=generator)
         video = video_blocks(grid, block, scores.device)
-        keep = video.choose(scores, lambda scores: video.keep_at(scores, video.pairs(self.density)))
+        pairs = video.pairs(0.25 if self.density is None else self.density)
+        keep = video.choose(scores, lambda scores: video.keep_at(scores, pairs))
         return Plan.from_mask(keep, grid.tokens, block).to(q.device)

@@ -52,6 +52,7 @@ def test_only_patterns_of_one_order_can_be_united():
 
 
 NAMES = ["radial|sink", "rettention(adaspa)", "pooled(svg2)", "cached(xattention)", "cached(radial|sink)", "pooled"]
+NAMES += ["cached(random_blocks)", "pooled(cached(random_blocks))"]
 
 
 @pytest.mark.parametrize("name", NAMES)

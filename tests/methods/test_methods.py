@@ -182,7 +182,6 @@ def test_unknown_methods_are_named():
         ("neighborhood", {"dilation": (1, 0, 1)}),
         ("neighborhood", {"tile": (0, 4, 4)}),
         ("sink", {"frames": float("nan")}),
-        ("random_blocks", {"density": None}),
         ("xattention", {"stride": 0}),
         ("subblock", {"subblocks": 0}),
         ("asa", {"samples": 0}),
