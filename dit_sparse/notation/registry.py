@@ -127,8 +127,8 @@ class Registry:
         names = {cls.__name__: name for name, cls in (self.methods | self.parts | UNION | BUDGETS).items()}
         name, settings = next(iter(value.items()), (None, None))
         if name not in names or len(value) > 1 or not isinstance(settings, dict):
-            expected = "a method or a budget such as {'Top': {'density': 0.2}}"
-            raise ValueError(f"expected {expected}, got {short_repr(value)}")
+            example = {"Top": {"density": 0.2}}
+            raise ValueError(f"{short_repr(value)} is neither a method nor a budget such as {example}")
         return Call(names[name], (), tuple((key, self._from_json(part)) for key, part in settings.items()))
 
 

@@ -147,10 +147,11 @@ def check_plan(plan: AnyPlan, method: Method, grid: ds.Grid) -> None:
 
 
 def check_density(plan: AnyPlan, mask: Tensor, text: Tensor, method: Method, grid: ds.Grid) -> None:
-    """Check that a plan meets the density of its method to .01, to a pair of blocks or to half a cluster in every row,
-    unless the pairs that the method always keeps exceed it."""
+    """Check that a plan meets the density of its method to .01, to two pairs of blocks in each group of ``sparsed``, or
+    to half a cluster in every row, unless the pairs that the method always keeps exceed it."""
     queries, keys = (float(sizes.max()) / plan.tokens for sizes in (plan.query_sizes, plan.key_sizes))
-    tolerance = max(0.01, keys / 2 if isinstance(plan, ds.ClusterPlan) else queries * keys)
+    groups = max(getattr(part, "groups", 1) for part in nested_methods(method))
+    tolerance = max(0.01, keys / 2 if isinstance(plan, ds.ClusterPlan) else 2 * queries * keys * groups)
     required = required_density(plan, text, method, grid)
     most = max(method.density, required) + tolerance
     found = f"density: it is {plan.density:.3f} for {method.density} and {required:.3f} of required pairs"
