@@ -87,7 +87,7 @@ class VideoBlocks:
     def keep_at(self, scores: Tensor, pairs: float | Tensor) -> Tensor:
         """Return the mask of the best of these blocks, ``[B, H, V, V]``, as `keep_pairs` does."""
         ragged = self.tokens % self.block > 0
-        return keep_pairs(scores, pairs, self.sizes, self.sizes, self.own, self.block, ragged)
+        return keep_pairs(scores, pairs, self.sizes, self.sizes, self.own, equal=True, ragged=ragged)
 
 
 @lru_cache(maxsize=16)
@@ -107,7 +107,7 @@ def keep_pairs(
     row_sizes: Tensor,
     column_sizes: Tensor,
     required: Tensor | None = None,
-    block: int | None = None,
+    equal: bool = False,
     ragged: bool = True,
 ) -> Tensor:
     """Return the mask of the best key groups of every row that hold ``pairs`` token pairs in every head.
@@ -119,30 +119,34 @@ def keep_pairs(
         pairs: token pairs of a head: a number, or one for each head, ``[B|1, H]``.
         row_sizes, column_sizes: tokens of each group, ``[Q]`` or ``[B|1, H|1, Q]``, and the same for K.
         required: groups to keep in any case, bool ``[Q, K]`` or ``[B|1, H|1, Q, K]``.
-        block: tokens of a key group, if all but perhaps the last one are equal; None: they differ.
-        ragged: whether groups differ at all. If so, a second pass corrects the sum of the first one.
+        equal: whether all groups but perhaps the last one have the same tokens.
+        ragged: whether any groups differ. If so, a second pass corrects the sum of the first one.
     """
     scores = scores if required is None else scores.masked_fill(required, torch.inf)
-    forced, columns = scores.isposinf(), column_sizes[..., None, :]
-    forced_tokens, row_sizes = (forced * columns).sum(-1).double(), row_sizes.double()
-    other_tokens, others = (columns - forced * columns).sum(-1), (~forced).sum(-1)
-    pairs = torch.as_tensor(pairs, dtype=torch.float64, device=scores.device)
+    columns = column_sizes.float()[..., None, :]
+    tokens_of = lambda mask: torch.where(mask, columns, 0.0).sum(-1, dtype=torch.float64)
+    pairs_of = lambda mask: (tokens_of(mask) * row_sizes).sum(-1)
+    forced = scores.isposinf()
+    forced_tokens, forced_groups = tokens_of(forced), forced.sum(-1)
+    other_tokens = (columns.sum(-1) - forced_tokens).clamp(min=1)
+    if not isinstance(pairs, Tensor):
+        pairs = torch.full((), pairs, dtype=torch.float64, device=scores.device)
 
     def choose(pairs: Tensor) -> Tensor:
-        tokens = (_level(forced_tokens, row_sizes, pairs)[..., None] - forced_tokens).clamp(min=0)
-        if block is None:
+        tokens = (_level(forced_tokens, row_sizes.double(), pairs)[..., None] - forced_tokens).clamp(min=0)
+        if not equal:
             return select_top(scores, (forced_tokens + tokens)[..., None], columns, to_nearest=True)
-        groups = (tokens / other_tokens.clamp(min=1)).clamp(max=1) * others
+        groups = (tokens / other_tokens).clamp(max=1) * (scores.shape[-1] - forced_groups)
         so_far = (groups.cumsum(-1) + 0.5).floor()
         groups = so_far.diff(dim=-1, prepend=torch.zeros_like(so_far[..., :1]))
-        return select_top(scores, (forced.sum(-1) + groups)[..., None])
+        return select_top(scores, (forced_groups + groups)[..., None])
 
     keep = choose(pairs)
     if not ragged:
         return keep
-    missing = lambda keep: pairs - ((keep * columns).sum(-1) * row_sizes).sum(-1)
-    corrected = choose(pairs + missing(keep))
-    is_better = missing(corrected).abs() < missing(keep).abs()
+    missing = pairs - pairs_of(keep)
+    corrected = choose(pairs + missing)
+    is_better = (pairs - pairs_of(corrected)).abs() < missing.abs()
     return torch.where(is_better[..., None, None], corrected, keep)
 
 

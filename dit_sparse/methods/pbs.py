@@ -77,7 +77,7 @@ class PBS(Method):
         else:
             sizes = (grid.video - torch.arange(blocks, device=q.device) * block).clamp(max=block)
             pairs, ragged = (self.density - text_density(grid)) * grid.tokens**2, grid.video % block > 0
-            keep = keep_pairs(scores, pairs, sizes, sizes, own_segment, block, ragged)
+            keep = keep_pairs(scores, pairs, sizes, sizes, own_segment, equal=True, ragged=ragged)
         if grid.tokens > grid.video:
             keep = F.pad(keep, (0, 1, 0, 1), value=True)
         queries = Clusters.from_video_labels((position // block)[None, None], blocks, grid)

@@ -22,6 +22,7 @@ Differs from the authors:
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +94,8 @@ class Rettention(Correction):
             statistics.update(step=memory["step"], log_ratio=log_ratio, residual=residual)
             return out, lse
         log_ratio, residual = statistics["log_ratio"], statistics["residual"].to(result.out.device, non_blocking=True)
-        ramp = torch.tensor(self.ramp, dtype=log_ratio.dtype, device=log_ratio.device)
-        statistics["log_ratio"] = log_ratio.logaddexp(ramp.log()).clamp(max=0)
+        log_ramp = log_ratio.new_full((), math.log(self.ramp) if self.ramp else -math.inf)
+        statistics["log_ratio"] = log_ratio.logaddexp(log_ramp).clamp(max=0)
         return log_ratio.exp()[..., None].to(result.out.dtype) * result.out + residual, result.lse - log_ratio
 
 

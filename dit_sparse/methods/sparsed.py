@@ -66,7 +66,7 @@ class SparseD(Method):
             return blocks.keep_at(mass, pairs)
         parts = (x.tensor_split(min(self.groups, columns), -1) for x in (mass, blocks.sizes, blocks.own))
         keep = (
-            keep_pairs(scores, pairs * int(sizes.sum()) / blocks.tokens, blocks.sizes, sizes, own, blocks.block)
+            keep_pairs(scores, pairs * sizes.sum() / blocks.tokens, blocks.sizes, sizes, own, equal=True)
             for scores, sizes, own in zip(*parts, strict=True)
         )
         return torch.cat(list(keep), -1)

@@ -32,6 +32,11 @@ def select_top(
     if weights is None and isinstance(target, int):
         top = scores.topk(min(target, scores.shape[-1]), dim=-1, sorted=False).indices
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True) | scores.isposinf()
+    if weights is None and isinstance(target, Tensor) and not to_nearest and scores.device.type == "cpu":
+        most = int(target.max().ceil().clamp(0, scores.shape[-1]))
+        top = scores.topk(most, dim=-1).indices
+        keep = (torch.arange(most) < target).expand(top.shape)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, keep) | scores.isposinf()
     return select_top_by_sort(scores, target, weights, to_nearest)
 
 

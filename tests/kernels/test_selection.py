@@ -106,7 +106,7 @@ def test_first_of_equal_scores_are_kept_and_negative_zero_equals_zero():
         lambda scores: keep_pairs(
             scores, 300, sizes_of_one(scores)[0], (1 + 8 * eighths(60, 1)[0, 0, 0]).to(scores.device)
         ),
-        lambda scores: keep_pairs(scores, 50, *sizes_of_one(scores), block=1, ragged=False),
+        lambda scores: keep_pairs(scores, 50, *sizes_of_one(scores), equal=True, ragged=False),
     ],
     ids=["top", "mass", "all mass", "mass within bounds", "groups", "blocks"],
 )

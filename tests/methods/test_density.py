@@ -95,7 +95,7 @@ def test_groups_of_any_size_meet_the_pairs(seed, density, equal):
     required = torch.rand(rows, columns, generator=generator) < 0.2
     area = row_sizes[..., None] * column_sizes[..., None, :]
     pairs = (area.expand(1, 2, -1, -1).sum((-2, -1)) * density).double()
-    keep = keep_pairs(scores, pairs, row_sizes, column_sizes, required, 16 if equal else None, ragged=not equal)
+    keep = keep_pairs(scores, pairs, row_sizes, column_sizes, required, equal, ragged=not equal)
     always = required | scores.isposinf()
     held, least = (area * keep).sum((-2, -1)), (area * always).sum((-2, -1))
     slack = 128 if equal else 16 * int(row_sizes.sum(-1).max())
