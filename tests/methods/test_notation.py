@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from types import UnionType
 from typing import get_args, get_origin, get_type_hints
@@ -11,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse import Above, Cached, Grid, Mass, Method, PerHead, Top
+from dit_sparse.composition import changes_output
 from dit_sparse.methods import METHODS, PARTS, method, method_text, name_of
 from dit_sparse.methods.pooled import Pooled
 from dit_sparse.methods.radial import Radial
 from dit_sparse.methods.sink import Sink
 from dit_sparse.notation.parser import parse, parse_value
+from dit_sparse.notation.settings import _check_range
 from dit_sparse.notation.syntax import nodes, split_list, write
 from dit_sparse.pattern import Union
 
@@ -31,7 +34,8 @@ BUDGETS = st.one_of(
     st.builds(Mass, numbers(0.01, 1), min_ratio=numbers(0, 0.3), max_ratio=numbers(0.4, 1)),
     st.builds(Above, st.floats(allow_nan=False)),
 )
-SMALL = {int: st.integers(1, 2**40), float: numbers(0.01, 1), bool: st.booleans(), type(None): st.none()}
+WHOLE = st.integers(1, 300) | st.sampled_from([1, 2, 4, 8, 64])
+SMALL = {int: WHOLE, float: numbers(0.01, 1), bool: st.booleans(), type(None): st.none()}
 
 
 def values_of(hint: object) -> st.SearchStrategy:
@@ -44,13 +48,27 @@ def values_of(hint: object) -> st.SearchStrategy:
     return SMALL[hint]
 
 
+def is_allowed(ranges: dict) -> Callable[[object], bool]:
+    """Return whether a value lies in the ranges of a field, see `dit_sparse.notation.settings.within`."""
+
+    def check(value: object) -> bool:
+        try:
+            _check_range("value", value, ranges)
+        except ValueError:
+            return False
+        return True
+
+    return check
+
+
 @st.composite
 def plain_methods(draw, among: tuple[str, ...]) -> Method:
     """A method that holds no other one, with random settings."""
     cls = (METHODS | PARTS)[draw(st.sampled_from(among))]
     hints = get_type_hints(cls)
     names = draw(st.sets(st.sampled_from([f.name for f in fields(cls) if f.name not in ("density", "inner")] or [""])))
-    chosen = {name: draw(values_of(hints[name])) for name in sorted(names - {""})}
+    allowed = {f.name: f.metadata.get("ranges", {}) for f in fields(cls)}
+    chosen = {name: draw(values_of(hints[name]).filter(is_allowed(allowed[name]))) for name in sorted(names - {""})}
     if chosen.get("budget") is None and draw(st.booleans()):
         chosen["density"] = draw(numbers(0.01, 1))
     try:
@@ -76,7 +94,8 @@ UNIONS = st.recursive(ORDERED_ALIKE, unions, max_leaves=5) | st.builds(
 )
 SIMPLE = plain_methods(PLAIN) | UNIONS
 CACHED = st.builds(Cached, inner=SIMPLE, replan_interval=st.none() | st.integers(1, 9), drift=st.none() | numbers(0, 2))
-WRAPPED = CACHED | st.builds(Pooled, inner=SIMPLE | CACHED, variance=st.booleans(), density=st.none())
+UNCHANGED = (SIMPLE | CACHED).filter(lambda one: not changes_output(one))
+WRAPPED = CACHED | st.builds(Pooled, inner=UNCHANGED, variance=st.booleans(), density=st.none())
 BLOCKS = SIMPLE.filter(lambda one: not one.makes_cluster_plans)
 PER_HEAD = st.builds(lambda a, b: PerHead(methods=(("a", a), ("b", b)), layers=("ab", "ba")), BLOCKS, BLOCKS)
 
