@@ -78,6 +78,7 @@ def compute_all(options: argparse.Namespace, command: str) -> int:
                 refusals[re.sub(r"[\d.]+", "#", refusal)] += 1
         except Exception as error:
             reason = f"{type(error).__name__}: {error}" if not isinstance(error, AssertionError) else str(error)
+            reason = " ".join(reason.split())[:300]
             failures[re.sub(r"[-+\d.e]*\d[-+\d.e]*", "#", reason)] += 1
             print(f"FAILED {command} --case {done}\n  {reason}\n  {place(error)}", flush=True)
         done += 1

@@ -41,10 +41,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     q, k, v = (plan.arrange(x) for x in (q, k, v))
     mask = _block_mask(plan, q.shape[0], q.shape[1])
     return_lse = q.device.type == "cuda"
-    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
-        result = _compiled_flex_attention()(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_lse=return_lse
-        )
+    options = dict(block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_lse=return_lse)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+            result = _compiled_flex_attention()(q, k, v, **options)
+    except Exception as error:  # messages of the compiler fill pages
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(f"FlexAttention cannot compute this call: {reason}") from error
     out, lse = result if return_lse else (result, None)
     return plan.restore(out), None if lse is None else plan.restore(lse)
 
@@ -68,6 +71,7 @@ def _block_mask(plan: Plan, batch: int, heads: int):
     if plan.lengths is None:
         return BlockMask.from_kv_blocks(no_count, no_index, count, index, **shape)
     lengths = plan.lengths
+    torch._dynamo.mark_static(lengths)  # PyTorch 2.13 writes invalid C++ for a batch of variable size here
 
     def padding_mask(b, h, query, key):
         return key < lengths[b]
