@@ -38,6 +38,29 @@ def tiles(grid: Grid, frames: int, height: int, width: int) -> Tensor:
     return _sort_video(grid, tile * (frames * height * width) + within)
 
 
+BOXES = ((4, 4, 4), (2, 4, 4), (2, 2, 4))  # frames, height, width; each box is filled by the next smaller ones
+
+
+def nested_boxes(grid: Grid, boxes: Sequence[Cell] = BOXES) -> Tensor:
+    """Box by box of 4x4x4 tokens, in each box half by half (2x4x4), in each half quarter by quarter (2x2x4).
+
+    So blocks of 64, 32 and 16 tokens are compact, whichever of these sizes queries and keys are cut into. Whole boxes
+    come first; those that the video cuts off follow, so that they do not shift the blocks of the others.
+
+    Args:
+        boxes: sides of the boxes, the largest first; each divides the one before it.
+    """
+    cell, sides = _video_coordinates(grid), (grid.frames, grid.height, grid.width)
+    whole = [side // length * length for side, length in zip(sides, boxes[0], strict=True)]
+    position = torch.zeros_like(cell[0])
+    for axis, end in zip(cell, whole, strict=True):
+        position = position * 2 + (axis >= end)
+    for box in boxes:
+        for axis, side, length in zip(cell, sides, box, strict=True):
+            position = position * -(-side // length) + axis // length
+    return _sort_video(grid, position)
+
+
 def hilbert(grid: Grid) -> Tensor:
     """Along the Hilbert curve of the smallest cube with power-of-two sides that holds the video.
 

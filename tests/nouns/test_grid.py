@@ -19,6 +19,7 @@ ORDERS = {
     "tiles 2x3x2": lambda grid: order.tiles(grid, 2, 3, 2),
     "hilbert": order.hilbert,
     "gilbert": order.gilbert,
+    "nested boxes": order.nested_boxes,
 }
 
 # --- grid
@@ -145,6 +146,21 @@ def test_tiles_are_contiguous_boxes(grid, sides):
     *axes, text = grid.coordinates(order.tiles(grid, *sides))
     tiles = torch.stack([axis // side for axis, side in zip(axes, sides, strict=True)], 1)[~text].tolist()
     assert tiles == sorted(tiles)
+
+
+@given(grids(13))
+def test_nested_boxes_are_contiguous_and_whole_ones_come_first(grid):
+    """Blocks of 64, 32 and 16 tokens are boxes, wherever the sides of the video are no multiples of 4."""
+    *axes, text = grid.coordinates(order.nested_boxes(grid))
+    cells = torch.stack(axes, 1)[~text]
+    for box in ((4, 4, 4), (2, 4, 4), (2, 2, 4)):
+        number = (cells // torch.tensor(box)).tolist()
+        runs = [tuple(first) for first, second in zip(number, [None, *number], strict=False) if first != second]
+        assert len(runs) == len(set(runs)), "the tokens of a box are contiguous"
+    whole = grid.frames // 4 * (grid.height // 4) * (grid.width // 4) * 64
+    for block, box in ((64, (4, 4, 4)), (32, (2, 4, 4)), (16, (2, 2, 4))):
+        for part in cells[:whole].split(block) if whole else ():
+            assert (part.amax(0) - part.amin(0) + 1).tolist() == list(box)
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 8, 16])
