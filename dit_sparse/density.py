@@ -19,6 +19,9 @@ from .grid import Blocks, Grid
 from .kernels.planning.selection import select_top
 from .plan import num_blocks
 
+FEW_ROWS = 16  # with fewer rows, one smaller group changes the density by more than .01
+PHASES = (0.5, 0.5, 0.25, 0.75, 0.5, 0.0)  # of the turns in which rows keep one group more, by attempt
+
 
 def pair_weights(grid: Grid, block: int) -> Tensor:
     """Return the fraction of all token pairs that lies in each block pair, float64 ``[Qb, Qb]``."""
@@ -120,7 +123,7 @@ def keep_pairs(
         row_sizes, column_sizes: tokens of each group, ``[Q]`` or ``[B|1, H|1, Q]``, and the same for K.
         required: groups to keep in any case, bool ``[Q, K]`` or ``[B|1, H|1, Q, K]``.
         equal: whether all groups but perhaps the last one have the same tokens.
-        ragged: whether any groups differ. If so, a second pass corrects the sum of the first one.
+        ragged: whether any groups differ. If so, further passes correct the sum: one, or several for few rows.
     """
     scores = scores if required is None else scores.masked_fill(required, torch.inf)
     columns = column_sizes.float()[..., None, :]
@@ -132,12 +135,12 @@ def keep_pairs(
     if not isinstance(pairs, Tensor):
         pairs = torch.full((), pairs, dtype=torch.float64, device=scores.device)
 
-    def choose(pairs: Tensor) -> Tensor:
+    def choose(pairs: Tensor, phase: float = 0.5) -> Tensor:
         tokens = (_level(forced_tokens, row_sizes.double(), pairs)[..., None] - forced_tokens).clamp(min=0)
         if not equal:
             return select_top(scores, (forced_tokens + tokens)[..., None], columns, to_nearest=True)
         groups = (tokens / other_tokens).clamp(max=1) * (scores.shape[-1] - forced_groups)
-        so_far = (groups.cumsum(-1) + 0.5).floor()
+        so_far = (groups.cumsum(-1) + phase).floor()
         groups = so_far.diff(dim=-1, prepend=torch.zeros_like(so_far[..., :1]))
         return select_top(scores, (forced_groups + groups)[..., None])
 
@@ -145,9 +148,15 @@ def keep_pairs(
     if not ragged:
         return keep
     missing = pairs - pairs_of(keep)
-    corrected = choose(pairs + missing)
-    is_better = (pairs - pairs_of(corrected)).abs() < missing.abs()
-    return torch.where(is_better[..., None, None], corrected, keep)
+    target = pairs + missing
+    for phase in PHASES[: 1 if scores.shape[-2] > FEW_ROWS else None]:
+        other = choose(target, phase)
+        other_missing = pairs - pairs_of(other)
+        is_better = other_missing.abs() < missing.abs()
+        keep = torch.where(is_better[..., None, None], other, keep)
+        missing = torch.where(is_better, other_missing, missing)
+        target = target + other_missing / 2
+    return keep
 
 
 def _level(forced: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
@@ -203,14 +212,16 @@ def meet_density(
 
 
 def _fill(inner: Tensor, outer: Tensor, weights: Tensor, density: float) -> Tensor:
-    """Return ``inner`` and as many blocks of ``outer`` as the density allows: nearest first, evenly over the rows."""
+    """Return ``inner`` and as many blocks of ``outer`` as come closest to the density: nearest to the diagonal first,
+    evenly over the rows."""
     extra = outer & ~inner
     position = torch.arange(len(inner))
     distance = (position[:, None] - position).abs().masked_fill(~extra, len(inner))
     rank = distance.argsort(dim=1, stable=True).argsort(dim=1)
     candidates = extra.nonzero()[rank[extra].argsort(stable=True)]
     rows, columns = candidates.unbind(1)
-    fits = weights[rows, columns].cumsum(0) <= density - float(weights[inner].sum()) + 1e-9
+    weight = weights[rows, columns]
+    fits = weight.cumsum(0) - weight / 2 <= density - float(weights[inner].sum()) + 1e-9
     keep = inner.clone()
     keep[rows[fits], columns[fits]] = True
     return keep

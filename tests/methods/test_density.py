@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_cases import BlockMeans, make, plan_of, qkv
@@ -26,8 +26,8 @@ every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(grid).r
 
 
 def tolerance(grid: Grid, block: int) -> float:
-    """.01, or one pair of blocks if that is more."""
-    return max(0.01, (min(block, grid.tokens) / grid.tokens) ** 2)
+    """.01, or half a pair of blocks if that is more."""
+    return max(0.01, (min(block, grid.tokens) / grid.tokens) ** 2 / 2)
 
 
 def least_density(one: Method, grid: Grid, block: int, plan: ClusterPlan) -> float:
@@ -55,6 +55,21 @@ def test_all_methods_meet_the_density_or_name_the_exception(name, grid, block):
             assert achieved[-1] <= least + 1e-9, "only the required pairs are kept"
     assert achieved == sorted(achieved) or make(name).makes_cluster_plans
     assert achieved[-1] == pytest.approx(1)
+
+
+SIDE, TEXT = st.integers(1, 5), st.one_of(st.just(0), st.integers(1, 30))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(["block_means", "asa(samples=4)", "random_blocks", "sol", "window", "neighborhood", "radial"]),
+    st.builds(Grid, SIDE, SIDE, SIDE, before=TEXT, after=TEXT), st.sampled_from([7, 16, 32]), st.floats(0.02, 1),
+)  # fmt: skip
+def test_short_sequences_meet_the_density_to_half_a_pair_of_blocks(name, grid, block, density):
+    one = make(name, density=density)
+    plan = plan_of(one, grid, block, *qkv(grid.tokens, batch=1, dim=8)[:2])
+    target = max(density, one.least_density(grid, block))
+    assert plan.density == pytest.approx(target, abs=tolerance(grid, block) + 1e-6)
 
 
 @every_grid
