@@ -14,6 +14,7 @@ from .kernels.pick import pick
 from .method import AttentionOutput, Method
 from .methods import method_at_density
 from .plan import Plan
+from .scoring import without_padding
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_BLOCK = 4096  # executors hold the scores of a block with a block
@@ -66,7 +67,7 @@ def attention(
     block, memory = int(block), {}
     site = Site(grid, block)
     method.begin_generation(q, site)
-    visible = (q, k) if lengths is None else (_without_padding(x, lengths) for x in (q, k))
+    visible = (q, k) if lengths is None else (without_padding(x, lengths) for x in (q, k))
     plan = method.plan(*visible, site, memory) or Plan.dense(grid.tokens, block, q.device)
     if lengths is not None and plan.order is not None and lengths.min() < grid.tokens - grid.after:
         raise ValueError("padding must be text at the end of the sequence, because this method reorders video tokens")
@@ -74,12 +75,6 @@ def attention(
     attend = partial(pick(executor, q, k, plan, lse=method.needs_lse).executor.attend, q, k, v, scale=scale)
     result = AttentionOutput(q, k, v, plan, scale, *attend(plan=plan), lambda: attend(plan=plan.full()))
     return method.correct(result, site, memory)
-
-
-def _without_padding(x: Tensor, lengths: Tensor) -> Tensor:
-    """Return ``x [B, H, N, D]`` with zeros as padding."""
-    position = torch.arange(x.shape[2], device=x.device)
-    return x.masked_fill((position >= lengths.to(x.device)[:, None])[:, None, :, None], 0.0)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -19,6 +19,12 @@ def split_blocks(x: Tensor, block: int) -> Tensor:
     return F.pad(x.float(), (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
 
 
+def without_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """Return ``x [B, H, N, D]`` with zeros as padding, so that plans do not depend on its values."""
+    position = torch.arange(x.shape[2], device=x.device)
+    return x.masked_fill((position >= lengths.to(x.device)[:, None])[:, None, :, None], 0.0)
+
+
 def pool(x: Tensor, block: int) -> Tensor:
     """Return the mean of every block, ``[B, H, N, D] -> [B, H, Qb, D]``, in float32."""
     tokens = x.shape[2]

@@ -102,7 +102,7 @@ class AttentionDispatcher:
         if isinstance(lengths, str):
             return self._dense(call, self._counters.warn(lengths))
         with self._counters.attention.timing(q.device):
-            plan = self._plans.plan(q, k, site)
+            plan = self._plans.plan(q, k, site, lengths)
         if plan is None:
             return self._dense(call, "the method")
         plan = plan.with_lengths(lengths)

@@ -17,6 +17,7 @@ from ..grid import Site
 from ..method import Method
 from ..plan import Plan
 from ..schedule import Schedule
+from ..scoring import without_padding
 from .report import Stopwatch
 
 
@@ -55,8 +56,9 @@ class Plans:
         self._cache: dict[tuple, CachedPlan] = {}
         self._memory: dict[tuple, dict] = defaultdict(dict)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | ClusterPlan | None:
-        """Return the plan for ``q, k [B, H, N, D]``, a new one if there is none or the schedule asks for it."""
+    def plan(self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None) -> Plan | ClusterPlan | None:
+        """Return the plan for ``q, k [B, H, N, D]``, a new one if there is none or the schedule asks for it. It does
+        not depend on tokens after the ``lengths [B]``."""
         method = self.method
         key = (site.grid, q.device) if method.static else (*self._key(q, site), len(q), q.device)
         cached = self._cache.get(key)
@@ -66,7 +68,7 @@ class Plans:
         may_be_stale = not method.static and (method.manages_own_plans or site.needs_plan)
         if cached is None or (may_be_stale and not cached.is_shared_by(site)):
             with self._stopwatch.timing(q.device):
-                plan = self._make_plan(q, k, site)
+                plan = self._make_plan(q, k, site, lengths)
             stored = plan.to("cpu") if self._offload and plan is not None else plan
             renewed = site.step if site.needs_plan else cached.renewed
             self._cache[key] = CachedPlan(stored, site.step, site.branch, renewed)
@@ -83,13 +85,16 @@ class Plans:
         if not self.method.static:
             self._cache.clear()
 
-    def _make_plan(self, q: Tensor, k: Tensor, site: Site) -> Plan | ClusterPlan | None:
+    def _make_plan(self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None) -> Plan | ClusterPlan | None:
         """Make a plan; if the batch holds both branches, from its second half, which is conditional."""
-        memory, half = self.memory(q, site), len(q) // 2
-        if not self._splits_batch(q, site):
-            return self.method.plan(q, k, site, memory)
-        plan = self.method.plan(q[half:], k[half:], site, memory)
-        return plan if plan is None else plan.repeat_batch()
+        memory, splits = self.memory(q, site), self._splits_batch(q, site)
+        if splits:
+            half = len(q) // 2
+            q, k, lengths = q[half:], k[half:], None if lengths is None else lengths[half:]
+        if lengths is not None and not self.method.static:
+            q, k = without_padding(q, lengths), without_padding(k, lengths)
+        plan = self.method.plan(q, k, site, memory)
+        return plan.repeat_batch() if splits and plan is not None else plan
 
     def _splits_batch(self, q: Tensor, site: Site) -> bool:
         return site.both_branches and len(q) % 2 == 0 and not self._schedule.per_branch

@@ -27,7 +27,7 @@ from ..budget import Above, Budget
 from ..grid import Grid, Site
 from ..method import AttentionOutput, Scorer
 from ..plan import num_blocks
-from ..scoring import merge_attention, pool, split_blocks
+from ..scoring import merge_attention, pool, split_blocks, without_padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,5 +85,5 @@ def _block_sizes(tokens: int, lengths: Tensor | None, block: int, device: torch.
 def _block_means(x: Tensor, size: Tensor, lengths: Tensor | None, block: int) -> Tensor:
     """Return the mean of every block of ``x [B, H, N, D]`` without padding, ``[B, H, Qb, D]``; 0 if it is empty."""
     if lengths is not None:
-        x = x.masked_fill((torch.arange(x.shape[2], device=x.device) >= lengths[:, None])[:, None, :, None], 0)
+        x = without_padding(x, lengths)
     return split_blocks(x, block).sum(3) / size.clamp(min=1)

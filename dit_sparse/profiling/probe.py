@@ -172,7 +172,7 @@ class Probe(Method):
 def _measure(plans: Plans, dense: AttentionOutput, site: Site) -> Tensor:
     """Return squared relative error, density and estimated seconds of every head, ``[3, H]``."""
     heads, tokens = dense.q.shape[1:3]
-    plan = plans.plan(dense.q, dense.k, site)
+    plan = plans.plan(dense.q, dense.k, site, dense.plan.lengths)
     if plan is None:
         seconds = cost_model("dense", CallSignature.from_call(dense.q, dense.plan)).seconds(tokens, tokens**2)
         return torch.stack([torch.zeros(heads), torch.ones(heads), torch.full((heads,), seconds)])

@@ -37,7 +37,7 @@ def measure_mask(plans: Plans, dense: AttentionOutput, site: Site, row_major_mas
         The metrics by name; ``error`` is the squared relative error of the output. A method without a plan, such as
         ``dense``, has error 0 and 1 for all others.
     """
-    method, plan = plans.method, plans.plan(dense.q, dense.k, site)
+    method, plan = plans.method, plans.plan(dense.q, dense.k, site, dense.plan.lengths)
     heads = dense.q.shape[1]
     if plan is None:
         return {name: torch.full((heads,), float(name != "error"), dtype=torch.float64) for name in METRICS}

@@ -57,6 +57,21 @@ def test_absence_of_a_plan_is_cached():
     assert len(calls) == 1 and len(calls[0][0]) == 1
 
 
+@pytest.mark.parametrize("both_branches", [False, True])
+@pytest.mark.parametrize("name", [*ds.METHODS, "vdit.vertical", "pooled(svg2)", "cached(sparge)"])
+def test_plans_do_not_depend_on_padding(name, both_branches):
+    grid, lengths = ds.Grid(3, 4, 5, after=30), torch.tensor([60, 90, 71, 66])
+    padding = (torch.arange(grid.tokens) >= lengths[:, None])[:, None, :, None]
+    q, k = torch.randn(2, 4, 2, grid.tokens, 16, generator=torch.Generator().manual_seed(0))
+    masks = []
+    for value in (0.0, 9.0, torch.nan, torch.inf):
+        inputs = (x.masked_fill(padding, value) for x in (q, k))
+        site = ds.Site(grid, 16, steps=4, both_branches=both_branches)
+        plan = Plans(method(name, density=0.4)).plan(*inputs, site, lengths)
+        masks.append(True if plan is None else plan.token_mask(torch.arange(grid.tokens)))
+    assert all(torch.as_tensor(mask).equal(torch.as_tensor(masks[0])) for mask in masks)
+
+
 def random_plan(clusters: bool, batch: int, grid: ds.Grid, order: str) -> Plan | ClusterPlan:
     """Return a random plan of two heads, with an order per head, shared by all heads, or none."""
     lead, tokens = (batch, 2), grid.tokens
