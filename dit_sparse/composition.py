@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,6 +60,18 @@ class Wrapper(Method):
     def needs_lse(self) -> bool:
         return self.inner.needs_lse
 
+    @property
+    def observes_dense(self) -> bool:
+        return self.inner.observes_dense
+
+    @property
+    def density_ramp(self) -> tuple[float, float] | None:
+        return self.inner.density_ramp
+
+    @property
+    def depends_on_channels(self) -> bool:
+        return self.inner.depends_on_channels
+
     def required(self, grid: Grid, block: int) -> Tensor:
         return self.inner.required(grid, block)
 
@@ -85,6 +97,9 @@ class Wrapper(Method):
     def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         return self.inner.correct(result, site, memory.setdefault("inner", {}))
 
+    def observe_dense(self, result: AttentionOutput, site: Site, memory: dict) -> None:
+        self.inner.observe_dense(result, site, memory.setdefault("inner", {}))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Correction(Wrapper):
@@ -105,6 +120,15 @@ def changes_output(method: Method) -> bool:
     if type(method).correct is Wrapper.correct:
         return changes_output(method.inner)
     return type(method).correct is not Method.correct
+
+
+def map_density(method: Method, change: Callable[[float], float]) -> Method:
+    """Return a method with changed densities; those of `PerHead` are the densities of its methods."""
+    if isinstance(method, Wrapper):
+        return replace(method, inner=map_density(method.inner, change), density=None)
+    if isinstance(method, PerHead):
+        return replace(method, methods=tuple((letter, map_density(part, change)) for letter, part in method.methods))
+    return method if method.density is None else replace(method, density=change(method.density))
 
 
 def nested_methods(method: Method) -> Iterator[Method]:

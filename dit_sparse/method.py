@@ -66,6 +66,11 @@ class Method:
         makes_cluster_plans: whether plans are a ``ClusterPlan``.
         keeps_model_attention: whether the model's own attention call runs in all steps.
         needs_lse: whether :meth:`correct` reads the log-sum-exp, which not all executors return.
+        observes_dense: whether :meth:`observe_dense` is called in the last dense step, which costs one more plan and
+            one sparse call for each layer and branch, once.
+        density_ramp: how the density changes over the sparse steps, as in `Schedule`, if the schedule does not say.
+        depends_on_channels: whether plans treat the channels of queries and keys differently, so that a rotation of
+            the head dimension changes them.
     """
 
     density_exception: ClassVar[str | None] = None
@@ -75,6 +80,9 @@ class Method:
     makes_cluster_plans: ClassVar[bool] = False
     keeps_model_attention: ClassVar[bool] = False
     needs_lse: ClassVar[bool] = False
+    observes_dense: ClassVar[bool] = False
+    density_ramp: ClassVar[tuple[float, float] | None] = None
+    depends_on_channels: ClassVar[bool] = False
     density: float | None = within("(0, 1]", None)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -144,6 +152,19 @@ class Method:
     def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         """Return the final output ``[B, H, N, D]`` and log-sum-exp ``[B, H, N]``; by default those of the executor."""
         return result.out, result.lse
+
+    def observe_dense(self, result: AttentionOutput, site: Site, memory: dict) -> None:
+        """Learn from a call of the last dense step, if :attr:`observes_dense` is set.
+
+        With guidance it is called for both branches before the first sparse call: once if a batch holds both, else once
+        for each. What it keeps in ``memory`` costs memory in every layer: `begin_generation` returns how much.
+
+        Args:
+            result: the output for the plan that the method makes for this call, and as ``dense()`` the output of the
+                dense step, without log-sum-exp.
+            site: of the dense call.
+            memory: that of the sparse calls that follow.
+        """
 
     def settings(self) -> dict:
         """Return the fields as JSON values; a budget or an inner method becomes ``{"Top": {...}}``."""

@@ -14,6 +14,7 @@ from .options import (
     Block,
     DenseStepsOrProfile,
     Density,
+    DensityRamp,
     Executor,
     Fps,
     Frames,
@@ -27,6 +28,7 @@ from .options import (
     Width,
     call_arguments,
     count_or_fraction,
+    density_ramp,
 )
 from .terminal import console, one_sentence, print_error, progress_bars
 
@@ -38,6 +40,7 @@ def batch(
     method: Method = "radial",
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
+    ramp: DensityRamp = None,
     executor: Executor = "auto",
     block: Block = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first clip of each prompt.")] = 0,
@@ -57,7 +60,7 @@ def batch(
         from dit_sparse.generation.prompts import read_rows
 
         settings = {"method": method, "density": density, "dense_steps": count_or_fraction(dense_steps)}
-        settings |= {"executor": executor, "block": block}
+        settings |= {"density_ramp": density_ramp(ramp), "executor": executor, "block": block}
         call = call_arguments(steps, frames, height, width, guidance)
         task = Batch(read_rows(prompts), out, model, settings, call, seed, seeds, retries, fps)
         try:

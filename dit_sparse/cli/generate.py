@@ -12,6 +12,7 @@ from .options import (
     Block,
     DenseStepsOrProfile,
     Density,
+    DensityRamp,
     Executor,
     Fps,
     Frames,
@@ -26,6 +27,7 @@ from .options import (
     Width,
     call_arguments,
     count_or_fraction,
+    density_ramp,
 )
 from .terminal import console, make_table, one_sentence, progress_bars
 
@@ -36,6 +38,7 @@ def generate(
     method: Method = "radial",
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
+    ramp: DensityRamp = None,
     executor: Executor = "auto",
     block: Block = None,
     seed: Seed = 0,
@@ -55,9 +58,8 @@ def generate(
         from dit_sparse.output.files import shorten_path, writable_file
         from dit_sparse.output.media import save_video
 
-        processor = SparseAttnProcessor(
-            method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
-        )
+        steps_settings = {"dense_steps": count_or_fraction(dense_steps), "density_ramp": density_ramp(ramp)}
+        processor = SparseAttnProcessor(method, density=density, **steps_settings, executor=executor, block=block)
         if out.suffix != ".mp4":
             raise ValueError(f"--out must be a file that ends in .mp4, got {shorten_path(out)}")
         call = generation.default_call(model) | call_arguments(steps, frames, height, width, guidance)
@@ -77,6 +79,7 @@ def demo(
     method: Method = "radial",
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
+    ramp: DensityRamp = None,
     executor: Executor = "auto",
     block: Block = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt for the bundled model.")] = None,
@@ -92,9 +95,8 @@ def demo(
         from dit_sparse.demo.demo import Demo
         from dit_sparse.output.files import save_json, writable_file
 
-        processor = SparseAttnProcessor(
-            method, density=density, dense_steps=count_or_fraction(dense_steps), executor=executor, block=block
-        )
+        steps_settings = {"dense_steps": count_or_fraction(dense_steps), "density_ramp": density_ramp(ramp)}
+        processor = SparseAttnProcessor(method, density=density, **steps_settings, executor=executor, block=block)
         task = Demo(BUNDLED_PROMPT if prompt is None else prompt, processor, out, seed, call_arguments(steps))
         if json_file:
             writable_file(json_file, "--json")

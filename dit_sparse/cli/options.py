@@ -36,6 +36,13 @@ DenseSteps = Annotated[str, typer.Option(help=DENSE_STEPS_HELP)]
 DenseStepsOrProfile = Annotated[
     str | None, typer.Option("--dense-steps", help=f"{DENSE_STEPS_HELP} Default: 0.25, or that of the profile.")
 ]
+DensityRamp = Annotated[
+    str | None,
+    typer.Option(
+        "--density-ramp",
+        help="Factors of the density at the first and last sparse step, such as 1.3,0.6. Default: that of the method.",
+    ),
+]
 Executor = Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")]
 Block = Annotated[int | None, typer.Option(help="Tokens in a block.")]
 
@@ -85,6 +92,11 @@ def count_or_fraction(text: str | None) -> int | float | None:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         raise ValueError(f"--dense-steps must be a count such as 3 or a fraction such as 0.2, got {text!r}") from None
+
+
+def density_ramp(text: str | None) -> list[float] | None:
+    """Return the factors of a ramp such as ``"1.3,0.6"``. Raises ValueError for other text."""
+    return None if text is None else numbers(text, "--density-ramp")
 
 
 def numbers(text: str, option: str = "--density") -> list[float]:

@@ -95,7 +95,10 @@ class AttentionDispatcher:
         self._forward.count_call(attention_site)
         self._begin_generation(q, site)
         if self._settings.schedule.is_dense(site):
-            return self._dense_step(call, site)
+            out = self._dense_step(call, site)
+            if self._settings.method.observes_dense and self._settings.schedule.is_last_dense(site):
+                self._observe_dense(call, site, out)
+            return out
         if reason := self._settings.min_tokens_reason(grid) or self._choices.dense_reason(site):
             return self._dense(call, reason)
         lengths = self._lengths.read(call.mask, q.shape[0], grid)
@@ -138,11 +141,32 @@ class AttentionDispatcher:
         attend = partial(choice.executor.attend, q, k, call.v, plan, call.scale)
         return self._dense(call, f"{reason}, by the executor {choice.name}", lambda: attend()[0])
 
+    def _observe_dense(self, call: AttentionCall, site: Site, out: Tensor) -> None:
+        """Show the method a call of the last dense step, and what its plan would have given."""
+        q, k, v, counters = call.q, call.k, call.v, self._counters
+        lengths = self._lengths.read(call.mask, q.shape[0], site.grid)
+        stays_dense = self._settings.min_tokens_reason(site.grid) or self._choices.dense_reason(site)
+        if stays_dense or isinstance(lengths, str):
+            return
+        with counters.attention.timing(q.device):
+            plan = self._plans.preview(q, k, site, lengths)
+            if plan is None:
+                return
+            plan = plan.with_lengths(lengths)
+            choice = self._choices.for_plan(plan, q, k, site)
+            if choice.name == "dense":
+                return
+            counters.count_observation(call.pairs * plan.mean_density)
+            output, lse = choice.executor.attend(q, k, v, plan, call.scale)
+            result = AttentionOutput(q, k, v, plan, call.scale, output, lse, lambda: (out, None))
+            self._settings.method.observe_dense(result, site, self._plans.memory(q, site))
+
     def _sparse(self, call: AttentionCall, site: Site, plan: Plan | ClusterPlan, choice: Choice) -> Tensor:
         q, k, v, counters = call.q, call.k, call.v, self._counters
         for observer in self._observers:
             observer(site, q, k, plan)
         self.last_plan = site, plan
+        counters.count_density(site, self._plans.density_at(site))
         counters.count_sparse(site, call.pairs, plan.mean_density, choice.name)
         attend = partial(choice.executor.attend, q, k, v, scale=call.scale)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ class SparseAttnProcessor:
             ``Schedule()``.
         dense_steps: replaces ``schedule.dense_steps``: a count, or a fraction of all steps.
         dense_layers: replaces ``schedule.dense_layers``: a count, or a fraction of all layers.
+        density_ramp: replaces ``schedule.density_ramp``: factors of the density at the first and last sparse step.
         executor: name of the executor that computes the plans, which runs or raises, or ``"auto"`` for the fastest one
             as measured on this machine. ``"auto"`` also computes dense steps where an executor is faster than SDPA.
         block: tokens in a block, a multiple of 16 in [16, 256]. Default: 64 below 32,768 tokens, else 128.
@@ -59,13 +61,14 @@ class SparseAttnProcessor:
         schedule: Schedule | None = None,
         dense_steps: int | float | None = None,
         dense_layers: int | float | None = None,
+        density_ramp: Sequence[float] | None = None,
         executor: str = "auto",
         block: int | None = None,
         min_tokens: int | None = None,
         steps: int | None = None,
         **settings: Any,
     ) -> None:
-        overrides = {"dense_steps": dense_steps, "dense_layers": dense_layers}
+        overrides = {"dense_steps": dense_steps, "dense_layers": dense_layers, "density_ramp": density_ramp}
         overrides = {name: value for name, value in overrides.items() if value is not None}
         method, self._profile = _make_method(method, density, settings)
         if schedule is None:
@@ -126,6 +129,7 @@ def enable(
     schedule: Schedule | None = None,
     dense_steps: int | float | None = None,
     dense_layers: int | float | None = None,
+    density_ramp: Sequence[float] | None = None,
     executor: str = "auto",
     block: int | None = None,
     min_tokens: int | None = None,
@@ -154,7 +158,13 @@ def enable(
         >>> print(run.report())
     """
     settings |= {"density": density, "schedule": schedule, "dense_steps": dense_steps, "dense_layers": dense_layers}
-    settings |= {"executor": executor, "block": block, "min_tokens": min_tokens, "steps": steps}
+    settings |= {
+        "density_ramp": density_ramp,
+        "executor": executor,
+        "block": block,
+        "min_tokens": min_tokens,
+        "steps": steps,
+    }
     if profile is None:
         processor = SparseAttnProcessor(method, **settings)
     else:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from ..clusters import ClusterPlan
+from ..composition import map_density
 from ..grid import Site
 from ..method import Method
 from ..plan import Plan
@@ -23,12 +25,13 @@ from .report import Stopwatch
 
 @dataclass(frozen=True)
 class CachedPlan:
-    """A plan, the step and branch of the call it was made for, and the last step at which the schedule renewed it.
-    Methods that manage their own plans are asked at every step."""
+    """A plan, the step and branch of the call it was made for, the method with the density of that step, and the last
+    step at which the schedule renewed it. Methods that manage their own plans are asked at every step."""
 
     plan: Plan | ClusterPlan | None
     step: int
     branch: str
+    method: Method
     renewed: int
 
     def is_shared_by(self, site: Site) -> bool:
@@ -54,26 +57,47 @@ class Plans:
         self.method, self._schedule, self._offload = method, schedule or Schedule(), offload
         self._stopwatch = stopwatch or Stopwatch()
         self._cache: dict[tuple, CachedPlan] = {}
+        self._previews: dict[tuple, CachedPlan] = {}
+        self._methods: dict[tuple, Method] = {}  # by step and number of steps
         self._memory: dict[tuple, dict] = defaultdict(dict)
 
     def plan(self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None) -> Plan | ClusterPlan | None:
         """Return the plan for ``q, k [B, H, N, D]``, a new one if there is none or the schedule asks for it. It does
         not depend on tokens after the ``lengths [B]``."""
-        method = self.method
-        key = (site.grid, q.device) if method.static else (*self._key(q, site), len(q), q.device)
+        method = self._method_at(site)
+        key = (site.grid, q.device, method) if method.static else (*self._key(q, site), len(q), q.device)
         cached = self._cache.get(key)
+        self._previews.pop(key, None)
         # Compared with the last renewal: caches may skip a step, and some schedulers evaluate a step twice.
         is_due = cached is None or site.step - cached.renewed >= self._schedule.replan_interval
+        if cached is not None and cached.method is not method:
+            is_due = True
+            if method.manages_own_plans:
+                self.memory(q, site).clear()  # it would keep the plan of the other density
         site = replace(site, needs_plan=is_due or site.step == cached.renewed)
         may_be_stale = not method.static and (method.manages_own_plans or site.needs_plan)
         if cached is None or (may_be_stale and not cached.is_shared_by(site)):
             with self._stopwatch.timing(q.device):
-                plan = self._make_plan(q, k, site, lengths)
+                plan = self._make_plan(method, q, k, site, lengths)
             stored = plan.to("cpu") if self._offload and plan is not None else plan
             renewed = site.step if site.needs_plan else cached.renewed
-            self._cache[key] = CachedPlan(stored, site.step, site.branch, renewed)
+            self._cache[key] = CachedPlan(stored, site.step, site.branch, method, renewed)
             return plan
         return cached.plan.to(q.device) if self._offload and cached.plan is not None else cached.plan
+
+    def preview(self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None) -> Plan | ClusterPlan | None:
+        """Return the plan that the first sparse step would make of a call of the last dense step, for both branches."""
+        key, method = (*self._key(q, site), len(q), q.device), self._method_at(site)
+        cached = self._previews.get(key)
+        if cached is None or not cached.is_shared_by(site):
+            with self._stopwatch.timing(q.device):
+                plan = self._make_plan(method, q, k, replace(site, needs_plan=True), lengths)
+            cached = self._previews[key] = CachedPlan(plan, site.step, site.branch, method, site.step)
+        return cached.plan
+
+    def density_at(self, site: Site) -> float | None:
+        """Return the density that the plans of a step are asked for; None: the method's own settings decide."""
+        return self._method_at(site).density
 
     def memory(self, q: Tensor, site: Site) -> dict:
         """Return the method's memory for a layer, grid and pair of branches."""
@@ -82,18 +106,30 @@ class Plans:
     def end_generation(self) -> None:
         """Drop memory and plans, except static plans, which depend on the grid alone."""
         self._memory.clear()
+        self._previews.clear()
         if not self.method.static:
             self._cache.clear()
 
-    def _make_plan(self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None) -> Plan | ClusterPlan | None:
+    def _method_at(self, site: Site) -> Method:
+        """Return the method with the density of a step: the same object for the same densities."""
+        step = site.step, site.steps
+        if step not in self._methods:
+            at_step = partial(self._schedule.density_at, site, ramp=self.method.density_ramp)
+            method = map_density(self.method, at_step)
+            self._methods[step] = next((one for one in (self.method, *self._methods.values()) if one == method), method)
+        return self._methods[step]
+
+    def _make_plan(
+        self, method: Method, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None
+    ) -> Plan | ClusterPlan | None:
         """Make a plan; if the batch holds both branches, from its second half, which is conditional."""
         memory, splits = self.memory(q, site), self._splits_batch(q, site)
         if splits:
             half = len(q) // 2
             q, k, lengths = q[half:], k[half:], None if lengths is None else lengths[half:]
-        if lengths is not None and not self.method.static:
+        if lengths is not None and not method.static:
             q, k = without_padding(q, lengths), without_padding(k, lengths)
-        plan = self.method.plan(q, k, site, memory)
+        plan = method.plan(q, k, site, memory)
         return plan.repeat_batch() if splits and plan is not None else plan
 
     def _splits_batch(self, q: Tensor, site: Site) -> bool:

@@ -33,6 +33,7 @@ class Report:
         dense_calls: number of self-attention calls computed densely, by reason.
         density_asked: requested density, or None if the method's own settings decide.
         density_achieved: fraction of the query-key pairs computed in sparse calls, or None before the first one.
+        density_by_step: requested density of the sparse steps, if it changes over the steps.
         density_note: why the achieved density differs from the requested one by more than 0.01; None if it does not.
         density_run: the same for all self-attention calls, including dense steps and layers.
         attention_seconds: time in self-attention calls, including planning.
@@ -49,6 +50,7 @@ class Report:
     dense_calls: dict[str, int]
     density_asked: float | None
     density_achieved: float | None
+    density_by_step: dict[int, float]
     density_note: str | None
     density_run: float | None
     attention_seconds: float
@@ -70,6 +72,7 @@ class Report:
                 f"  sparse calls     {self.sparse_calls}" + (f": {executors}" if executors else ""),
                 *(f"  dense calls      {count}: {reason}" for reason, count in self.dense_calls.items()),
                 *(f"  settings         {method} on {grid}" for grid, method in self.resolved.items()),
+                *([f"  density by step  {_by_step(self.density_by_step)}"] if self.density_by_step else []),
                 *([f"  density          {self.density_note}"] if self.density_note else []),
                 *(f"  executor choice  {choice}" for choice in choices),
                 f"  attention time   {self.attention_seconds:.1f} s",
@@ -89,6 +92,8 @@ class RunCounters:
     sparse_calls: int = 0
     sparse_pairs: int = 0
     computed_in_sparse: float | torch.Tensor = 0.0  # pairs; a tensor, because reading it would wait for the GPU
+    observed_pairs: float | torch.Tensor = 0.0  # computed in dense steps for methods that observe them
+    density_by_step: dict[int, float] = field(default_factory=dict)
     dense_pairs: int = 0
     unsized_calls: int = 0
     logged: set[str] = field(default_factory=set)
@@ -102,6 +107,15 @@ class RunCounters:
         self.grids[site.grid, site.block] = None
         self.sparse_pairs += pairs
         self.computed_in_sparse = self.computed_in_sparse + pairs * density  # not in place: of either inference mode
+
+    def count_density(self, site: Site, density: float | None) -> None:
+        """Record the requested density of a sparse step."""
+        if density is not None:
+            self.density_by_step[site.step] = density
+
+    def count_observation(self, pairs: torch.Tensor) -> None:
+        """Count query-key pairs that are computed in addition to those of a dense call."""
+        self.observed_pairs = self.observed_pairs + pairs
 
     def count_dense(self, reason: str, pairs: int | None) -> None:
         """Count a dense call. Without ``pairs`` it weighs as much as the average call."""
@@ -125,7 +139,8 @@ class RunCounters:
         sized_calls = self.sparse_calls + self.dense.total() - self.unsized_calls
         unsized_pairs = self.unsized_calls * (self.sparse_pairs + self.dense_pairs) / max(sized_calls, 1)
         pairs = self.sparse_pairs + self.dense_pairs + unsized_pairs
-        return (float(self.computed_in_sparse) + self.dense_pairs + unsized_pairs) / pairs if pairs else None
+        computed = float(self.computed_in_sparse) + float(self.observed_pairs) + self.dense_pairs + unsized_pairs
+        return computed / pairs if pairs else None
 
     def report(self, method: Method) -> Report:
         """Return the report of a run with this method."""
@@ -143,11 +158,21 @@ class RunCounters:
             dense_calls=dict(self.dense),
             density_asked=method.density,
             density_achieved=achieved,
+            density_by_step=self.density_by_step if len(set(self.density_by_step.values())) > 1 else {},
             density_note="; ".join(dict.fromkeys(filter(None, notes))) or None,
             density_run=self.density_run,
             attention_seconds=self.attention.seconds,
             planning_seconds=self.planning.seconds,
         )
+
+
+def _by_step(densities: dict[int, float]) -> str:
+    """Return the densities with the first step of each: ``0.31 from step 2, 0.19 from step 4``."""
+    steps = sorted(densities)
+    changes = [
+        step for before, step in zip([None, *steps], steps, strict=False) if densities.get(before) != densities[step]
+    ]
+    return ", ".join(f"{densities[step]:.3g} from step {step}" for step in changes)
 
 
 class Stopwatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..composition import nested_methods
 from ..grid import Grid
 from ..method import Method
 from ..methods import name_of
@@ -31,6 +32,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.schedule.density_ramp and all(part.density is None for part in nested_methods(self.method)):
+            raise ValueError("density_ramp needs a density, and the method's own settings decide: pass density=")
 
     @property
     def density_varies(self) -> bool:

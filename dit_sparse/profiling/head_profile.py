@@ -55,7 +55,7 @@ class Profile(BaseModel):
     model: str
     transformer: str
     source: str
-    schedule: dict[str, int | float] = Field(default_factory=dict)
+    schedule: dict[str, int | float | tuple[float, float]] = Field(default_factory=dict)
     methods: dict[str, MethodEntry]
     layers: list[str]
     measured: dict[str, Any] | None = None

@@ -93,7 +93,8 @@ class ProfileSearch:
         measurements = measure_candidates(pipe, generate_clips, candidates, self.schedule, self.block)
         choice = self._choose(measurements)
         by_letter, layers = assign_letters(candidates, choice)
-        schedule = {name: getattr(self.schedule, name) for name in ("dense_steps", "dense_layers", "replan_interval")}
+        names = ("dense_steps", "dense_layers", "replan_interval", "density_ramp")
+        schedule = {name: value for name in names if (value := getattr(self.schedule, name)) is not None}
         profile = Profile(
             model=Path(self.model).name,
             transformer=_transformer_class(pipe),

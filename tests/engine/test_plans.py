@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 import dit_sparse as ds
 from attention_cases import grids
 from dit_sparse.clusters import ClusterPlan, Clusters
+from dit_sparse.composition import PerHead
 from dit_sparse.engine.plans import Plans
 from dit_sparse.kernels.executors import reference
 from dit_sparse.method import AttentionOutput, Method
@@ -24,10 +25,14 @@ from dit_sparse.plan import Plan
 from sparse_pipelines import assert_near
 
 
+def recorder(record: Callable) -> Method:
+    """Return a method that calls ``record`` with the arguments of plan(), and makes no plan."""
+    return type("Recorder", (Method,), {"plan": lambda self, *arguments: record(*arguments)})()
+
+
 def test_odd_batch_is_planned_whole():
     q, batches = torch.zeros(3, 1, 8, 4), []
-    method = SimpleNamespace(static=False, manages_own_plans=False, plan=lambda q, *_: batches.append(len(q)))
-    Plans(method).plan(q, q, ds.Site(ds.Grid(1, 2, 4), both_branches=True))
+    Plans(recorder(lambda q, *_: batches.append(len(q)))).plan(q, q, ds.Site(ds.Grid(1, 2, 4), both_branches=True))
     assert batches == [3]
 
 
@@ -50,8 +55,7 @@ def test_second_call_of_a_branch_in_a_step_gets_a_new_plan():
 
 def test_absence_of_a_plan_is_cached():
     calls = []
-    method = SimpleNamespace(static=False, manages_own_plans=False, plan=lambda *arguments: calls.append(arguments))
-    plans, q = Plans(method), torch.zeros(2, 1, 1, 1)
+    plans, q = Plans(recorder(lambda *arguments: calls.append(arguments))), torch.zeros(2, 1, 1, 1)
     for step in (0, 1):
         assert plans.plan(q, q, ds.Site(ds.Grid(1, 1, 1), step=step, both_branches=True)) is None
     assert len(calls) == 1 and len(calls[0][0]) == 1
@@ -129,3 +133,41 @@ def test_rettention_keeps_a_residual_per_branch(inner):
             assert_near(out, reference.attend(q, k, v, plan.full())[0])
             step_plans.append(plan)
         assert step_plans[0] is step_plans[1]
+
+
+RAMP = ds.Schedule(dense_steps=1, replan_interval=2, density_ramp=(1.5, 0.5))
+
+
+@pytest.mark.parametrize("name", ["window", "radial|sink", "svg", "svg2", "sparsed", "cached(asa)", "pooled(adaspa)"])
+def test_every_method_follows_the_ramp_of_the_schedule(name):
+    """Also those that are planned once per grid, or keep a plan themselves. Branches still share plans."""
+    torch.manual_seed(0)
+    plans, grid, q = Plans(method(name, density=0.4), RAMP), ds.Grid(6, 8, 8), torch.randn(1, 2, 384, 16)
+    densities = []
+    for step in range(1, 7):
+        site = ds.Site(grid, 16, step=step, steps=7, branch="a", plan_group="ab")
+        plan = plans.plan(q, q, site)
+        assert plans.plan(q + 1, q, replace(site, branch="b")) is plan
+        densities.append(plan.density)
+        assert densities[-1] == pytest.approx(plans.density_at(site), abs=0.02)
+    assert sum(densities) / 6 == pytest.approx(0.4, abs=0.02)
+    assert len({round(density, 2) for density in densities}) == 3
+
+
+def test_profiles_follow_the_ramp():
+    methods = ("a", method("window", density=0.2)), ("b", method("radial", density=0.4))
+    profile = PerHead(methods=methods, layers=("ab",))
+    plans, q = Plans(profile, RAMP), torch.randn(1, 2, 384, 16)
+    sites = [ds.Site(ds.Grid(6, 8, 8), 16, step=step, steps=7) for step in range(1, 7)]
+    densities = torch.stack([plans.plan(q, q, site).density_by_head[0] for site in sites])
+    assert densities.mean(0).tolist() == pytest.approx([0.2, 0.4], abs=0.02)
+    assert (densities[0] > densities[5] + 0.1).all()
+
+
+def test_static_plans_are_solved_once_per_density():
+    plans, q = Plans(method("window", density=0.3), RAMP), torch.zeros(1, 1, 384, 8)
+    site = lambda step, layer: ds.Site(ds.Grid(6, 8, 8), 16, layer=layer, layers=3, step=step, steps=7)
+    made = {id(plans.plan(q, q, site(step, layer))) for step in range(1, 7) for layer in range(3)}
+    assert len(made) == 3
+    plans.end_generation()
+    assert id(plans.plan(q, q, site(1, 0))) in made
