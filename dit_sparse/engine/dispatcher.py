@@ -17,8 +17,7 @@ from ..pipelines.family import GridShape
 from ..plan import Plan
 from .eligibility import why_dense
 from .executor_choice import ExecutorChoices
-from .forward import AttentionSite, Forward
-from .intercept import AttentionCall
+from .forward import AttentionCall, AttentionSite, Forward
 from .padding import KeyLengths
 from .plans import Plans
 from .report import RunCounters

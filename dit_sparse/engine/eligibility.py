@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..grid import Grid
 from ..pipelines.family import GridShape
-from .intercept import AttentionCall
+from .forward import AttentionCall
 
 
 def why_dense(shape: GridShape, grid: Grid | None, call: AttentionCall) -> str | None:

@@ -1,11 +1,14 @@
-"""Where an attention call belongs: its module, and the transformer call it is part of."""
+"""An intercepted attention call, and where it belongs: its module, and the transformer call it is part of."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..grid import Grid, Site
 from ..pipelines.family import GridShape
@@ -29,6 +32,45 @@ class AttentionSite:
     layers: int
     text: str | None
     module: nn.Module
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """An intercepted attention call.
+
+    Attributes:
+        q, k, v: after RoPE, ``[B, H, N, D]``, and ``[B, Hkv, N, D]`` for keys and values.
+        mask: a tensor or None, or what the backend that the user chose takes as a mask.
+        is_causal, dropout_p, scale: as in ``scaled_dot_product_attention``.
+        stock: computes the call as the model does, ``[B, H, N, D]``.
+        backend: name of the attention backend that the user chose, or None.
+        is_parallel: whether the call belongs to diffusers' context parallelism.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    is_causal: bool
+    dropout_p: float
+    scale: float | None
+    stock: Callable[[], Tensor]
+    backend: str | None = None
+    is_parallel: bool = False
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs of all heads and batch items."""
+        return self.q.shape[:3].numel() * self.k.shape[2]
+
+    def under_autocast(self, device: str, dtype: torch.dtype) -> AttentionCall:
+        """Return the call with inputs of that dtype; ``stock`` runs under autocast, as in the model."""
+
+        def stock() -> Tensor:
+            with torch.autocast(device, dtype):
+                return self.stock()
+
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), stock=stock)
 
 
 class Forward:

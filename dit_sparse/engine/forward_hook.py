@@ -54,8 +54,8 @@ class ForwardHook:
         self._config, self._family = transformer.config, family
         self._names = [name for name in inspect.signature(type(transformer).forward).parameters if name != "self"]
         self._handles = [
-            module.register_forward_pre_hook(_Callback(self._before), with_kwargs=True),
-            module.register_forward_hook(_Callback(self._after)),
+            module.register_forward_pre_hook(HookCallback(self._before), with_kwargs=True),
+            module.register_forward_hook(HookCallback(self._after)),
         ]
         self._methods = [
             _InstanceMethod(transformer, name, wrapper)
@@ -112,7 +112,7 @@ class ForwardHook:
         return reset_stateful_cache
 
 
-class _Callback:
+class HookCallback:
     """A forward hook. A copy or a pickle of it does nothing."""
 
     def __init__(self, function: Callable) -> None:
@@ -122,7 +122,7 @@ class _Callback:
         return self.function(*args)
 
     def __reduce__(self):
-        return _Callback, (_do_nothing,)
+        return HookCallback, (_do_nothing,)
 
 
 def _do_nothing(*args: Any) -> None:

@@ -3,8 +3,9 @@
 The module's processor is replaced by an instance of a subclass that shares its state. Its ``__call__`` runs the
 processor's own code with one global name exchanged: ``dispatch_attention_fn``, or ``F`` where the processor calls
 ``F.scaled_dot_product_attention``. Projections, norms, RoPE and masks stay the model's own, and nothing global is
-patched. Under ``torch.compile`` the exchanged function is a custom operator, so that blocks compile with
-``fullgraph=True`` and the plan is still chosen at run time.
+patched. A processor whose code cannot be exchanged stays untouched, and a hook of the module counts its calls. Under
+``torch.compile`` the exchanged function is a custom operator, so that blocks compile with ``fullgraph=True`` and the
+plan is still chosen at run time.
 
 A copy or a pickle of an intercepting processor is a stock processor.
 """
@@ -12,57 +13,20 @@ A copy or a pickle of an intercepting processor is a stock processor.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import threading
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """An intercepted attention call.
-
-    Attributes:
-        q, k, v: after RoPE, ``[B, H, N, D]``, and ``[B, Hkv, N, D]`` for keys and values.
-        mask: a tensor or None, or what the backend that the user chose takes as a mask.
-        is_causal, dropout_p, scale: as in ``scaled_dot_product_attention``.
-        stock: computes the call as the model does, ``[B, H, N, D]``.
-        backend: name of the attention backend that the user chose, or None.
-        is_parallel: whether the call belongs to diffusers' context parallelism.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Any
-    is_causal: bool
-    dropout_p: float
-    scale: float | None
-    stock: Callable[[], Tensor]
-    backend: str | None = None
-    is_parallel: bool = False
-
-    @property
-    def pairs(self) -> int:
-        """Query-key pairs of all heads and batch items."""
-        return self.q.shape[:3].numel() * self.k.shape[2]
-
-    def under_autocast(self, device: str, dtype: torch.dtype) -> AttentionCall:
-        """Return the call with inputs of that dtype; ``stock`` runs under autocast, as in the model."""
-
-        def stock() -> Tensor:
-            with torch.autocast(device, dtype):
-                return self.stock()
-
-        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), stock=stock)
+from .forward import AttentionCall
+from .forward_hook import HookCallback
 
 
 class Interception:
@@ -86,18 +50,24 @@ class Interception:
         self.attend: Callable[[AttentionCall], Tensor] | None = attend
         self.report_missed = report_missed
         self.stock_processor: Any = None
+        self._hook: RemovableHandle | None = None
 
     @property
     def active(self) -> bool:
         return self.attend is not None
 
     def install(self, module: nn.Module) -> None:
-        """Intercept the calls of ``module``, unless it is intercepted by this link already."""
+        """Intercept the calls of ``module``, or count them if that is not possible."""
         if interception_of(module) is self:
             return
+        intercepting = _intercepting_class(type(module.processor))
+        if intercepting is None:
+            self._hook = self._hook or module.register_forward_pre_hook(HookCallback(self._count_call))
+            return
+        self._remove_hook()
         _register_operator()
         self.stock_processor = module.processor
-        processor = object.__new__(_intercepting_class(type(self.stock_processor)))
+        processor = object.__new__(intercepting)
         processor.__dict__ = self.stock_processor.__dict__  # a backend that diffusers sets on one is set on both
         processor.dit_sparse_interception = self
         module.processor = processor
@@ -106,7 +76,19 @@ class Interception:
         """Restore the module's processor, unless another one has taken its place, and end the link for all copies."""
         if interception_of(module) is self:
             module.processor = self.stock_processor
+        self._remove_hook()
         self.attend = self.report_missed = self.stock_processor = None
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+    def _count_call(self, module: nn.Module, args: tuple) -> None:
+        if not torch.compiler.is_compiling() and interception_of(module) is not self:
+            processor = module.processor
+            name = getattr(processor, "__name__", type(processor).__name__)
+            self.report_missed(f"{name} computes attention in its own way")
 
     def compute(self, call: AttentionCall) -> Tensor:
         return call.stock() if self.attend is None else self.attend(call)
@@ -119,8 +101,11 @@ def interception_of(module: nn.Module) -> Interception | None:
 
 
 @functools.cache
-def _intercepting_class(stock: type) -> type:
-    code = _exchange_attention(inspect.unwrap(stock.__call__))
+def _intercepting_class(stock: type) -> type | None:
+    """Return the subclass of a processor's class that intercepts its attention calls, or None if that is impossible."""
+    code = _exchange_attention(stock.__call__)
+    if code is None or not stock.__dictoffset__:
+        return None
 
     # diffusers drops every keyword argument that is not in the signature of the processor's __call__.
     @functools.wraps(stock.__call__)
@@ -129,13 +114,8 @@ def _intercepting_class(stock: type) -> type:
         if interception.attend is None:  # the run has ended
             return stock.__call__(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            if code is None:
-                return stock.__call__(self, *args, **kwargs)
             _traced.number = interception.number
             return code(self, *args, **kwargs)
-        if code is None:
-            interception.report_missed(f"{stock.__name__} computes attention in its own way")
-            return stock.__call__(self, *args, **kwargs)
         outer, _current.interception, _current.calls = _current.interception, interception, 0
         try:
             output = code(self, *args, **kwargs)
@@ -149,32 +129,50 @@ def _intercepting_class(stock: type) -> type:
         return _new_instance, (stock,), dict(self.__dict__)
 
     members = {"__slots__": ("dit_sparse_interception",), "__call__": call, "__reduce_ex__": reduce}
-    return type(f"Sparse{stock.__name__}", (stock,), members | {"__doc__": stock.__doc__})
+    try:
+        intercepting = type(f"Sparse{stock.__name__}", (stock,), members | {"__doc__": stock.__doc__})
+        object.__new__(intercepting)
+    except Exception:  # a class that allows no subclasses, or one that extends a built-in type
+        return None
+    return intercepting
 
 
 def _new_instance(stock: type) -> Any:
     return object.__new__(stock)
 
 
-def _exchange_attention(function: types.FunctionType) -> types.FunctionType | None:
-    """Return the same code with its attention function exchanged, or None if it calls none that is known.
+def _exchange_attention(function: Any) -> types.FunctionType | None:
+    """Return the same code with its attention function exchanged, inside decorators too, or None if it calls none that
+    is known.
 
     The new globals have no ``__name__``: Dynamo looks up globals by module name, and other functions of that module,
     such as cross-attention, would get the exchanged one too.
     """
-    names, scope = function.__code__.co_names, dict(function.__globals__)
-    scope.pop("__name__", None)
-    if "dispatch_attention_fn" in names:
-        scope["dispatch_attention_fn"] = _intercepting_dispatcher(function.__globals__["dispatch_attention_fn"])
+    if not isinstance(function, types.FunctionType):
+        return None
+    names, scope, closure = function.__code__.co_names, function.__globals__, function.__closure__ or ()
+    if hasattr(function, "__wrapped__"):
+        inner, holds = _exchange_attention(function.__wrapped__), [_holds(c, function.__wrapped__) for c in closure]
+        if inner is None or not any(holds):
+            return None
+        closure = tuple(types.CellType(inner) if hold else c for c, hold in zip(closure, holds, strict=True))
+    elif "dispatch_attention_fn" in names and "dispatch_attention_fn" in scope:
+        scope = scope | {"dispatch_attention_fn": _intercepting_dispatcher(scope["dispatch_attention_fn"])}
     elif "F" in names and "scaled_dot_product_attention" in names:
-        scope["F"] = _intercepting_functional()
+        scope = scope | {"F": _intercepting_functional()}
     else:
         return None
-    exchanged = types.FunctionType(
-        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
-    )
+    scope = {name: value for name, value in scope.items() if name != "__name__"}
+    exchanged = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure or None)
     exchanged.__kwdefaults__ = function.__kwdefaults__
     return exchanged
+
+
+def _holds(cell: types.CellType, value: Any) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # an empty cell
+        return False
 
 
 @functools.cache

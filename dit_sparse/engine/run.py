@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..methods import name_of
 from ..pipelines.family import Family
 from .dispatcher import AttentionDispatcher, Observer
-from .forward import AttentionSite
+from .forward import AttentionCall, AttentionSite
 from .forward_hook import ForwardHook
-from .intercept import AttentionCall, Interception, interception_of
+from .intercept import Interception, interception_of
 from .report import Report, RunCounters
 from .settings import Settings
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
 
+import pytest
+import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+import tiny_pipelines as tiny
 from dit_sparse.engine.intercept import interception_of
 from sparse_pipelines import (
+    STEPS,
+    assert_near,
     cached_pipeline,
     count_layers,
     enable_sparse,
@@ -82,3 +88,68 @@ def test_mochi_without_set_processor_is_intercepted():
     assert not hasattr(module, "set_processor") and not hasattr(stock.pipe.transformer, "set_attn_processor")
     with enable_sparse(stock):
         assert interception_of(module)
+
+
+def with_call(call: object, base: type = object, **members: object) -> object:
+    """Return a processor of a class that has this ``__call__``."""
+    return type("Own", (base,), {"__call__": call} | members)()
+
+
+class CallableObject:
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+def extend_dict(stock):
+    return type(
+        "Own", (dict,), {"__call__": type(stock).__call__, "_attention_backend": None, "_parallel_config": None}
+    )()
+
+
+PROCESSORS = {  # without code that can be exchanged, made from the stock processor
+    "a partial": lambda stock: functools.partial(stock),
+    "a function": lambda stock: lambda *args, **kwargs: stock(*args, **kwargs),
+    "a bound method": lambda stock: stock.__call__,
+    "__call__ is a partial": lambda stock: with_call(functools.partial(stock)),
+    "__call__ is an object": lambda stock: with_call(CallableObject(stock)),
+    "__call__ is cached": lambda stock: with_call(functools.lru_cache(lambda self, *args, **kw: stock(*args, **kw))),
+    "slots": lambda stock: with_call(lambda self, *args, **kw: stock(*args, **kw), __slots__=()),
+    "a dict": extend_dict,
+    "a module": lambda stock: with_call(torch.nn.Module.__call__, torch.nn.Module, forward=CallableObject(stock)),
+}
+
+
+@pytest.mark.parametrize("make", PROCESSORS.values(), ids=PROCESSORS)
+def test_processors_that_cannot_be_intercepted_are_untouched_and_counted(make, caplog):
+    stock = tiny.ALL["wan"]()
+    module = stock.pipe.transformer.blocks[0].attn1
+    module.processor = processor = make(module.processor)
+    with enable_sparse(stock, density=0.3, dense_steps=0) as run:
+        generate(stock)
+        assert module.processor is processor
+    calls, report = STEPS * stock.calls, run.report()
+    ((reason, count),) = report.dense_calls.items()
+    assert count == calls and reason.endswith(" computes attention in its own way")
+    assert report.sparse_calls == (count_layers(stock) - 1) * calls and len(caplog.messages) == 1
+    assert module.processor is processor and not module._forward_pre_hooks
+
+
+def test_decorators_of_a_processor_are_kept():
+    def double(function):
+        @functools.wraps(function)
+        def doubled(*args, **kwargs):
+            return 2 * function(*args, **kwargs)
+
+        return doubled
+
+    stock = tiny.ALL["wan"]()
+    module = stock.pipe.transformer.blocks[0].attn1
+    stock_class = type(module.processor)
+    module.processor = with_call(torch.no_grad()(double(stock_class.__call__)), stock_class)
+    plain = generate(stock)
+    with enable_sparse(stock, "window", density=1.0, dense_steps=0) as run:
+        assert_near(generate(stock), plain)
+    assert run.report().sparse_calls == STEPS * stock.calls * count_layers(stock)
