@@ -88,6 +88,7 @@ class ClusterPlan(BasePlan):
     queries: Clusters
     keys: Clusters
     lengths: Tensor | None = None
+    tail: int | None = None
 
     @classmethod
     def from_mask(cls, keep: Tensor, queries: Clusters, keys: Clusters) -> ClusterPlan:

@@ -16,6 +16,7 @@ from .notation.settings import within
 from .pattern import Union
 from .plan import Plan
 from .scoring import pool
+from .tail import add_tail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class Wrapper(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Correction(Wrapper):
-    """Base class of wrappers that change the attention output, whatever the plan."""
+    """Base class of wrappers that change the attention output, by :meth:`correct` or by the tail of the plan."""
 
     needs_lse = True
 
@@ -117,9 +118,9 @@ def changes_output(method: Method) -> bool:
     """Return whether a method changes the attention output."""
     if isinstance(method, PerHead):
         return any(changes_output(part) for _, part in method.methods)
-    if type(method).correct is Wrapper.correct:
+    if isinstance(method, Wrapper) and not isinstance(method, Correction):
         return changes_output(method.inner)
-    return type(method).correct is not Method.correct
+    return isinstance(method, Correction) or type(method).correct is not Method.correct
 
 
 def map_density(method: Method, change: Callable[[float], float]) -> Method:
@@ -247,10 +248,21 @@ class PerHead(Method):
         for letter, method in self._methods_in(letters):
             if changes_output(method):
                 mine = torch.tensor([own == letter for own in letters], device=out.device)[:, None]
-                corrected, corrected_lse = method.correct(result, site, memory[letter])
+                own_result = self._with_tail(result, memory[letter]["part"].tail)
+                corrected, corrected_lse = method.correct(own_result, site, memory[letter])
                 out = torch.where(mine[..., None], corrected, out)
                 lse = lse if lse is None or corrected_lse is None else torch.where(mine, corrected_lse, lse)
         return out, lse
+
+    @staticmethod
+    def _with_tail(result: AttentionOutput, tail: int | None) -> AttentionOutput:
+        """Return the result with the pooled tail of some heads, if the tails of the plans differ and none was
+        computed."""
+        if tail == result.plan.tail:
+            return result
+        tensors = result.q, result.k, result.v, result.plan.with_tail(tail), result.scale
+        out, lse = add_tail(result.out, result.lse, *tensors)
+        return replace(result, out=out, lse=lse)
 
     def _plan_heads(self, method: Method, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
         """Return the plan of the heads of one letter, a new one if the schedule asks for it."""

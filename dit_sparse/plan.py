@@ -34,6 +34,8 @@ class BasePlan:
             valid; the others hold any existing number. K is the largest count, or more if trimming would synchronize
             with a GPU.
         count: length of each list, int32 ``[B|1, H|1, Q]``.
+        tail: greatest number of tokens of a pooled term (`dit_sparse.tail`): the key groups that a row does not keep
+            take part in its softmax as means of this many consecutive tokens. None: they do not take part.
     """
 
     index: Tensor
@@ -61,6 +63,23 @@ class BasePlan:
         """Fraction of the query-key token pairs that is computed, mean over the heads."""
         return float(self.mean_density)
 
+    @cached_property
+    def mean_tail_density(self) -> Tensor | float:
+        """Pairs of a query and a pooled term, as a fraction of the query-key token pairs, mean over the heads: a scalar
+        tensor, which does not synchronize with a GPU, or 0 without a tail."""
+        if self.tail is None:
+            return 0.0
+        terms = -(-self.key_sizes // self.tail)
+        kept = (torch.take_along_dim(terms[:, :, None], self.index.long(), -1) * self.valid).sum(-1)
+        pairs = ((terms.sum(-1, keepdim=True) - kept) * self.query_sizes).sum(-1)
+        return (pairs.double() / self.tokens**2).mean()
+
+    @property
+    def tail_density(self) -> float:
+        """Pairs of a query and a pooled term, as a fraction of the query-key token pairs, mean over the heads. The cost
+        of a plan relative to dense attention is about ``density + tail_density``."""
+        return float(self.mean_tail_density)
+
     def block_mask(self) -> Tensor:
         """Return the mask of groups, bool ``[B|1, H|1, Q, Qk]``."""
         groups = self.key_sizes.shape[-1]
@@ -77,7 +96,7 @@ class BasePlan:
         rows, columns = self.query_sizes.shape[-1], self.key_sizes.shape[-1]
         index = torch.arange(columns, dtype=torch.int32, device=self.index.device)
         count = torch.full((), columns, dtype=torch.int32, device=self.index.device)
-        return replace(self, index=index.expand(1, 1, rows, -1), count=count.expand(1, 1, rows))
+        return replace(self, index=index.expand(1, 1, rows, -1), count=count.expand(1, 1, rows), tail=None)
 
     def repeat_batch(self) -> BasePlan:
         """Return the plan for the batch repeated twice, ``[B, ...] -> [2 B, ...]``."""
@@ -88,6 +107,16 @@ class BasePlan:
     def with_lengths(self, lengths: Tensor | None) -> BasePlan:
         """Return the plan with ``lengths [B]``, the tokens of each item before its padding; None: no padding."""
         return self if lengths is None else replace(self, lengths=lengths.to(self.index.device, torch.int32))
+
+    def with_tail(self, tail: int | None) -> BasePlan:
+        """Return the plan with pooled terms of at most ``tail`` tokens; None: without.
+
+        Raises:
+            ValueError: ``tail`` is less than 1.
+        """
+        if tail is not None and tail < 1:
+            raise ValueError(f"a pooled term must hold at least one token, got tail={tail}")
+        return replace(self, tail=tail)
 
     def to(self, device: torch.device | str) -> BasePlan:
         """Return the plan on another device."""
@@ -110,7 +139,8 @@ class BasePlan:
             density = f"{self.density:.2f}"
         except RuntimeError:  # meta and fake tensors hold no numbers
             density = "unknown"
-        return f"{type(self).__name__}({self.tokens} tokens, {groups}, density {density})"
+        tail = "" if self.tail is None else f", pooled tail of {self.tail} tokens"
+        return f"{type(self).__name__}({self.tokens} tokens, {groups}, density {density}{tail})"
 
 
 def repeat_batch(value: Any) -> Any:
@@ -171,6 +201,7 @@ class Plan(BasePlan):
     block: int
     order: Tensor | None = None
     lengths: Tensor | None = None
+    tail: int | None = None
 
     @classmethod
     def from_mask(cls, keep: Tensor, tokens: int, block: int, order: Tensor | None = None) -> Plan:
@@ -187,7 +218,8 @@ class Plan(BasePlan):
 
     @classmethod
     def by_head(cls, plans: Sequence[Plan], choice: Tensor) -> Plan:
-        """Combine plans of the same blocks: head h of item b follows ``plans[choice[b, h]]``.
+        """Combine plans of the same blocks: head h of item b follows ``plans[choice[b, h]]``. The tail is kept if it is
+        the same in all plans.
 
         Args:
             plans: plans for one head or for all, for one item or for all.
@@ -204,7 +236,8 @@ class Plan(BasePlan):
             identity = torch.arange(plans[0].tokens, device=choice.device)
             orders = (identity if plan.order is None else plan.order for plan in plans)
             order = _select_by_head([o.expand(1, 1, -1) if o.ndim == 1 else o for o in orders], choice, lead)
-        return cls(index, count, plans[0].tokens, plans[0].block, order)
+        tails = {plan.tail for plan in plans}
+        return cls(index, count, plans[0].tokens, plans[0].block, order, tail=tails.pop() if len(tails) == 1 else None)
 
     def expand_heads(self, heads: Tensor, total: int) -> Plan:
         """Return the plan of some heads, ``heads [H']``, for all ``total`` heads of a layer.

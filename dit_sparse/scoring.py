@@ -1,4 +1,4 @@
-"""Building blocks of methods that look at q and k: block means, sampled attention, scores in chunks, merged softmax."""
+"""Building blocks of methods that look at q and k: block means, sampled attention, scores in chunks."""
 
 from __future__ import annotations
 
@@ -50,19 +50,3 @@ def sampled_attention(q: Tensor, k: Tensor, grid: Grid, samples: int, seed: int)
     rows = torch.randint(grid.before, grid.before + grid.video, (samples,), generator=generator).to(q.device)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
     return rows, (q[:, :, rows].float() @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-
-
-def merge_attention(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge attention over two disjoint sets of keys into attention over both.
-
-    Args:
-        out, other: outputs over each set, ``[B, H, N, D]``.
-        lse, other_lse: their log-sum-exps, ``[B, H, N]``; -inf for a set without keys.
-
-    Returns:
-        Output and log-sum-exp in float32.
-    """
-    total = torch.logaddexp(lse, other_lse)
-    safe = total.nan_to_num(neginf=0.0)
-    weight, other_weight = ((part - safe).exp()[..., None] for part in (lse, other_lse))
-    return weight * out.float() + other_weight * other.float(), total

@@ -49,6 +49,8 @@ def why_not(name: str, q: Tensor, k: Tensor, plan: Plan | ClusterPlan, lse: bool
     module = executor(name)
     if lse and not module.LSE:
         return "returns no log-sum-exp, which the method's correction requires"
+    if plan.tail is not None and not module.LSE:
+        return "returns no log-sum-exp, which merging the pooled tail of the plan requires"
     if isinstance(plan, ClusterPlan) and not module.CLUSTERS:
         return "requires equal blocks, got clusters"
     reason = module.why_not(q, k, plan)
@@ -79,7 +81,8 @@ def pick(
         return Choice(candidates[0], "the only executor that supports this call")
     signature, tokens = CallSignature.from_call(q, plan), q.shape[:3].numel()
     pairs = tokens * q.shape[2]
-    seconds = {name: cost_model(name, signature).seconds(tokens, pairs * plan.density) for name in candidates}
+    computed = pairs * (plan.density + plan.tail_density)
+    seconds = {name: cost_model(name, signature).seconds(tokens, computed) for name in candidates}
     if or_dense:
         seconds["dense"] = cost_model("dense", replace(signature, reorders=False)).seconds(tokens, pairs)
     ranking = sorted(seconds, key=seconds.get)

@@ -166,7 +166,7 @@ class AttentionDispatcher:
             observer(site, q, k, plan)
         self.last_plan = site, plan
         counters.count_density(site, self._plans.density_at(site))
-        counters.count_sparse(site, call.pairs, plan.mean_density, choice.name)
+        counters.count_sparse(site, call.pairs, plan, choice.name)
         attend = partial(choice.executor.attend, q, k, v, scale=call.scale)
 
         def attend_densely() -> tuple[Tensor, Tensor]:

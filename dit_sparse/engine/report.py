@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ..clusters import ClusterPlan
 from ..grid import Grid, Site
 from ..method import Method
 from ..methods import name_of
+from ..plan import Plan
 
 log = logging.getLogger("dit_sparse")
 
@@ -34,6 +36,8 @@ class Report:
         density_asked: requested density, or None if the method's own settings decide.
         density_achieved: fraction of the query-key pairs computed in sparse calls, or None before the first one.
         density_by_step: requested density of the sparse steps, if it changes over the steps.
+        tail_density: pairs of a query and a pooled term in sparse calls, as a fraction of the query-key pairs; None
+            before the first sparse call. Such pairs are not part of ``density_achieved`` and cost as much as others.
         density_note: why the achieved density differs from the requested one by more than 0.01; None if it does not.
         density_run: the same for all self-attention calls, including dense steps and layers.
         attention_seconds: time in self-attention calls, including planning.
@@ -51,6 +55,7 @@ class Report:
     density_asked: float | None
     density_achieved: float | None
     density_by_step: dict[int, float]
+    tail_density: float | None
     density_note: str | None
     density_run: float | None
     attention_seconds: float
@@ -68,6 +73,7 @@ class Report:
             [
                 f"{self.method}: density requested {decimals(self.density_asked)}, "
                 f"achieved {decimals(self.density_achieved)}, whole run {decimals(self.density_run)}",
+                *([f"  pooled tail      {self._tail_text()}"] if self.tail_density else []),
                 f"  grid             {', '.join(self.grids) or '-'}",
                 f"  sparse calls     {self.sparse_calls}" + (f": {executors}" if executors else ""),
                 *(f"  dense calls      {count}: {reason}" for reason, count in self.dense_calls.items()),
@@ -79,6 +85,10 @@ class Report:
                 f"  planning time    {self.planning_seconds:.1f} s, included in the attention time",
             ]
         )
+
+    def _tail_text(self) -> str:
+        cost = self.density_achieved + self.tail_density
+        return f"{self.tail_density:.3f} of the pairs in addition: sparse calls cost {cost:.3f} of dense ones"
 
 
 @dataclass
@@ -94,19 +104,22 @@ class RunCounters:
     computed_in_sparse: float | torch.Tensor = 0.0  # pairs; a tensor, because reading it would wait for the GPU
     observed_pairs: float | torch.Tensor = 0.0  # computed in dense steps for methods that observe them
     density_by_step: dict[int, float] = field(default_factory=dict)
+    pooled_in_sparse: float | torch.Tensor = 0.0  # pairs of a query and a pooled term
     dense_pairs: int = 0
     unsized_calls: int = 0
     logged: set[str] = field(default_factory=set)
     attention: Stopwatch = field(default_factory=lambda: Stopwatch())
     planning: Stopwatch = field(default_factory=lambda: Stopwatch())
 
-    def count_sparse(self, site: Site, pairs: int, density: torch.Tensor, executor: str) -> None:
+    def count_sparse(self, site: Site, pairs: int, plan: Plan | ClusterPlan, executor: str) -> None:
         """Count a sparse call of ``pairs`` query-key pairs."""
         self.sparse_calls += 1
         self.executors[executor] += 1
         self.grids[site.grid, site.block] = None
         self.sparse_pairs += pairs
-        self.computed_in_sparse = self.computed_in_sparse + pairs * density  # not in place: of either inference mode
+        # not in place: of either inference mode
+        self.computed_in_sparse = self.computed_in_sparse + pairs * plan.mean_density
+        self.pooled_in_sparse = self.pooled_in_sparse + pairs * plan.mean_tail_density
 
     def count_density(self, site: Site, density: float | None) -> None:
         """Record the requested density of a sparse step."""
@@ -135,6 +148,10 @@ class RunCounters:
         return float(self.computed_in_sparse) / self.sparse_pairs if self.sparse_pairs else None
 
     @property
+    def tail_density(self) -> float | None:
+        return float(self.pooled_in_sparse) / self.sparse_pairs if self.sparse_pairs else None
+
+    @property
     def density_run(self) -> float | None:
         sized_calls = self.sparse_calls + self.dense.total() - self.unsized_calls
         unsized_pairs = self.unsized_calls * (self.sparse_pairs + self.dense_pairs) / max(sized_calls, 1)
@@ -159,6 +176,7 @@ class RunCounters:
             density_asked=method.density,
             density_achieved=achieved,
             density_by_step=self.density_by_step if len(set(self.density_by_step.values())) > 1 else {},
+            tail_density=self.tail_density,
             density_note="; ".join(dict.fromkeys(filter(None, notes))) or None,
             density_run=self.density_run,
             attention_seconds=self.attention.seconds,

@@ -27,7 +27,8 @@ from ..budget import Above, Budget
 from ..grid import Grid, Site
 from ..method import AttentionOutput, Scorer
 from ..plan import num_blocks
-from ..scoring import merge_attention, pool, split_blocks, without_padding
+from ..scoring import pool, split_blocks, without_padding
+from ..tail import merge_attention
 
 
 @dataclass(frozen=True, kw_only=True)

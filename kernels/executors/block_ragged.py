@@ -16,6 +16,7 @@ from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import Architecture
 from dit_sparse.kernels.permute import permute_tokens
 from dit_sparse.plan import Plan, num_blocks
+from dit_sparse.tail import with_tail
 
 LSE = True
 CLUSTERS = True
@@ -29,6 +30,7 @@ def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
     return "requires clusters, got equal blocks; use block_sparse" if isinstance(plan, Plan) else None
 
 
+@with_tail
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: ClusterPlan, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Compute attention as specified in `executors`. ``out`` has q's memory layout."""
     from dit_sparse.kernels.gpu.block_ragged import block_ragged_kernel

@@ -9,6 +9,7 @@ from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import Architecture
 from dit_sparse.kernels.permute import permute_tokens
 from dit_sparse.plan import Plan
+from dit_sparse.tail import with_tail
 
 LSE = True
 CLUSTERS = False
@@ -22,6 +23,7 @@ def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     return launching.why_not(q, k)
 
 
+@with_tail
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Compute attention as specified in `executors`. ``out`` has q's memory layout.
 

@@ -21,6 +21,7 @@ from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.cache import cache_folder, writable_cache_folder
 from dit_sparse.kernels.gpu.launching import with_positive_scale
 from dit_sparse.plan import Plan
+from dit_sparse.tail import with_tail
 
 LSE = True
 CLUSTERS = True
@@ -44,6 +45,7 @@ def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
     return _missing_requirement() or _build_error()
 
 
+@with_tail
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.plan import Plan
+from dit_sparse.tail import with_tail
 
 LSE = True
 CLUSTERS = False
@@ -37,6 +38,7 @@ def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     return None
 
 
+@with_tail
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Compute attention as specified in `executors`."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch

@@ -19,6 +19,7 @@ from torch import Tensor
 from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.plan import Plan, reorder
+from dit_sparse.tail import with_tail
 
 LSE = True
 CLUSTERS = True
@@ -38,6 +39,7 @@ def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
     return None
 
 
+@with_tail
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.plan import Plan
+from dit_sparse.tail import with_tail
 
 LSE = torch.cuda.is_available()
 CLUSTERS = False
@@ -32,6 +33,7 @@ def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     return None
 
 
+@with_tail
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor | None]:
     """Compute attention as specified in `executors`.
 

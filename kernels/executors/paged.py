@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.plan import Plan
+from dit_sparse.tail import with_tail
 
 from .pages import FLASH_2_PAGE, paged_inputs
 
@@ -28,6 +29,7 @@ def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     return _missing_from_torch() or _unsupported_page_size(plan)
 
 
+@with_tail
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Compute attention as specified in `executors`."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
-from dit_sparse.plan import Plan
+from dit_sparse.plan import Plan, reorder
+from dit_sparse.tail import PooledTail, kept_terms
 
 LSE = True
 CLUSTERS = True
@@ -28,10 +29,15 @@ def attend(
     k, v = (x.repeat_interleave(heads // k.shape[1], 1).float() for x in (k, v))
     if plan.lengths is not None:  # padding may hold NaN, which a weight of zero would not remove
         v = v.masked_fill((torch.arange(plan.tokens, device=v.device) >= plan.lengths[:, None])[:, None, :, None], 0.0)
-    mask = token_mask(plan, batch, heads)
-    scores = (q.float() @ k.mT * scale).masked_fill(~mask, -torch.inf)
-    weights = torch.where(mask.any(-1, keepdim=True), scores.softmax(-1), 0.0)
-    return (weights @ v).to(q.dtype), scores.logsumexp(-1)
+    scores = (q.float() @ k.mT * scale).masked_fill(~token_mask(plan, batch, heads), -torch.inf)
+    if plan.tail is not None:
+        tail = PooledTail.from_plan(plan, reorder(k, plan.order), reorder(v, plan.order))
+        logits = q.float() @ tail.keys.mT * scale + tail.log_sizes[:, :, None]
+        kept = torch.take_along_dim(kept_terms(plan, tail.group), plan.query_group[..., None], 2)
+        scores, v = torch.cat([scores, logits.masked_fill(kept, -torch.inf)], -1), torch.cat([v, tail.values], 2)
+    lse = scores.logsumexp(-1)
+    weights = torch.where(lse.isneginf()[..., None], 0.0, scores.softmax(-1))
+    return (weights @ v).to(q.dtype), lse
 
 
 def token_mask(plan: Plan | ClusterPlan, batch: int, heads: int) -> Tensor:

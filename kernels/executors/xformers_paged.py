@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.plan import Plan
+from dit_sparse.tail import with_tail
 
 from .pages import FLASH_2_PAGE, paged_inputs
 
@@ -31,6 +32,7 @@ def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     return None
 
 
+@with_tail
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Compute attention as specified in `executors`.
 

@@ -80,7 +80,7 @@ def test_the_form_has_the_settings_that_the_text_does_not_set():
     assert radial == [field.name for field in dataclasses.fields(METHODS["radial"]) if field.name != "density"]
     assert names("radial|sink") == names("radial(density=0.3)") == names("(radial|sink)|sink") == radial
     assert names("radial(sink=true)") == [name for name in radial if name != "sink"]
-    assert names("pooled(subblock)") == ["variance"]
+    assert names("pooled(subblock)") == ["group"]
     assert names("sol") == names("nope") == names("radial(") == names("profile:shapes-wan") == []
 
 

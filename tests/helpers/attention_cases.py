@@ -6,7 +6,7 @@ import os
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -144,6 +144,46 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = N
     q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1).nan_to_num(0.0) @ v, torch.logsumexp(scores, -1)
+
+
+def term_labels(plan: Plan | ClusterPlan, batch: int, heads: int) -> Tensor:
+    """Return the pooled term of the plan's tail that each token belongs to, int64 ``[B, H, N]``, token by token."""
+    entry = lambda x, b, h: x[min(b, x.shape[0] - 1), min(h, x.shape[1] - 1)].tolist()
+    labels = torch.zeros(batch, heads, plan.tokens, dtype=torch.long)
+    for b, h in product(range(batch), range(heads)):
+        if isinstance(plan, ClusterPlan):
+            order, edges = entry(plan.keys.order, b, h), entry(plan.keys.edges, b, h)
+        else:
+            one_order = torch.arange(plan.tokens) if plan.order is None else plan.order
+            order = entry(one_order if one_order.ndim == 3 else one_order[None, None], b, h)
+            edges = [*range(0, plan.tokens, plan.block), plan.tokens]
+        starts = ((at, end) for first, end in pairwise(edges) for at in range(first, end, plan.tail))
+        terms = (range(at, min(at + plan.tail, end)) for at, end in starts)
+        for number, term in enumerate(terms):
+            labels[b, h, [order[position] for position in term]] = number
+    return labels
+
+
+def exact_with_tail(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan | ClusterPlan, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp in float64 of attention over the kept keys and the pooled terms of the others."""
+    batch, heads, tokens, dim = q.shape
+    q, k, v = q.double(), *(x.double().repeat_interleave(heads // k.shape[1], 1) for x in (k, v))
+    scale = dim**-0.5 if scale is None else scale
+    mask = (cluster_token_mask if isinstance(plan, ClusterPlan) else token_mask)(plan.with_lengths(None), batch, heads)
+    valid = torch.arange(tokens) < (torch.tensor([tokens]) if plan.lengths is None else plan.lengths)[:, None]
+    k, v = (torch.where(valid[:, None, :, None], x, 0.0) for x in (k, v))
+    labels = term_labels(plan, batch, heads)
+    member = F.one_hot(labels).double()
+    is_kept = mask.double() @ member > 0
+    member = member * valid[:, None, :, None]
+    size = member.sum(2)
+    keys, values = (member.mT @ x / size.clamp(min=1)[..., None] for x in (k, v))
+    logits = (q @ keys.mT * scale + size.log()[:, :, None]).masked_fill(is_kept, -torch.inf)
+    scores = (q @ k.mT * scale).masked_fill(~(mask & valid[:, None, None]), -torch.inf)
+    scores = torch.cat([scores, logits], -1)
+    return scores.softmax(-1).nan_to_num(0.0) @ torch.cat([v, values], 2), torch.logsumexp(scores, -1)
 
 
 def softmax_map(q: Tensor, k: Tensor) -> Tensor:

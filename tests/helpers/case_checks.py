@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dit_sparse as ds
+from attention_cases import exact_with_tail
 from dit_sparse.composition import PerHead, Wrapper, nested_methods
 from dit_sparse.method import AttentionOutput, Method
 from dit_sparse.methods import method as read_method
 from dit_sparse.methods import method_at_density, method_text
-from dit_sparse.methods.pooled import Pooled
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.methods.sol import Sol
 from dit_sparse.methods.svg2 import SVG2
@@ -122,8 +122,13 @@ def check_refusal(error: ValueError | RuntimeError) -> str:
 
 
 def check_executor(result: AttentionOutput) -> None:
-    """Check output and log-sum-exp of the executor against masked attention in float64."""
-    out, lse = naive_attention(result, token_mask(result))
+    """Check output and log-sum-exp of the executor against attention over the kept keys and the pooled tail in
+    float64."""
+    if result.plan.tail is None:
+        out, lse = naive_attention(result, token_mask(result))
+    else:
+        tensors = (x.cpu() for x in (result.q, result.k, result.v, result.plan))
+        out, lse = (x.to(result.q.device) for x in exact_with_tail(*tensors, result.scale))
     assert result.out.dtype == result.q.dtype, f"output: it is {result.out.dtype} for {result.q.dtype}"
     assert_close("output", result.out, out, result)
     if result.lse is not None:
@@ -180,7 +185,7 @@ def required_density(plan: AnyPlan, text: Tensor, method: Method, grid: ds.Grid)
 
 def check_correction(result: AttentionOutput, out: Tensor, lse: Tensor | None, method: Method) -> None:
     """Check the corrected output of a first call against the formula of the correction in float64."""
-    corrections = [part for part in nested_methods(method) if isinstance(part, Pooled | Rettention | Sol | Skip)]
+    corrections = [part for part in nested_methods(method) if isinstance(part, Rettention | Sol | Skip)]
     if holds(method, PerHead):
         return
     if not corrections:
@@ -190,7 +195,7 @@ def check_correction(result: AttentionOutput, out: Tensor, lse: Tensor | None, m
     elif isinstance(corrections[0], Rettention):  # computes the dense output at the first call
         expected = naive_attention(result, valid_tokens(result)[:, :, None])
     else:
-        expected = naive_tail(result, corrections[0])
+        expected = naive_tail(result)
     assert_close("corrected output", out, expected[0], result)
     if lse is not None:
         assert_close("corrected log-sum-exp", lse, expected[1], result)
@@ -213,22 +218,17 @@ def naive_attention(result: AttentionOutput, mask: Tensor) -> tuple[Tensor, Tens
     return scores.softmax(-1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
 
 
-def naive_tail(result: AttentionOutput, method: Pooled | Sol) -> tuple[Tensor, Tensor]:
-    """Return attention over the kept keys and the mean key of every dropped group, in one softmax."""
+def naive_tail(result: AttentionOutput) -> tuple[Tensor, Tensor]:
+    """Return attention over the kept keys and the mean key of every block that Sol drops, in one softmax."""
     q, k, v, scale = float64_inputs(result)
     plan, groups = result.plan, result.plan.key_sizes.shape[-1]
     member = F.one_hot(plan.key_group.expand(q.shape[:3]), groups) * valid_tokens(result)[..., None].double()
     size = member.sum(2)
     mean = lambda x: member.mT @ x / size.clamp(min=1)[..., None]
-    keys, values, logits = mean(k), mean(v), q @ mean(k).mT * scale
-    if isinstance(
-        method, Sol
-    ):  # the mean of the query block takes the place of the query, but for an offset of all keys
-        offset = (k.sum(2) / size.sum(-1, keepdim=True))[:, :, None]
-        logits = (member @ mean(q) @ (keys - offset).mT + q @ offset.mT) * scale
-    logits = logits + size.log()[:, :, None]
-    if isinstance(method, Pooled) and method.variance:
-        logits = logits + q.square() @ (mean(k.square()) - keys.square()).mT * scale**2 / 2
+    keys, values = mean(k), mean(v)
+    # the mean of the query block takes the place of the query, but for an offset of all keys
+    offset = (k.sum(2) / size.sum(-1, keepdim=True))[:, :, None]
+    logits = (member @ mean(q) @ (keys - offset).mT + q @ offset.mT) * scale + size.log()[:, :, None]
     rows = plan.query_group.expand(q.shape[:3])[..., None].expand(-1, -1, -1, groups)
     logits = logits.masked_fill(plan.block_mask().expand(*q.shape[:2], -1, -1).gather(2, rows), -torch.inf)
     scores = torch.cat([(q @ k.mT * scale).masked_fill(~token_mask(result), -torch.inf), logits], -1)

@@ -156,7 +156,8 @@ def random_method(rng: random.Random, heads: int, layers: int) -> Node:
     if kind == "corrected":
         inner = random_settings(rng, rng.choice([name for name in SETTINGS if name not in CHANGES_OUTPUT]))
         inner = rng.choice((inner, inner, Call("cached", (inner,))))
-        return rng.choice((Call("pooled", (inner,), (("variance", rng.random() < 0.3),)), Call("rettention", (inner,))))
+        pooled = Call("pooled", (inner,), (("group", rng.choice((None, 7, 16))),))
+        return rng.choice((pooled, Call("rettention", (inner,))))
     if kind == "per head":
         names = rng.sample([name for name in SETTINGS if name not in MAKES_CLUSTERS], 3)
         methods = tuple((letter, random_settings(rng, name)) for letter, name in zip("abc", names, strict=True))

@@ -12,20 +12,15 @@ from hypothesis import strategies as st
 
 from attention_cases import (
     assert_near,
-    cluster_token_mask,
     exact,
     qkv,
-    random_cluster_plan,
-    random_plan,
-    token_mask,
 )
 from dit_sparse import ClusterPlan, Grid, Plan, Site, attention, enable
 from dit_sparse.kernels.executors import flex, reference
 from dit_sparse.method import AttentionOutput
 from dit_sparse.methods import method, rettention
-from dit_sparse.methods.pooled import Pooled
 from dit_sparse.methods.rettention import Rettention
-from dit_sparse.scoring import merge_attention
+from dit_sparse.tail import merge_attention
 from tiny_pipelines import ALL
 
 GRID = Grid(5, 7, 3, after=11)  # 116 tokens
@@ -136,42 +131,6 @@ def test_attention_over_two_sets_of_keys_merges_to_dense(seed, density):
     assert_near(lse, log_sum_exp(q, k), 1e-5)
 
 
-def pooled_by_query(q, k, v, mask, group, lengths, variance):
-    """Compute each query alone: kept keys as they are, every dropped group as one key."""
-    batch, heads, tokens, dim = q.shape
-    out = torch.zeros_like(q, dtype=torch.float64)
-    q, k, v = q.double(), k.double(), v.double()
-    for b, h, n in torch.cartesian_prod(torch.arange(batch), torch.arange(heads), torch.arange(tokens)).tolist():
-        logits, values = [], []
-        for g in group[b, h].unique():
-            members = [m for m in (group[b, h] == g).nonzero().flatten().tolist() if m < lengths[b]]
-            if not members:
-                continue
-            each = k[b, h, members] @ q[b, h, n] * dim**-0.5
-            if mask[b, h, n, members[0]]:
-                logits += each.tolist()
-                values += list(v[b, h, members])
-            else:
-                spread = k[b, h, members].var(0, unbiased=False) @ q[b, h, n].square() / (2 * dim) if variance else 0.0
-                logits.append(float(each.mean() + torch.tensor(float(len(members))).log() + spread))
-                values.append(v[b, h, members].mean(0))
-        out[b, h, n] = torch.tensor(logits, dtype=torch.float64).softmax(-1) @ torch.stack(values)
-    return out
-
-
-@pytest.mark.parametrize(
-    "random, mask", [(partial(random_plan, block=8), token_mask), (random_cluster_plan, cluster_token_mask)]
-)
-@pytest.mark.parametrize("variance", [True, False])
-def test_pooled_treats_dropped_groups_as_one_key(random, mask, variance):
-    q, k, v = qkv(50, batch=2, dim=8)
-    lengths = [50, 41]
-    plan = random(50, batch=2, heads=2, lengths=lengths)
-    out, _ = Pooled(variance=variance).correct(sparse_result(q, k, v, plan), Site(Grid(1, 5, 10), 8), {})
-    group = plan.key_group.expand(2, 2, -1)
-    assert_near(out, pooled_by_query(q, k, v, mask(plan, 2, 2), group, lengths, variance), 1e-5)
-
-
 def test_pooled_is_dense_if_the_keys_of_a_group_are_equal():
     q, k, v = qkv(96)
     k = k.unflatten(2, (-1, 16)).mean(3).repeat_interleave(16, 2)
@@ -186,5 +145,6 @@ def test_sol_equals_pooled_if_the_queries_of_a_block_are_equal():
     sol, site = method("sol", density=0.5), Site(Grid(3, 5, 6), 16)
     for lengths in (None, torch.tensor([85])):
         result = sparse_result(q, k, v, sol.plan(q, k, site, {}).with_lengths(lengths))
-        for actual, expected in zip(sol.correct(result, site, {}), Pooled().correct(result, site, {}), strict=True):
+        pooled = reference.attend(q, k, v, result.plan.with_tail(16))
+        for actual, expected in zip(sol.correct(result, site, {}), pooled, strict=True):
             assert_near(actual, expected, 1e-5)

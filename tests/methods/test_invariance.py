@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_cases import assert_near, qkv
+from attention_cases import assert_near, qkv, term_labels
 from dit_sparse import Grid, Method, Site
 from dit_sparse.kernels.executors import reference
 from dit_sparse.method import AttentionOutput
@@ -17,7 +17,7 @@ from dit_sparse.methods import METHODS, method
 GRID, BLOCK, HEADS, DIM = Grid(5, 7, 3, after=11), 16, 2, 32  # 116 tokens
 LENGTHS = torch.tensor([116, 110])
 CORRECTIONS = [
-    "sol", "sol(budget=above(0.5))", "pooled(svg)", "pooled(svg2)", "pooled(xattention, variance=true)",
+    "sol", "sol(budget=above(0.5))", "pooled(svg)", "pooled(svg2)", "pooled(xattention, group=5)",
     "rettention(window)", "rettention(svg2, ramp=0.0)", "cached(pooled(sparge))",
 ]  # fmt: skip
 every_correction = pytest.mark.parametrize("name", CORRECTIONS)
@@ -90,9 +90,10 @@ def test_values_enter_linearly(name, lengths):
 @every_correction
 @every_padding
 def test_keys_of_a_group_are_a_set(name, lengths):
-    """Permuting keys with their values within a group changes nothing."""
+    """Permuting keys with their values within a group, or a pooled term of it, changes nothing."""
     (one, plan), steps = method_and_plan(name, lengths), inputs()
-    order = permutation_within(plan.key_group, lengths)
+    labels = plan.key_group if plan.tail is None else term_labels(plan, 2, HEADS)
+    order = permutation_within(labels, lengths)
     permute = lambda x: torch.take_along_dim(x, order[..., None], 2)
     for actual, expected in zip(
         correct(one, changed(steps, k=permute, v=permute), plan), correct(one, steps, plan), strict=True
@@ -116,8 +117,6 @@ def test_queries_of_a_group_are_a_set(name, lengths):
 
 @every_correction
 def test_a_rotation_of_queries_and_keys_changes_nothing(name):
-    if "variance" in name:
-        pytest.skip("the variance is that of each channel")
     (one, plan), steps = method_and_plan(name, None), inputs()
     rotation = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(7)))[0]
     rotated = correct(one, changed(steps, q=lambda q: q @ rotation, k=lambda k: k @ rotation), plan)

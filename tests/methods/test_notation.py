@@ -95,7 +95,7 @@ UNIONS = st.recursive(ORDERED_ALIKE, unions, max_leaves=5) | st.builds(
 SIMPLE = plain_methods(PLAIN) | UNIONS
 CACHED = st.builds(Cached, inner=SIMPLE, replan_interval=st.none() | st.integers(1, 9), drift=st.none() | numbers(0, 2))
 UNCHANGED = (SIMPLE | CACHED).filter(lambda one: not changes_output(one))
-WRAPPED = CACHED | st.builds(Pooled, inner=UNCHANGED, variance=st.booleans(), density=st.none())
+WRAPPED = CACHED | st.builds(Pooled, inner=UNCHANGED, group=st.none() | st.integers(1, 99), density=st.none())
 BLOCKS = SIMPLE.filter(lambda one: not one.makes_cluster_plans)
 PER_HEAD = st.builds(lambda a, b: PerHead(methods=(("a", a), ("b", b)), layers=("ab", "ba")), BLOCKS, BLOCKS)
 

@@ -27,9 +27,9 @@ def softmax_sum(logits: list[float], values: list[Tensor]) -> tuple[Tensor, floa
     return logits.softmax(0) @ torch.stack(values), float(logits.logsumexp(0))
 
 
-def check(one, grid: Grid, tail) -> None:
+def check(one, grid: Grid, tail, group: int = BLOCK) -> None:
     """Assert that each query attends to its kept keys and to the logits of ``tail(query, block, members)``, one for
-    each dropped block with the mean of its values."""
+    every ``group`` tokens of a dropped block with the mean of its values."""
     q, k, v = qkv(grid.tokens, heads=1, dim=DIM, seed=2)
     k = k + 0.7  # an offset of all keys changes nothing but the log-sum-exp
     out, lse = attention(q, k, v, grid=grid, method=one, block=BLOCK, executor="reference")
@@ -41,9 +41,10 @@ def check(one, grid: Grid, tail) -> None:
         kept = mask[n].nonzero().flatten().tolist()
         logits, values = [float(q[n] @ k[m]) / math.sqrt(DIM) for m in kept], [v[m] for m in kept]
         for members in blocks:
-            if not mask[n, members[0]]:
-                logits.append(tail(q, k, n, blocks, members))
-                values.append(v[members].mean(0))
+            for first in range(0, 0 if mask[n, members[0]] else len(members), group):
+                part = members[first : first + group]
+                logits.append(tail(q, k, n, blocks, part))
+                values.append(v[part].mean(0))
         expected, expected_lse = softmax_sum(logits, values)
         assert_near(out[0, 0, n], expected, 1e-5)
         assert float(lse[0, 0, n]) == pytest.approx(expected_lse, abs=1e-5)
@@ -63,16 +64,14 @@ def test_sol(grid):
 
 
 @every_grid
-@pytest.mark.parametrize("variance", [False, True])
-def test_pooled(grid, variance):
-    """Combiner: every dropped block is one key for each query, with the second cumulant on request."""
+@pytest.mark.parametrize("group", [None, 16, 5])
+def test_pooled(grid, group):
+    """Combiner: every dropped block, or each group of its tokens, is one key for each query."""
 
     def tail(q, k, n, blocks, members):
-        logit = float(q[n] @ k[members].mean(0)) / math.sqrt(DIM) + math.log(len(members))
-        spread = q[n].square() @ k[members].var(0, unbiased=False) / (2 * DIM)
-        return logit + float(spread) * variance
+        return float(q[n] @ k[members].mean(0)) / math.sqrt(DIM) + math.log(len(members))
 
-    check(Pooled(inner=method("radial", density=0.45), variance=variance), grid, tail)
+    check(Pooled(inner=method("radial", density=0.45), group=group), grid, tail, group or BLOCK)
 
 
 @every_grid
