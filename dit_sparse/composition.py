@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import Grid, Site
+from .kernels.tail import add_tail
 from .method import AttentionOutput, Method
 from .notation.settings import within
 from .pattern import Union
 from .plan import Plan
 from .scoring import pool
-from .tail import add_tail
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Token orders, from which blocks are cut. Each function returns ``order [N]``: position i holds token ``order[i]``.
+"""Token orders, from which blocks are cut: ``order [N]``, where position i holds token ``order[i]``.
 
 Only video tokens are reordered. Text stays at the front and the end of the sequence, so padding stays at the end.
 """
@@ -82,6 +82,23 @@ def gilbert(grid: Grid) -> Tensor:
     position = torch.empty_like(frame)
     position[(frame * grid.height + row) * grid.width + column] = torch.arange(grid.video)
     return _sort_video(grid, position)
+
+
+def reorder(x: Tensor, order: Tensor | None) -> Tensor:
+    """Return ``x [B, H, N, ...]`` in an order ``[N]`` or ``[B|1, H|1, N]``.
+
+    If the order has more heads than x, the heads of x are repeated (grouped queries).
+    """
+    if order is None:
+        return x
+    if order.ndim == 1:
+        return x.index_select(2, order)
+    if x.shape[1] < order.shape[1]:
+        x = x.repeat_interleave(order.shape[1] // x.shape[1], 1)
+    order = order.expand(*x.shape[:2], -1)
+    if x.ndim == 4:
+        order = order[..., None].expand(-1, -1, -1, x.shape[-1])
+    return x.gather(2, order)
 
 
 def _video_coordinates(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:

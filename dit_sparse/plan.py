@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .order import reorder
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -34,8 +36,8 @@ class BasePlan:
             valid; the others hold any existing number. K is the largest count, or more if trimming would synchronize
             with a GPU.
         count: length of each list, int32 ``[B|1, H|1, Q]``.
-        tail: greatest number of tokens of a pooled term (`dit_sparse.tail`): the key groups that a row does not keep
-            take part in its softmax as means of this many consecutive tokens. None: they do not take part.
+        tail: greatest number of tokens of a pooled term. The key groups that a row does not keep take part in its
+            softmax as means of this many consecutive tokens (`dit_sparse.kernels.tail`). None: they do not take part.
     """
 
     index: Tensor
@@ -49,9 +51,7 @@ class BasePlan:
     @cached_property
     def density_by_head(self) -> Tensor:
         """Fraction of the query-key token pairs that each head computes, float64 ``[B|1, H|1]``."""
-        kept_sizes = torch.take_along_dim(self.key_sizes[:, :, None], self.index.long(), -1)
-        keys = (kept_sizes * self.valid).sum(-1)
-        return (keys * self.query_sizes).sum(-1).double() / self.tokens**2
+        return (self._sum_kept(self.key_sizes) * self.query_sizes).sum(-1).double() / self.tokens**2
 
     @property
     def mean_density(self) -> Tensor:
@@ -70,15 +70,18 @@ class BasePlan:
         if self.tail is None:
             return 0.0
         terms = -(-self.key_sizes // self.tail)
-        kept = (torch.take_along_dim(terms[:, :, None], self.index.long(), -1) * self.valid).sum(-1)
-        pairs = ((terms.sum(-1, keepdim=True) - kept) * self.query_sizes).sum(-1)
-        return (pairs.double() / self.tokens**2).mean()
+        dropped = terms.sum(-1, keepdim=True) - self._sum_kept(terms)
+        return ((dropped * self.query_sizes).sum(-1).double() / self.tokens**2).mean()
 
     @property
     def tail_density(self) -> float:
         """Pairs of a query and a pooled term, as a fraction of the query-key token pairs, mean over the heads. The cost
         of a plan relative to dense attention is about ``density + tail_density``."""
         return float(self.mean_tail_density)
+
+    def _sum_kept(self, values: Tensor) -> Tensor:
+        """Return the sum of ``values [B|1, H|1, Qk]`` over the key groups that each row keeps, ``[B|1, H|1, Q]``."""
+        return (torch.take_along_dim(values[:, :, None], self.index.long(), -1) * self.valid).sum(-1)
 
     def block_mask(self) -> Tensor:
         """Return the mask of groups, bool ``[B|1, H|1, Q, Qk]``."""
@@ -109,11 +112,7 @@ class BasePlan:
         return self if lengths is None else replace(self, lengths=lengths.to(self.index.device, torch.int32))
 
     def with_tail(self, tail: int | None) -> BasePlan:
-        """Return the plan with pooled terms of at most ``tail`` tokens; None: without.
-
-        Raises:
-            ValueError: ``tail`` is less than 1.
-        """
+        """Return the plan with pooled terms of at most ``tail`` tokens, a number from 1 on; None: without."""
         if tail is not None and tail < 1:
             raise ValueError(f"a pooled term must hold at least one token, got tail={tail}")
         return replace(self, tail=tail)
@@ -139,7 +138,7 @@ class BasePlan:
             density = f"{self.density:.2f}"
         except RuntimeError:  # meta and fake tensors hold no numbers
             density = "unknown"
-        tail = "" if self.tail is None else f", pooled tail of {self.tail} tokens"
+        tail = f", pooled tail of {self.tail} tokens" if self.tail else ""
         return f"{type(self).__name__}({self.tokens} tokens, {groups}, density {density}{tail})"
 
 
@@ -298,20 +297,3 @@ def _select_by_head(values: Sequence[Tensor], choice: Tensor, lead: tuple[int, i
     for i, value in enumerate(values[1:], 1):
         result = torch.where(number == i, value, result)
     return result
-
-
-def reorder(x: Tensor, order: Tensor | None) -> Tensor:
-    """Return ``x [B, H, N, ...]`` in an order ``[N]`` or ``[B|1, H|1, N]``.
-
-    If the order has more heads than x, the heads of x are repeated (grouped queries).
-    """
-    if order is None:
-        return x
-    if order.ndim == 1:
-        return x.index_select(2, order)
-    if x.shape[1] < order.shape[1]:
-        x = x.repeat_interleave(order.shape[1] // x.shape[1], 1)
-    order = order.expand(*x.shape[:2], -1)
-    if x.ndim == 4:
-        order = order[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, order)

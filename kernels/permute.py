@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_sparse.plan import num_blocks, reorder
+from dit_sparse.order import reorder
+from dit_sparse.plan import num_blocks
 
 from .gpu import launching
 

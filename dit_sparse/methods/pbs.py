@@ -31,7 +31,8 @@ from ..density import keep_pairs, text_density
 from ..grid import Grid, Site
 from ..method import Method
 from ..notation.settings import within
-from ..plan import num_blocks, reorder
+from ..order import reorder
+from ..plan import num_blocks
 from ..scoring import score_in_chunks, split_blocks
 
 

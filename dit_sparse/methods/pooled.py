@@ -37,8 +37,8 @@ DEFAULT_INNER = Radial()
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled(Correction):
-    """Adds a pooled tail (`dit_sparse.tail`) to any plan, of blocks or clusters. Costs as much as 1 / group of dense
-    attention.
+    """Add a pooled tail (`dit_sparse.kernels.tail`) to any plan, of blocks or clusters. The tail costs about 1 / group
+    of dense attention.
 
     Attributes:
         group: greatest number of tokens of a pooled group; None: whole blocks or clusters.

@@ -7,8 +7,8 @@ Every executor module has:
     ``scale``, any finite number, multiplies the scores, None: ``D ** -0.5``. ``out [B, H, N, D]`` has q's dtype;
     ``lse`` is the natural log-sum-exp of the kept scores, float32 ``[B, H, N]``, or None if the executor does not
     compute it. The pooled terms of a plan with a tail are keys as well; an executor that does not compute them merges
-    them (`dit_sparse.tail.with_tail`). A query without any valid key gets 0 and -inf. Rows of padding may hold NaN:
-    executors that are not ``THIRD_PARTY`` never read them as keys and values of other rows.
+    them (`dit_sparse.kernels.tail.with_tail`). A query without any valid key gets 0 and -inf. Rows of padding may hold
+    NaN: executors that are not ``THIRD_PARTY`` never read them as keys and values of other rows.
 ``why_not(q, k, plan) -> str | None``
     None if ``attend`` supports the call; otherwise the unmet requirement: ``requires CUDA, got cpu tensors``.
 ``LSE: bool``

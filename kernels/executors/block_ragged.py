@@ -15,8 +15,8 @@ from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import Architecture
 from dit_sparse.kernels.permute import permute_tokens
+from dit_sparse.kernels.tail import with_tail
 from dit_sparse.plan import Plan, num_blocks
-from dit_sparse.tail import with_tail
 
 LSE = True
 CLUSTERS = True

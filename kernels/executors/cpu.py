@@ -20,8 +20,8 @@ from torch import Tensor
 from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.cache import cache_folder, writable_cache_folder
 from dit_sparse.kernels.gpu.launching import with_positive_scale
+from dit_sparse.kernels.tail import with_tail
 from dit_sparse.plan import Plan
-from dit_sparse.tail import with_tail
 
 LSE = True
 CLUSTERS = True

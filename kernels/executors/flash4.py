@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.gpu import launching
+from dit_sparse.kernels.tail import with_tail
 from dit_sparse.plan import Plan
-from dit_sparse.tail import with_tail
 
 LSE = True
 CLUSTERS = False

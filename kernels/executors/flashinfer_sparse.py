@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.gpu import launching
-from dit_sparse.plan import Plan, reorder
-from dit_sparse.tail import with_tail
+from dit_sparse.kernels.tail import with_tail
+from dit_sparse.order import reorder
+from dit_sparse.plan import Plan
 
 LSE = True
 CLUSTERS = True

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_sparse.kernels.tail import with_tail
 from dit_sparse.plan import Plan
-from dit_sparse.tail import with_tail
 
 LSE = torch.cuda.is_available()
 CLUSTERS = False

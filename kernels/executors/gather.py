@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
+from dit_sparse.kernels.tail import with_tail
 from dit_sparse.plan import Plan
-from dit_sparse.tail import with_tail
 
 LSE = True
 CLUSTERS = True

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dit_sparse.clusters import ClusterPlan
-from dit_sparse.plan import Plan, reorder
-from dit_sparse.tail import PooledTail, kept_terms
+from dit_sparse.kernels.tail import PooledTail, kept_terms
+from dit_sparse.order import reorder
+from dit_sparse.plan import Plan
 
 LSE = True
 CLUSTERS = True

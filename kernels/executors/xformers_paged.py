@@ -11,8 +11,8 @@ import importlib.util
 from torch import Tensor
 
 from dit_sparse.kernels.gpu import launching
+from dit_sparse.kernels.tail import with_tail
 from dit_sparse.plan import Plan
-from dit_sparse.tail import with_tail
 
 from .pages import FLASH_2_PAGE, paged_inputs
 

@@ -16,7 +16,8 @@ from dit_sparse.kernels.executors import block_sparse
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import Architecture, split_head_dim
 from dit_sparse.kernels.permute import permute_tokens
-from dit_sparse.plan import Plan, num_blocks, reorder
+from dit_sparse.order import reorder
+from dit_sparse.plan import Plan, num_blocks
 
 MIN_ROWS = 16  # the fewest rows of a matrix product in Triton
 

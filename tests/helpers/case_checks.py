@@ -127,7 +127,7 @@ def check_executor(result: AttentionOutput) -> None:
     if result.plan.tail is None:
         out, lse = naive_attention(result, token_mask(result))
     else:
-        tensors = (x.cpu() for x in (result.q, result.k, result.v, result.plan))
+        tensors = (x.to("cpu") for x in (result.q, result.k, result.v, result.plan))
         out, lse = (x.to(result.q.device) for x in exact_with_tail(*tensors, result.scale))
     assert result.out.dtype == result.q.dtype, f"output: it is {result.out.dtype} for {result.q.dtype}"
     assert_close("output", result.out, out, result)

@@ -31,7 +31,7 @@ class Room:
 
 
 ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it fits
-    "nouns": Room("grid order plan clusters tail schedule", lazily="plotting matplotlib"),
+    "nouns": Room("grid order plan clusters schedule kernels.tail", lazily="plotting matplotlib"),
     "planners": Room("kernels.planning kernels.planning.*", "nouns executors programs"),
     "programs": Room("kernels.gpu kernels.gpu.*", "triton"),
     "executors": Room("kernels.*", "nouns programs platformdirs", lazily="triton xformers flash_attn flashinfer"),

@@ -27,7 +27,7 @@ from attention_cases import (
 from dit_sparse import ClusterPlan, Plan
 from dit_sparse.kernels.executors import EXECUTORS, executor, flex, gather, reference
 from dit_sparse.kernels.pick import pick
-from dit_sparse.tail import add_tail, attend_tail
+from dit_sparse.kernels.tail import add_tail, attend_tail
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32

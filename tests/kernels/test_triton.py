@@ -32,7 +32,7 @@ from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import AMD, ARCHITECTURES, architecture
 from dit_sparse.kernels.permute import permute_tokens
 from dit_sparse.kernels.planning import block_mass
-from dit_sparse.plan import reorder
+from dit_sparse.order import reorder
 
 pytestmark = pytest.mark.usefixtures("triton_preferred")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

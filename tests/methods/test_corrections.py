@@ -17,10 +17,10 @@ from attention_cases import (
 )
 from dit_sparse import ClusterPlan, Grid, Plan, Site, attention, enable
 from dit_sparse.kernels.executors import flex, reference
+from dit_sparse.kernels.tail import merge_attention
 from dit_sparse.method import AttentionOutput
 from dit_sparse.methods import method, rettention
 from dit_sparse.methods.rettention import Rettention
-from dit_sparse.tail import merge_attention
 from tiny_pipelines import ALL
 
 GRID = Grid(5, 7, 3, after=11)  # 116 tokens

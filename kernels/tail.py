@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clusters import ClusterPlan
-from .plan import Plan, num_blocks, reorder
+from dit_sparse.clusters import ClusterPlan
+from dit_sparse.order import reorder
+from dit_sparse.plan import Plan, num_blocks
 
 SCORES_PER_CHUNK = 1 << 20
 
