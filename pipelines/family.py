@@ -7,17 +7,24 @@ To add a family, write ``pipelines/<name>.py`` with a module-level ``FAMILY = Fa
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-FAMILIES = ("wan", "hunyuan_video", "cogvideox", "mochi", "ltx")
+from torch import Tensor
+
+FAMILIES = (
+    "wan", "hunyuan_video", "cogvideox", "mochi", "ltx",
+    "skyreels_v2", "anyflow", "ltx2", "cosmos", "allegro", "easyanimate", "motif_video", "kandinsky", "joyimage",
+    "flux", "chroma", "bria", "longcat_image", "ovis_image", "qwen_image", "krea2", "sd3", "lumina2", "z_image",
+    "cogview", "glm_image", "hidream", "hunyuan_image", "ernie_image", "aura_flow", "pixart", "hunyuan_dit",
+)  # fmt: skip
 
 GridShape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of diffusers transformers.
+    """A family of diffusers transformers: images count as videos of one frame.
 
     Attributes:
         name: name of the adapter's file.
@@ -58,6 +65,36 @@ def patch_grid(arguments: Mapping, patch: GridShape) -> GridShape:
     """
     frames, height, width = arguments["hidden_states"].shape[-3:]
     return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def image_grid(arguments: Mapping, patch: int) -> GridShape:
+    """Return the token grid of image latents ``[B, C, H, W]``, cut into patches of ``patch`` rows and columns."""
+    height, width = arguments["hidden_states"].shape[-2:]
+    return 1, height // patch, width // patch
+
+
+def merged_grid(shapes: Sequence[GridShape]) -> GridShape:
+    """Return one grid for a sequence of images or videos, such as an image and its references.
+
+    Args:
+        shapes: frames, height and width of each in tokens. Images of one size count as the frames of a video. Images
+            of different sizes have no common grid; their tokens count as one row.
+    """
+    if len({shape[1:] for shape in shapes}) == 1:
+        return sum(shape[0] for shape in shapes), *shapes[0][1:]
+    return 1, 1, sum(frames * height * width for frames, height, width in shapes)
+
+
+def packed_grid(ids: Tensor) -> GridShape:
+    """Return the token grid of packed latents from their position ids.
+
+    Args:
+        ids: ``[N, 3 or more]`` or ``[B, N, 3 or more]``; the first three axes are image or frame, row and column.
+    """
+    ids = (ids[0] if ids.ndim == 3 else ids)[:, :3].cpu()
+    images = ids.split(ids[:, 0].unique_consecutive(return_counts=True)[1].tolist())
+    widths = [len(image[:, 2].unique()) for image in images]
+    return merged_grid([(1, len(image) // width, width) for image, width in zip(images, widths, strict=True)])
 
 
 class SetAttnProcessorMixin:

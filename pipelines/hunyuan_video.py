@@ -17,7 +17,7 @@ FAMILY = Family(
         arguments, (config["patch_size_t"], config["patch_size"], config["patch_size"])
     ),
     text="after",
-    pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
+    pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
 )
 
 

@@ -24,7 +24,7 @@ FAMILY = Family(
     transformers=("LTXVideoTransformer3DModel",),
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=_grid,
-    pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline"),
+    pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline"),
 )
 
 

@@ -1,6 +1,7 @@
-"""Wan 2.1 and 2.2, with one or two transformers: text to video, image to video, video to video, VACE.
+"""Wan 2.1 and 2.2 and their kin: text to video, image to video, VACE, Animate, Lucy Edit, ChronoEdit.
 
-Self-attention is over video tokens only; the text enters through cross-attention, which stays dense.
+Self-attention is over video tokens only; the text enters through cross-attention, which stays dense. The reference
+image of Wan Animate is the first frame; its face blocks stay dense.
 """
 
 from __future__ import annotations
@@ -11,10 +12,23 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="wan",
-    transformers=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    transformers=(
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "ChronoEditTransformer3DModel",
+    ),
     sites=r"(vace_)?blocks\.\d+\.attn1",
     grid=lambda config, arguments: patch_grid(arguments, config["patch_size"]),
-    pipelines=("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "WanVideoToVideoPipeline"),
+    pipelines=(
+        "WanPipeline",
+        "WanImageToVideoPipeline",
+        "WanVACEPipeline",
+        "WanVideoToVideoPipeline",
+        "WanAnimatePipeline",
+        "LucyEditPipeline",
+        "ChronoEditPipeline",
+    ),
 )
 
 

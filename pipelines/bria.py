@@ -1,0 +1,25 @@
+"""Bria 3.2 and Bria FIBO: joint self-attention over text and image tokens, text first."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from dit_sparse.pipelines.family import Family, packed_grid, pipeline_class
+
+FAMILY = Family(
+    name="bria",
+    transformers=("BriaTransformer2DModel", "BriaFiboTransformer2DModel"),
+    sites=r"(single_)?transformer_blocks\.\d+\.attn",
+    grid=lambda config, arguments: packed_grid(arguments["img_ids"]),
+    text="before",
+    pipelines=(
+        "BriaPipeline",
+        "BriaFiboPipeline",
+        "BriaFiboEditPipeline",
+    ),
+)
+
+
+@cache
+def __getattr__(name: str) -> type:
+    return pipeline_class(__name__, FAMILY, name)

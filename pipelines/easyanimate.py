@@ -1,0 +1,25 @@
+"""EasyAnimate 5.1: joint self-attention over text and video tokens, text first."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
+
+FAMILY = Family(
+    name="easyanimate",
+    transformers=("EasyAnimateTransformer3DModel",),
+    sites=r"transformer_blocks\.\d+\.attn1",
+    grid=lambda config, arguments: patch_grid(arguments, (1, config["patch_size"], config["patch_size"])),
+    text="before",
+    pipelines=(
+        "EasyAnimatePipeline",
+        "EasyAnimateControlPipeline",
+        "EasyAnimateInpaintPipeline",
+    ),
+)
+
+
+@cache
+def __getattr__(name: str) -> type:
+    return pipeline_class(__name__, FAMILY, name)

@@ -1,0 +1,35 @@
+"""HiDream-I1: joint self-attention over image and text tokens, text last.
+
+The model pads images that are not square to its maximal length; that padding counts as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+from dit_sparse.pipelines.family import Family, GridShape, image_grid, pipeline_class
+
+
+def _grid(config: Mapping, arguments: Mapping) -> GridShape:
+    """Return the grid of latents ``[B, C, H, W]``, or of packed ones from their sizes in tokens."""
+    if arguments.get("hidden_states_masks") is None:
+        return image_grid(arguments, config["patch_size"])
+    height, width = arguments["img_sizes"][0]
+    return 1, int(height), int(width)
+
+
+FAMILY = Family(
+    name="hidream",
+    transformers=("HiDreamImageTransformer2DModel",),
+    sites=r"(double|single)_stream_blocks\.\d+\.block\.attn1",
+    grid=_grid,
+    text="after",
+    timestep="timesteps",
+    pipelines=("HiDreamImagePipeline",),
+)
+
+
+@cache
+def __getattr__(name: str) -> type:
+    return pipeline_class(__name__, FAMILY, name)

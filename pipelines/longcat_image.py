@@ -1,0 +1,24 @@
+"""LongCat-Image: joint self-attention over text and image tokens, text first."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from dit_sparse.pipelines.family import Family, packed_grid, pipeline_class
+
+FAMILY = Family(
+    name="longcat_image",
+    transformers=("LongCatImageTransformer2DModel",),
+    sites=r"(single_)?transformer_blocks\.\d+\.attn",
+    grid=lambda config, arguments: packed_grid(arguments["img_ids"]),
+    text="before",
+    pipelines=(
+        "LongCatImagePipeline",
+        "LongCatImageEditPipeline",
+    ),
+)
+
+
+@cache
+def __getattr__(name: str) -> type:
+    return pipeline_class(__name__, FAMILY, name)

@@ -1,0 +1,24 @@
+"""PixArt-alpha and PixArt-sigma: self-attention over image tokens only."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from dit_sparse.pipelines.family import Family, image_grid, pipeline_class
+
+FAMILY = Family(
+    name="pixart",
+    transformers=("PixArtTransformer2DModel",),
+    sites=r"transformer_blocks\.\d+\.attn1",
+    grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
+    pipelines=(
+        "PixArtAlphaPipeline",
+        "PixArtSigmaPipeline",
+        "PixArtSigmaPAGPipeline",
+    ),
+)
+
+
+@cache
+def __getattr__(name: str) -> type:
+    return pipeline_class(__name__, FAMILY, name)

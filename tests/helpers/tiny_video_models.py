@@ -1,0 +1,180 @@
+"""Tiny video transformers, one of each supported class."""
+
+from __future__ import annotations
+
+import torch
+
+from tiny_models import HEADS, Call, TinyModel
+
+TEXT_AFTER = dict(side="after", masked=True)
+WAN = HEADS | dict(num_layers=2, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32)
+COGVIDEOX = HEADS | dict(num_layers=2, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16)
+COGVIDEOX |= dict(max_text_seq_length=20, use_rotary_positional_embeddings=True)
+LTX = HEADS | dict(num_layers=2, in_channels=4, out_channels=4, cross_attention_dim=32, caption_channels=16)
+HUNYUAN = HEADS | dict(num_layers=1, num_single_layers=1, in_channels=4, out_channels=4, text_embed_dim=16)
+KANDINSKY = dict(in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=16, model_dim=32)
+KANDINSKY |= dict(ff_dim=64, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6))
+
+
+def _wan(call: Call) -> dict:
+    return dict(hidden_states=call.video(4), timestep=call.time, encoder_hidden_states=call.text())
+
+
+def _wan_vace(call: Call) -> dict:
+    return _wan(call) | dict(control_hidden_states=call.video(8))
+
+
+def _wan_animate(call: Call) -> dict:
+    frames, *_ = call.grid
+    return _wan(call) | dict(
+        hidden_states=call.video(12),
+        encoder_hidden_states_image=call.noise(21, 4),
+        pose_hidden_states=call.video(4)[:, :, 1:],
+        face_pixel_values=call.noise(3, 4 * frames - 7, 16, 16),
+    )
+
+
+def _anyflow(call: Call) -> dict:
+    time = call.time[:, None].expand(-1, call.grid[0])
+    return _wan(call) | dict(hidden_states=call.video(4).transpose(1, 2), timestep=time, r_timestep=time - 100)
+
+
+def _hunyuan(call: Call) -> dict:
+    return dict(
+        hidden_states=call.video(4),
+        timestep=call.time,
+        encoder_hidden_states=call.text(),
+        encoder_attention_mask=call.mask,
+        pooled_projections=call.noise(8),
+        guidance=call.time,
+    )
+
+
+def _cogvideox(call: Call) -> dict:
+    return _wan(call) | dict(hidden_states=call.video(4).transpose(1, 2))
+
+
+def _mochi(call: Call) -> dict:
+    return _wan(call) | dict(hidden_states=call.video(12), encoder_attention_mask=call.mask)
+
+
+def _ltx(call: Call) -> dict:
+    sizes = dict(zip(("num_frames", "height", "width"), call.grid, strict=True))
+    return dict(
+        hidden_states=call.packed(4),
+        encoder_hidden_states=call.text(),
+        timestep=call.time,
+        encoder_attention_mask=call.mask.long(),
+        **sizes,
+    )
+
+
+def _ltx2(call: Call) -> dict:
+    return _ltx(call) | dict(
+        audio_hidden_states=call.noise(9, 4),
+        audio_encoder_hidden_states=call.text(),
+        audio_encoder_attention_mask=call.mask.long(),
+        audio_num_frames=9,
+        fps=25.0,
+    )
+
+
+def _cosmos(call: Call) -> dict:
+    return _wan(call) | dict(fps=24)
+
+
+def _motif(call: Call) -> dict:
+    return _wan(call) | dict(encoder_attention_mask=call.mask)
+
+
+def _kandinsky5(call: Call) -> dict:
+    return dict(
+        hidden_states=call.video(4).permute(0, 2, 3, 4, 1),
+        encoder_hidden_states=call.text(),
+        timestep=call.time,
+        pooled_projections=call.noise(8),
+        visual_rope_pos=[torch.arange(size) for size in call.grid],
+        text_rope_pos=torch.arange(call.slots),
+    )
+
+
+def _kandinsky6(call: Call) -> dict:
+    arguments = _kandinsky5(call)
+    positions = tuple(arguments.pop("visual_rope_pos"))
+    arguments.pop("text_rope_pos")
+    return arguments | dict(visual_rope_pos=positions, audio_hidden_states=call.noise(9, 4))
+
+
+ANIMATE = dict(in_channels=12, latent_channels=4, image_dim=4, motion_encoder_size=16, motion_style_dim=8)
+ANIMATE |= dict(motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_dim=4, motion_encoder_dim=16)
+ANIMATE |= dict(face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=2)
+LTX2 = dict(audio_num_attention_heads=2, audio_attention_head_dim=8, audio_in_channels=4, audio_out_channels=4)
+LTX2 |= dict(audio_cross_attention_dim=16)
+
+VIDEO_MODELS = [
+    TinyModel("WanTransformer3DModel", WAN, _wan, 2),
+    TinyModel("WanVACETransformer3DModel", WAN | dict(vace_layers=[0], vace_in_channels=8), _wan_vace, 3),
+    TinyModel("WanAnimateTransformer3DModel", WAN | ANIMATE, _wan_animate, 2),
+    TinyModel("ChronoEditTransformer3DModel", WAN, _wan, 2),
+    TinyModel("SkyReelsV2Transformer3DModel", WAN, _wan, 2),
+    TinyModel("AnyFlowTransformer3DModel", WAN, _anyflow, 2, axes="BFCHW"),
+    TinyModel(
+        "HunyuanVideoTransformer3DModel",
+        HUNYUAN | dict(num_refiner_layers=1, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6)),
+        _hunyuan,
+        2,
+        **TEXT_AFTER,
+    ),
+    TinyModel("CogVideoXTransformer3DModel", COGVIDEOX, _cogvideox, 2, axes="BFCHW", side="before"),
+    TinyModel(
+        "ConsisIDTransformer3DModel",
+        COGVIDEOX,
+        _cogvideox,
+        2,
+        axes="BFCHW",
+        side="before",
+    ),
+    TinyModel(
+        "MochiTransformer3DModel",
+        HEADS | dict(num_layers=2, pooled_projection_dim=16, in_channels=12, text_embed_dim=16, time_embed_dim=8),
+        _mochi,
+        2,
+        **TEXT_AFTER,
+        text=(),  # it conditions all tokens too
+        unbatched=True,
+    ),
+    TinyModel("LTXVideoTransformer3DModel", LTX, _ltx, 2, axes="BNC"),
+    TinyModel("LTX2VideoTransformer3DModel", LTX | LTX2, _ltx2, 2, axes="BNC"),
+    TinyModel(
+        "CosmosTransformer3DModel",
+        HEADS
+        | dict(num_layers=2, in_channels=4, out_channels=4, text_embed_dim=16, adaln_lora_dim=4)
+        | dict(concat_padding_mask=False),
+        _cosmos,
+        2,
+    ),
+    TinyModel(
+        "AllegroTransformer3DModel",
+        HEADS | dict(num_layers=2, in_channels=4, out_channels=4, cross_attention_dim=32, caption_channels=16),
+        _wan,
+        2,
+    ),
+    TinyModel(
+        "EasyAnimateTransformer3DModel",
+        HEADS
+        | dict(num_layers=2, mmdit_layers=2, in_channels=4, out_channels=4, patch_size=2, text_embed_dim=16)
+        | dict(time_embed_dim=8),
+        _wan,
+        2,
+        side="before",
+    ),
+    TinyModel("MotifVideoTransformer3DModel", HUNYUAN | dict(rope_axes_dim=(4, 6, 6)), _motif, 2, **TEXT_AFTER),
+    TinyModel("Kandinsky5Transformer3DModel", KANDINSKY, _kandinsky5, 2, axes="BFHWC"),
+    TinyModel(
+        "Kandinsky6Transformer3DModel",
+        KANDINSKY | dict(visual_cond=False, in_audio_dim=4, out_audio_dim=4),
+        _kandinsky6,
+        2,
+        axes="BFHWC",
+    ),
+]
