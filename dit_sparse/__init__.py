@@ -20,6 +20,8 @@ from .grid import Grid, Site  # noqa: E402
 from .method import Method, Scorer  # noqa: E402
 from .methods import METHODS  # noqa: E402
 from .pattern import Pattern  # noqa: E402
+from .pipelines.family import Family  # noqa: E402
+from .pipelines.proposal import propose_family  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .schedule import Schedule  # noqa: E402
 
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "METHODS", "Above", "Cached", "ClusterPlan", "Clusters", "Grid", "Mass", "Method", "Pattern", "PerHead", "Plan",
-    "Profile", "Run", "Schedule", "Scorer", "Site", "SparseAttnProcessor", "Top", "attention", "enable", "prepare",
+    "METHODS", "Above", "Cached", "ClusterPlan", "Clusters", "Family", "Grid", "Mass", "Method", "Pattern", "PerHead",
+    "Plan", "Profile", "Run", "Schedule", "Scorer", "Site", "SparseAttnProcessor", "Top", "attention", "enable",
+    "prepare", "propose_family",
 ]  # fmt: skip
 
 

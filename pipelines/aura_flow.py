@@ -12,6 +12,7 @@ FAMILY = Family(
     sites=r"(joint|single)_transformer_blocks\.\d+\.attn",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
     text="before",
+    images=True,
     pipelines=("AuraFlowPipeline",),
 )
 

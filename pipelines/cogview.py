@@ -12,6 +12,7 @@ FAMILY = Family(
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
     text="before",
+    images=True,
     pipelines=(
         "CogView3PlusPipeline",
         "CogView4Pipeline",

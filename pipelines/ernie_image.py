@@ -12,6 +12,7 @@ FAMILY = Family(
     sites=r"layers\.\d+\.self_attention",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
     text="after",
+    images=True,
     pipelines=("ErnieImagePipeline",),
 )
 

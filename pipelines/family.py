@@ -36,6 +36,7 @@ class Family:
         text: position of the text tokens in self-attention: ``"before"`` or ``"after"`` the video tokens, or None if
             self-attention has no text tokens.
         pipelines: class names of the diffusers pipelines.
+        images: whether the pipelines generate images.
         timestep, latents: names of these arguments of the transformer's forward call.
     """
 
@@ -47,13 +48,27 @@ class Family:
     pipelines: tuple[str, ...] = ()
     timestep: str = "timestep"
     latents: str = "hidden_states"
+    images: bool = False
+
+    def supports(self, class_names: set[str]) -> bool:
+        """Return whether a transformer with these names of its class and base classes belongs to the family."""
+        return not class_names.isdisjoint(self.transformers)
+
+
+def class_names(cls: type) -> set[str]:
+    """Return the names of a class and of its base classes."""
+    return {base.__name__ for base in cls.__mro__}
 
 
 def family_of(transformer: object) -> Family | None:
     """Return the family of a transformer by the names of its class and base classes, or None if no adapter exists."""
-    class_names = {cls.__name__ for cls in type(transformer).__mro__}
+    return family_named(class_names(type(transformer)))
+
+
+def family_named(class_names: set[str]) -> Family | None:
+    """Return the family of a transformer whose class and base classes have these names, or None."""
     families = (importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in FAMILIES)
-    return next((family for family in families if class_names & set(family.transformers)), None)
+    return next((family for family in families if family.supports(class_names)), None)
 
 
 def patch_grid(arguments: Mapping, patch: GridShape) -> GridShape:

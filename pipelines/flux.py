@@ -26,6 +26,7 @@ FAMILY = Family(
     sites=r"((single_)?transformer_blocks|mode_blocks\.image)\.\d+\.attn",
     grid=_grid,
     text="before",
+    images=True,
     pipelines=(
         "FluxPipeline",
         "FluxImg2ImgPipeline",

@@ -26,6 +26,7 @@ FAMILY = Family(
     grid=_grid,
     text="after",
     timestep="timesteps",
+    images=True,
     pipelines=("HiDreamImagePipeline",),
 )
 

@@ -11,6 +11,7 @@ FAMILY = Family(
     transformers=("HunyuanDiT2DModel",),
     sites=r"blocks\.\d+\.attn1",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
+    images=True,
     pipelines=(
         "HunyuanDiTPipeline",
         "HunyuanDiTControlNetPipeline",

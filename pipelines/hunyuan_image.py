@@ -21,6 +21,7 @@ FAMILY = Family(
     sites=r"(single_)?transformer_blocks\.\d+\.attn",
     grid=_grid,
     text="after",
+    images=True,
     pipelines=(
         "HunyuanImagePipeline",
         "HunyuanImageRefinerPipeline",

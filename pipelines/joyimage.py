@@ -26,6 +26,7 @@ FAMILY = Family(
     sites=r"double_blocks\.\d+\.attn",
     grid=_grid,
     text="after",
+    images=True,
     pipelines=(
         "JoyImageEditPipeline",
         "JoyImageEditPlusPipeline",

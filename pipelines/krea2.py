@@ -12,6 +12,7 @@ FAMILY = Family(
     sites=r"transformer_blocks\.\d+\.attn",
     grid=lambda config, arguments: packed_grid(arguments["position_ids"][-arguments["hidden_states"].shape[1] :]),
     text="before",
+    images=True,
     pipelines=("Krea2Pipeline",),
 )
 

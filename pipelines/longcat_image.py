@@ -12,6 +12,7 @@ FAMILY = Family(
     sites=r"(single_)?transformer_blocks\.\d+\.attn",
     grid=lambda config, arguments: packed_grid(arguments["img_ids"]),
     text="before",
+    images=True,
     pipelines=(
         "LongCatImagePipeline",
         "LongCatImageEditPipeline",

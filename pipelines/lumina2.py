@@ -15,6 +15,7 @@ FAMILY = Family(
     sites=r"layers\.\d+\.attn",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
     text="before",
+    images=True,
     pipelines=("Lumina2Pipeline",),
 )
 

@@ -11,6 +11,7 @@ FAMILY = Family(
     transformers=("PixArtTransformer2DModel",),
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
+    images=True,
     pipelines=(
         "PixArtAlphaPipeline",
         "PixArtSigmaPipeline",

@@ -23,6 +23,7 @@ FAMILY = Family(
     sites=r"transformer_blocks\.\d+\.attn",
     grid=_grid,
     text="before",
+    images=True,
     pipelines=(
         "QwenImagePipeline",
         "QwenImageImg2ImgPipeline",

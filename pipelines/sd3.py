@@ -15,6 +15,7 @@ FAMILY = Family(
     sites=r"transformer_blocks\.\d+\.attn2?",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
     text="after",
+    images=True,
     pipelines=(
         "StableDiffusion3Pipeline",
         "StableDiffusion3Img2ImgPipeline",

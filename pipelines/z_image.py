@@ -27,6 +27,7 @@ FAMILY = Family(
     text="after",
     timestep="t",
     latents="t",  # as long as the batch; the latents are a list
+    images=True,
     pipelines=(
         "ZImagePipeline",
         "ZImageImg2ImgPipeline",

@@ -15,7 +15,8 @@ from ..kernels.executors import executor as executor_named
 from ..method import Method
 from ..methods import method_at_density
 from ..notation.syntax import ProfileName, write
-from ..pipelines.family import Family, SetAttnProcessorMixin, family_of
+from ..pipelines.family import Family, SetAttnProcessorMixin, class_names, family_of
+from ..pipelines.proposal import no_adapter_message
 from ..schedule import Schedule
 from .run import Run
 from .settings import Settings
@@ -42,6 +43,7 @@ class SparseAttnProcessor:
         min_tokens: shorter sequences stay dense. Default: with ``"auto"``, calls stay dense where SDPA is faster as
             measured on this machine; with 0, no sequence is too short.
         steps: number of denoising steps, required for fractional ``dense_steps`` of a bare transformer.
+        family: adapter of the transformer classes that it names, before those of ``dit_sparse/pipelines``.
         settings: further settings of the method, if it is given as text.
 
     Raises:
@@ -66,6 +68,7 @@ class SparseAttnProcessor:
         block: int | None = None,
         min_tokens: int | None = None,
         steps: int | None = None,
+        family: Family | None = None,
         **settings: Any,
     ) -> None:
         overrides = {"dense_steps": dense_steps, "dense_layers": dense_layers, "density_ramp": density_ramp}
@@ -76,6 +79,9 @@ class SparseAttnProcessor:
         if isinstance(schedule, Schedule):
             schedule = replace(schedule, **overrides)
         self.settings = Settings(method, schedule, executor, block, min_tokens, steps)
+        if not (family is None or isinstance(family, Family)):
+            raise ValueError(f"family must be a dit_sparse.Family, got {type(family).__name__}")
+        self.family = family
         if executor != "auto":
             executor_named(executor)  # raises ValueError if there is none
 
@@ -107,7 +113,7 @@ class SparseAttnProcessor:
         Raises:
             ValueError: the model has no supported transformer, or the profile is for another transformer class.
         """
-        transformers = list(_transformers(model))
+        transformers = list(_transformers(model, self.family))
         if self._profile is not None:
             for _, _, transformer, _ in transformers:
                 self._profile.check_transformer(transformer)
@@ -134,6 +140,7 @@ def enable(
     block: int | None = None,
     min_tokens: int | None = None,
     steps: int | None = None,
+    family: Family | None = None,
     **settings: Any,
 ) -> Run:
     """Make a diffusers pipeline, or a bare transformer, sparse.
@@ -149,7 +156,8 @@ def enable(
         The active run, which reports densities, times and reasons for dense calls.
 
     Raises:
-        ValueError: an argument is unknown or out of range, or the model is not supported.
+        ValueError: an argument is unknown or out of range, or the model is not supported. For an unknown transformer
+            class the message has a family that fits its structure, to be checked and given as ``family``.
 
     Example:
         >>> pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers").to("cuda")
@@ -158,20 +166,15 @@ def enable(
         >>> print(run.report())
     """
     settings |= {"density": density, "schedule": schedule, "dense_steps": dense_steps, "dense_layers": dense_layers}
-    settings |= {
-        "density_ramp": density_ramp,
-        "executor": executor,
-        "block": block,
-        "min_tokens": min_tokens,
-        "steps": steps,
-    }
+    settings |= {"density_ramp": density_ramp, "executor": executor, "block": block}
+    settings |= {"min_tokens": min_tokens, "steps": steps, "family": family}
     if profile is None:
         processor = SparseAttnProcessor(method, **settings)
     else:
         processor = SparseAttnProcessor.from_profile(profile, **settings)
     if not hasattr(model, "components"):
         return processor.attach(model)
-    prepare(model).set_attn_processor(processor)
+    prepare(model, family).set_attn_processor(processor)
     return model.sparse_run
 
 
@@ -185,13 +188,17 @@ def _add_settings_to_docstring(function: Any) -> None:
 _add_settings_to_docstring(enable)
 
 
-def prepare(pipe: Any) -> Any:
+def prepare(pipe: Any, family: Family | None = None) -> Any:
     """Add ``set_attn_processor`` to a pipeline object and return the pipeline.
+
+    Args:
+        pipe: a diffusers pipeline.
+        family: as in :class:`SparseAttnProcessor`.
 
     Raises:
         ValueError: the pipeline has no supported transformer.
     """
-    _transformers(pipe)
+    _transformers(pipe, family)
     if not hasattr(pipe, "set_attn_processor"):
         pipe.__dict__["set_attn_processor"] = _SetAttnProcessor(pipe)
         pipe.__dict__["sparse_run"] = None
@@ -210,8 +217,12 @@ class _SetAttnProcessor:
     __call__.__doc__ = SetAttnProcessorMixin.set_attn_processor.__doc__
 
 
-def _transformers(model: Any) -> list[tuple[str, nn.Module, nn.Module, Family]]:
+def _transformers(model: Any, family: Family | None) -> list[tuple[str, nn.Module, nn.Module, Family]]:
     """Return name, wrapper, module and family of every transformer of a pipeline, or of the bare transformer.
+
+    Args:
+        model: a pipeline or a transformer.
+        family: adapter of the user, or None.
 
     Raises:
         ValueError: there is no transformer, or no adapter for it.
@@ -220,26 +231,30 @@ def _transformers(model: Any) -> list[tuple[str, nn.Module, nn.Module, Family]]:
         raise ValueError(f"a model must be a pipeline or transformer, got the class {model.__name__}")
     components = model.components if hasattr(model, "components") else {"transformer": model}
     transformers = [
-        (name, *_unwrap(component))
+        (name, *_unwrap(component, family))
         for name, component in components.items()
         if name.startswith("transformer") and isinstance(component, nn.Module)
     ]
     if not transformers:
         raise ValueError(f"{type(model).__name__} has no transformer to make sparse")
     for _, _, transformer in transformers:
-        if family_of(transformer) is None:
-            raise ValueError(
-                f"no adapter in dit_sparse/pipelines supports {type(transformer).__name__}; use dit_sparse.attention, "
-                "or add an adapter as CONTRIBUTING describes"
-            )
-    return [(*parts, family_of(parts[-1])) for parts in transformers]
+        if _family_of(transformer, family) is None:
+            raise ValueError(no_adapter_message(transformer, family))
+    return [(*parts, _family_of(parts[-1], family)) for parts in transformers]
 
 
-def _unwrap(module: nn.Module) -> tuple[nn.Module, nn.Module]:
+def _family_of(transformer: nn.Module, family: Family | None) -> Family | None:
+    """Return the family of a transformer: that of the user if it names its class, else an adapter, or None."""
+    if family is not None and family.supports(class_names(type(transformer))):
+        return family
+    return family_of(transformer)
+
+
+def _unwrap(module: nn.Module, family: Family | None) -> tuple[nn.Module, nn.Module]:
     """Return what the pipeline calls, and the transformer inside wrappers: torch.compile's, DDP's and PEFT's."""
     module = getattr(module, "_orig_mod", module)  # a compiled module calls the hooks of the module it wraps
     inner = module
-    while family_of(inner) is None:
+    while _family_of(inner, family) is None:
         peft = getattr(getattr(inner, "base_model", None), "model", None)
         wrapped = (getattr(inner, "_orig_mod", None), getattr(inner, "module", None), peft)
         wrapped = [part for part in wrapped if isinstance(part, nn.Module)]

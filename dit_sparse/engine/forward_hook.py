@@ -51,7 +51,7 @@ class ForwardHook:
         self.number, self._hooks[number] = torch.tensor(number), self
         self.begin, self.end, self.reset = begin, end, reset
         self._local = threading.local()
-        self._config, self._family = transformer.config, family
+        self._config, self._family = getattr(transformer, "config", {}), family
         self._names = [name for name in inspect.signature(type(transformer).forward).parameters if name != "self"]
         self._handles = [
             module.register_forward_pre_hook(HookCallback(self._before), with_kwargs=True),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
 
-from dit_sparse.pipelines.family import FAMILIES
+from dit_sparse.pipelines.family import class_names, family_named
+from dit_sparse.pipelines.unsupported import why_unsupported
 
 from ..bundled import model_source
 from ..notation.reading import read_json
@@ -55,14 +55,21 @@ def pipeline_config(model: str) -> dict:
 
 
 def check_family(model: str, config: dict) -> None:
-    """Raise ValueError if no adapter supports a transformer of a pipeline. Classes outside of diffusers are accepted,
-    because they may be subclasses of supported ones."""
+    """Raise ValueError if no adapter supports a transformer of a pipeline, or if it makes images. Classes outside of
+    diffusers are accepted, because they may be subclasses of supported ones."""
     components = [(name, part) for name, part in config.items() if isinstance(part, list) and len(part) == 2]
     transformers = [part for name, part in components if name.startswith("transformer") and part[1] is not None]
     if not transformers:
         raise ValueError(f"{model} is a {config['_class_name']}, which has no video transformer")
-    if all(library == "diffusers" and not _has_adapter(str(name)) for library, name in transformers):
-        raise ValueError(f"{model} has a {transformers[0][1]}, which no adapter in dit_sparse/pipelines supports")
+    names = [_class_names(str(name)) for library, name in transformers if library == "diffusers"]
+    families = [family_named(each) for each in names]
+    class_name = transformers[0][1]
+    if len(names) == len(transformers) and not any(families):
+        reason = why_unsupported(names[0])
+        detail = f": {reason}" if reason else ""
+        raise ValueError(f"{model} has a {class_name}, which no adapter in dit_sparse/pipelines supports{detail}")
+    if any(family is not None and family.images for family in families):
+        raise ValueError(f"{model} has a {class_name}, which makes images: use dit_sparse.enable in Python")
 
 
 def failure_reason(error: BaseException) -> str:
@@ -76,12 +83,11 @@ def failure_reason(error: BaseException) -> str:
     return reason or (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _has_adapter(class_name: str) -> bool:
+def _class_names(class_name: str) -> set[str]:
     import diffusers
 
-    names = {class_name} | {cls.__name__ for cls in getattr(getattr(diffusers, class_name, None), "__mro__", ())}
-    families = (importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in FAMILIES)
-    return any(names & set(family.transformers) for family in families)
+    cls = getattr(diffusers, class_name, None)
+    return {class_name} | (class_names(cls) if isinstance(cls, type) else set())
 
 
 def _is_path(model: Any) -> bool:

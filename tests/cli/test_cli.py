@@ -160,14 +160,17 @@ def test_a_model_folder_that_is_no_pipeline_is_refused(tmp_path, content):
 
 
 def test_a_model_without_an_adapter_is_refused_before_its_weights_are_read(tmp_path, monkeypatch):
-    config = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    config = {"_class_name": "SanaPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(config))
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
     result = call("generate", "x", "--model", tmp_path, "--out", tmp_path / "x.mp4")
-    assert result.exit_code == 2 and "has a FluxTransformer2DModel, which no adapter" in result.stderr, result.stderr
+    assert result.exit_code == 2 and "has a SanaTransformer2DModel, which no adapter" in result.stderr, result.stderr
     monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name: config)
     result = call("generate", "x", "--model", "owner/name", "--out", tmp_path / "x.mp4")
-    assert result.exit_code == 2 and "owner/name has a FluxTransformer2DModel" in result.stderr, result.stderr
+    assert result.exit_code == 2 and "owner/name has a SanaTransformer2DModel" in result.stderr, result.stderr
+    config["transformer"] = ["diffusers", "FluxTransformer2DModel"]
+    result = call("generate", "x", "--model", "owner/name", "--out", tmp_path / "x.mp4")
+    assert result.exit_code == 2 and "FluxTransformer2DModel, which makes images" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize(("reason", "words"), [("Gated", "is restricted"), ("RepositoryNotFound", "no such model")])
