@@ -131,6 +131,8 @@ class Site:
         plan_group: name shared by the branches that may share a plan.
         both_branches: whether the batch holds both branches, the conditional one as its second half.
         needs_plan: whether the schedule asks for a new plan at this step.
+        references: tokens outside the video that are no text, such as history frames: kept like text, but not counted
+            in the density.
     """
 
     grid: Grid
@@ -143,6 +145,7 @@ class Site:
     plan_group: str = ""
     both_branches: bool = False
     needs_plan: bool = True
+    references: int = 0
 
     def __repr__(self) -> str:
         steps = "" if self.steps is None else f" of {self.steps}"

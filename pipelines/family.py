@@ -35,6 +35,11 @@ class Family:
             ``config`` is the transformer's config; ``arguments`` are the bound arguments of its forward call.
         text: position of the text tokens in self-attention: ``"before"`` or ``"after"`` the video tokens, or None if
             self-attention has no text tokens.
+        references: ``references(config, arguments) -> (before, after)``, the number of tokens next to the video
+            that are neither video nor text: history frames, reference images, registers. They stay dense, and
+            the density does not count them.
+        mask: name of the processor's argument from which all layers compute the same attention mask, if each layer
+            makes a tensor of its own.
         pipelines: class names of the diffusers pipelines.
         images: whether the pipelines generate images.
         timestep, latents: names of these arguments of the transformer's forward call.
@@ -45,6 +50,8 @@ class Family:
     sites: str
     grid: Callable[[Mapping, Mapping], GridShape]
     text: str | None = None
+    references: Callable[[Mapping, Mapping], tuple[int, int]] = lambda config, arguments: (0, 0)
+    mask: str | None = None
     pipelines: tuple[str, ...] = ()
     timestep: str = "timestep"
     latents: str = "hidden_states"

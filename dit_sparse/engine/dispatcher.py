@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from ..clusters import ClusterPlan
-from ..grid import Grid, Site
+from ..grid import Site
 from ..kernels.pick import Choice
 from ..method import AttentionOutput
-from ..pipelines.family import GridShape
 from ..plan import Plan
 from .eligibility import why_dense
 from .executor_choice import ExecutorChoices
-from .forward import AttentionCall, AttentionSite, Forward
-from .padding import KeyLengths
+from .forward import AttentionCall, AttentionSite, Forward, TokenLayout
+from .padding import KeyPadding, PaddingCache
 from .plans import Plans
 from .report import RunCounters
 from .settings import Settings
@@ -56,21 +55,21 @@ class AttentionDispatcher:
         self._plans = Plans(settings.method, settings.schedule, counters.planning)
         self._forward = Forward(settings, self.tracker)
         self._choices = ExecutorChoices(settings, counters)
-        self._lengths = KeyLengths()
+        self._padding = PaddingCache()
         self._reserved_bytes: dict[str, int] = {}  # by branch of this generation
 
     def begin_forward(
-        self, timestep: Any, latents: Tensor, shape: GridShape, context: Any, compiled: bool = False
+        self, timestep: Any, latents: Tensor, layout: TokenLayout, context: Any, compiled: bool = False
     ) -> None:
-        """Prepare for a transformer call with this token grid; the other arguments are those of the tracker."""
+        """Prepare for a transformer call with these tokens; the other arguments are those of the tracker."""
         self.tracker.begin_forward(timestep, latents, context, compiled)
-        self._forward.begin(shape, batch=len(latents))
-        self._lengths.clear()
+        self._forward.begin(layout, batch=len(latents))
+        self._padding.clear()
 
     def end_generation(self) -> None:
         """Drop everything that depends on the tokens of one generation."""
         self._plans.end_generation()
-        self._lengths.clear()
+        self._padding.clear()
         self._reserved_bytes.clear()
         self._choices.end_generation()
 
@@ -84,15 +83,15 @@ class AttentionDispatcher:
             return self._attend(attention_site, call.under_autocast(device, dtype))
 
     def _attend(self, attention_site: AttentionSite, call: AttentionCall) -> Tensor:
-        q, k, shape = call.q, call.k, self._forward.shape
         if not self.tracker.in_forward:
             return self._dense(call, self._counters.warn("the forward call of the transformer was not observed"))
-        grid = Grid(*shape).with_text(q.shape[2], attention_site.text)
-        if reason := why_dense(shape, grid, call):
+        layout = self._forward.layout
+        grid = layout.grid(call.q.shape[2], attention_site.text)
+        if reason := why_dense(layout, grid, call):
             return self._dense(call, self._counters.warn(reason))
         site = self._forward.site(attention_site, grid)
         self._forward.count_call(attention_site)
-        self._begin_generation(q, site)
+        self._begin_generation(call.q, site)
         if self._settings.schedule.is_dense(site):
             out = self._dense_step(call, site)
             if self._settings.method.observes_dense and self._settings.schedule.is_last_dense(site):
@@ -100,9 +99,16 @@ class AttentionDispatcher:
             return out
         if reason := self._settings.min_tokens_reason(grid) or self._choices.dense_reason(site):
             return self._dense(call, reason)
-        lengths = self._lengths.read(call.mask, q.shape[0], grid)
-        if isinstance(lengths, str):
-            return self._dense(call, self._counters.warn(lengths))
+        padding = self._padding.read(call, grid)
+        if isinstance(padding, str):
+            return self._dense(call, self._counters.warn(padding))
+        if padding is None or padding.order is None:
+            return self._attend_sparsely(call, site, padding)
+        return padding.restore(self._attend_sparsely(padding.arrange_call(call), padding.arrange_site(site), padding))
+
+    def _attend_sparsely(self, call: AttentionCall, site: Site, padding: KeyPadding | None) -> Tensor:
+        """Compute a call whose padding is at the end by the method's plan, if it makes one that is faster."""
+        q, k, lengths = call.q, call.k, padding and padding.lengths
         with self._counters.attention.timing(q.device):
             plan = self._plans.plan(q, k, site, lengths)
         if plan is None:
@@ -125,28 +131,33 @@ class AttentionDispatcher:
             return (compute or call.stock)()
 
     def _dense_step(self, call: AttentionCall, site: Site) -> Tensor:
-        """Compute a call of a dense step or layer, by an executor if one is faster than SDPA."""
+        """Compute a call of a dense step or layer: by an executor if one is faster than SDPA, else without padding."""
         reason, q, k = "the schedule", call.q, call.k
         if call.backend is not None:
             return self._dense(call, f"{reason}, by the backend {call.backend}")
         if not self._choices.may_replace_sdpa(site.grid):
             return self._dense(call, reason)
-        lengths = self._lengths.read(call.mask, q.shape[0], site.grid)
-        if isinstance(lengths, str):
+        padding = self._padding.read(call, site.grid)
+        if isinstance(padding, str):
             return self._dense(call, reason)
-        choice, plan = self._choices.fastest_for_dense(q, k, lengths, site)
+        without_padding = partial(padding.attend_without_padding, call) if padding else None
+        if padding is not None and padding.order is not None:
+            return self._dense(call, reason, without_padding)
+        choice, plan = self._choices.fastest_for_dense(q, k, padding and padding.lengths, site)
         if choice is None:
-            return self._dense(call, reason)
+            return self._dense(call, reason, without_padding)
         attend = partial(choice.executor.attend, q, k, call.v, plan, call.scale)
         return self._dense(call, f"{reason}, by the executor {choice.name}", lambda: attend()[0])
 
     def _observe_dense(self, call: AttentionCall, site: Site, out: Tensor) -> None:
         """Show the method a call of the last dense step, and what its plan would have given."""
-        q, k, v, counters = call.q, call.k, call.v, self._counters
-        lengths = self._lengths.read(call.mask, q.shape[0], site.grid)
+        padding, counters = self._padding.read(call, site.grid), self._counters
         stays_dense = self._settings.min_tokens_reason(site.grid) or self._choices.dense_reason(site)
-        if stays_dense or isinstance(lengths, str):
+        if stays_dense or isinstance(padding, str):
             return
+        if padding is not None and padding.order is not None:
+            call, site, out = padding.arrange_call(call), padding.arrange_site(site), padding.arrange(out)
+        q, k, v, lengths = call.q, call.k, call.v, padding and padding.lengths
         with counters.attention.timing(q.device):
             plan = self._plans.preview(q, k, site, lengths)
             if plan is None:

@@ -6,21 +6,20 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid
-from ..pipelines.family import GridShape
-from .forward import AttentionCall
+from .forward import AttentionCall, TokenLayout
 
 
-def why_dense(shape: GridShape, grid: Grid | None, call: AttentionCall) -> str | None:
+def why_dense(layout: TokenLayout, grid: Grid | None, call: AttentionCall) -> str | None:
     """Return why a call cannot be computed sparsely, or None if it can.
 
     Args:
-        shape: frames, height and width of the video tokens.
-        grid: ``shape`` with the text tokens of this call, or None if the queries do not fit it.
+        layout: tokens of the transformer call.
+        grid: ``layout`` with the text tokens of this attention call, or None if the queries do not fit it.
         call: the intercepted call.
     """
     q, k, v = call.q, call.k, call.v
     if q.shape[2] != k.shape[2] or grid is None:
-        return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {'x'.join(map(str, shape))}"
+        return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {layout}"
     if q.shape[-1] != v.shape[-1] or not q.dtype == k.dtype == v.dtype:
         return "queries, keys and values differ in dtype or head_dim"
     if call.is_causal or call.dropout_p > 0:

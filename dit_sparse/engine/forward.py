@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import Grid, Site
-from ..pipelines.family import GridShape
 from .settings import Settings
 from .tracking import StepTracker
 
@@ -41,6 +40,7 @@ class AttentionCall:
     Attributes:
         q, k, v: after RoPE, ``[B, H, N, D]``, and ``[B, Hkv, N, D]`` for keys and values.
         mask: a tensor or None, or what the backend that the user chose takes as a mask.
+        mask_source: the processor's argument from which all layers compute the same mask, or None.
         is_causal, dropout_p, scale: as in ``scaled_dot_product_attention``.
         stock: computes the call as the model does, ``[B, H, N, D]``.
         backend: name of the attention backend that the user chose, or None.
@@ -57,6 +57,7 @@ class AttentionCall:
     stock: Callable[[], Tensor]
     backend: str | None = None
     is_parallel: bool = False
+    mask_source: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -73,6 +74,38 @@ class AttentionCall:
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), stock=stock)
 
 
+@dataclass(frozen=True)
+class TokenLayout:
+    """The tokens of a transformer call, except text, whose length each attention call tells.
+
+    Attributes:
+        frames, height, width: size of the video in tokens.
+        references_before, references_after: reference tokens next to the video, as in ``Family.references``.
+    """
+
+    frames: int
+    height: int
+    width: int
+    references_before: int = 0
+    references_after: int = 0
+
+    @property
+    def references(self) -> int:
+        return self.references_before + self.references_after
+
+    def grid(self, tokens: int, text: str | None) -> Grid | None:
+        """Return the token grid of a sequence, with reference tokens as text, or None if the video does not fit it."""
+        grid = Grid(self.frames, self.height, self.width).with_text(tokens - self.references, text)
+        if grid is None:
+            return None
+        before, after = grid.before + self.references_before, grid.after + self.references_after
+        return replace(grid, before=before, after=after)
+
+    def __str__(self) -> str:
+        references = f" with {self.references} reference tokens" if self.references else ""
+        return f"{self.frames}x{self.height}x{self.width}{references}"
+
+
 class Forward:
     """The running transformer call.
 
@@ -81,18 +114,18 @@ class Forward:
         tracker: knows the step and branch.
 
     Attributes:
-        shape: frames, height and width of the video tokens.
+        layout: its tokens.
     """
 
     def __init__(self, settings: Settings, tracker: StepTracker) -> None:
         self._settings, self._tracker = settings, tracker
-        self.shape: GridShape = (1, 1, 1)
+        self.layout = TokenLayout(1, 1, 1)
         self._batch = 1
         self._calls: Counter[nn.Module] = Counter()  # Mochi calls each module once per batch item
 
-    def begin(self, shape: GridShape, batch: int) -> None:
-        """Record the token grid and batch size of a transformer call that begins."""
-        self.shape, self._batch = shape, batch
+    def begin(self, layout: TokenLayout, batch: int) -> None:
+        """Record the tokens and batch size of a transformer call that begins."""
+        self.layout, self._batch = layout, batch
         self._calls.clear()
 
     def count_call(self, attention_site: AttentionSite) -> None:
@@ -114,4 +147,5 @@ class Forward:
             branch=f"{component} {tracker.branch} {call}",
             plan_group=f"{component} {tracker.plan_group} {call % prompts}",
             both_branches=tracker.both_branches,
+            references=self.layout.references,
         )

@@ -20,7 +20,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ..pipelines.family import Family, GridShape
+from ..pipelines.family import Family
+from .forward import TokenLayout
 
 
 class ForwardHook:
@@ -30,7 +31,7 @@ class ForwardHook:
         module: the transformer, or what wraps it.
         transformer: the transformer itself.
         family: reads the token grid from the arguments of a call.
-        begin: ``begin(timestep, latents, grid, context, compiled)`` is called before every forward call.
+        begin: ``begin(timestep, latents, layout, context, compiled)`` is called before every forward call.
         end: called after every forward call that is not compiled and raised no error.
         reset: called when diffusers ends a generation.
     """
@@ -43,7 +44,7 @@ class ForwardHook:
         module: nn.Module,
         transformer: nn.Module,
         family: Family,
-        begin: Callable[[Any, Tensor, GridShape, Any, bool], None],
+        begin: Callable[[Any, Tensor, TokenLayout, Any, bool], None],
         end: Callable[[], None],
         reset: Callable[[], None],
     ) -> None:
@@ -74,14 +75,14 @@ class ForwardHook:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         timestep, latents = arguments.get(self._family.timestep), arguments[self._family.latents]
-        grid = self._family.grid(self._config, arguments)
+        sizes = (*self._family.grid(self._config, arguments), *self._family.references(self._config, arguments))
         if not torch.compiler.is_compiling():
-            self.begin(timestep, latents, grid, getattr(self._local, "context", None), False)
+            self.begin(timestep, latents, TokenLayout(*sizes), getattr(self._local, "context", None), False)
             return None
         # Inside the graph nothing is read: the timestep passes through an operator that reads it at run time.
         is_timestep = isinstance(timestep, Tensor)
         name = self._family.timestep if is_timestep else self._family.latents
-        passed = torch.ops.dit_sparse.begin_forward(arguments[name], is_timestep, latents, list(grid), self.number)
+        passed = torch.ops.dit_sparse.begin_forward(arguments[name], is_timestep, latents, list(sizes), self.number)
         if name in kwargs:
             return args, kwargs | {name: passed}
         place = self._names.index(name)
@@ -162,14 +163,13 @@ def _register_operator() -> None:
     """Register ``torch.ops.dit_sparse.begin_forward``, the start of a forward call in a compiled graph."""
 
     @torch.library.custom_op("dit_sparse::begin_forward", mutates_args=())
-    def begin_forward(passed: Tensor, is_timestep: bool, latents: Tensor, grid: list[int], number: Tensor) -> Tensor:
+    def begin_forward(passed: Tensor, is_timestep: bool, latents: Tensor, sizes: list[int], number: Tensor) -> Tensor:
         hook = ForwardHook._hooks.get(int(number))
         if hook is not None and hook.begin is not None:
-            hook.begin(
-                passed if is_timestep else None, latents, tuple(grid), getattr(hook._local, "context", None), True
-            )
+            context = getattr(hook._local, "context", None)
+            hook.begin(passed if is_timestep else None, latents, TokenLayout(*sizes), context, True)
         return passed.clone()
 
     @begin_forward.register_fake
-    def _(passed, is_timestep, latents, grid, number):
+    def _(passed, is_timestep, latents, sizes, number):
         return torch.empty_like(passed)

@@ -17,6 +17,7 @@ import itertools
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -35,6 +36,7 @@ class Interception:
     Args:
         attend: computes a call.
         report_missed: called with a reason when the processor ran without an attention call that can be intercepted.
+        mask_argument: name of the processor's argument from which all layers compute the same mask, or None.
 
     Attributes:
         number: identifies the link inside a compiled graph. A 0-d tensor, because Dynamo would compile a graph for
@@ -44,11 +46,16 @@ class Interception:
     _numbers = itertools.count()
     _links: ClassVar[WeakValueDictionary[int, Interception]] = WeakValueDictionary()
 
-    def __init__(self, attend: Callable[[AttentionCall], Tensor], report_missed: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        attend: Callable[[AttentionCall], Tensor],
+        report_missed: Callable[[str], None],
+        mask_argument: str | None = None,
+    ) -> None:
         number = next(self._numbers)
         self.number, self._links[number] = torch.tensor(number), self
         self.attend: Callable[[AttentionCall], Tensor] | None = attend
-        self.report_missed = report_missed
+        self.report_missed, self.mask_argument = report_missed, mask_argument
         self.stock_processor: Any = None
         self._hook: RemovableHandle | None = None
 
@@ -117,6 +124,7 @@ def _intercepting_class(stock: type) -> type | None:
             _traced.number = interception.number
             return code(self, *args, **kwargs)
         outer, _current.interception, _current.calls = _current.interception, interception, 0
+        _current.mask_source = kwargs.get(interception.mask_argument)
         try:
             output = code(self, *args, **kwargs)
         finally:
@@ -228,6 +236,7 @@ class _Current(threading.local):
 
     interception: Interception | None = None
     calls = 0
+    mask_source: Tensor | None = None
 
 
 class _Traced:
@@ -241,7 +250,9 @@ _current, _traced = _Current(), _Traced()
 
 def _compute_current(call: AttentionCall) -> Tensor:
     _current.calls += 1
-    return call.stock() if _current.interception is None else _current.interception.compute(call)
+    if _current.interception is None:
+        return call.stock()
+    return _current.interception.compute(replace(call, mask_source=_current.mask_source))
 
 
 def chosen_backend(backend: Any) -> str | None:

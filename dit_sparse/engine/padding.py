@@ -1,48 +1,127 @@
-"""Key lengths of batch items, read from boolean padding masks."""
+"""Padding of batch items, read from attention masks."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..grid import Grid
+from ..grid import Grid, Site
+from .forward import AttentionCall
+
+EXCLUDED = -1e4  # an additive mask of this value or less leaves a key no weight
 
 
-def read_padding(mask: Tensor, batch: int, grid: Grid) -> Tensor | str:
-    """Return the number of keys before the padding, ``[B]``, or why the mask is not a padding mask.
+@dataclass(frozen=True)
+class KeyPadding:
+    """The keys that the mask of an attention call excludes, the same for all queries and heads.
+
+    Attributes:
+        lengths: tokens of each item before its padding, ``[B]``, in ``order``.
+        counts: the same numbers on the host.
+        order: order that moves padding to the end, int64 ``[B, N]``: video, other tokens, padding. None: the padding
+            is at the end already.
+    """
+
+    lengths: Tensor
+    counts: tuple[int, ...]
+    order: Tensor | None = None
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Return ``x [B, H, N, D]`` with its padding at the end."""
+        return x if self.order is None else x.gather(2, self.order[:, None, :, None].expand_as(x))
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Return ``x [B, H, N, D]`` in the order of the model: the inverse of :meth:`arrange`."""
+        return x if self.order is None else x.gather(2, self.order.argsort(-1)[:, None, :, None].expand_as(x))
+
+    def arrange_call(self, call: AttentionCall) -> AttentionCall:
+        """Return the call in :attr:`order`; its ``stock`` computes the output in this order, too."""
+        q, k, v = (self.arrange(x) for x in (call.q, call.k, call.v))
+        return replace(call, q=q, k=k, v=v, stock=lambda: self.arrange(call.stock()))
+
+    def arrange_site(self, site: Site) -> Site:
+        """Return the site with the token grid in :attr:`order`."""
+        grid = site.grid
+        return replace(site, grid=replace(grid, before=0, after=grid.before + grid.after))
+
+    def attend_without_padding(self, call: AttentionCall) -> Tensor:
+        """Compute a call densely, without its padding and mask, which lets PyTorch choose its fastest kernel."""
+        keys, values = self.arrange(call.k), self.arrange(call.v)
+        options = {"scale": call.scale, "enable_gqa": call.q.shape[1] != keys.shape[1]}
+        if len(set(self.counts)) == 1:
+            length = self.counts[0]
+            return F.scaled_dot_product_attention(call.q, keys[:, :, :length], values[:, :, :length], **options)
+        items = zip(call.q.split(1), keys.split(1), values.split(1), self.counts, strict=True)
+        return torch.cat(
+            [F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n], **options) for q, k, v, n in items]
+        )
+
+
+def read_padding(mask: Tensor, batch: int, grid: Grid) -> KeyPadding | str | None:
+    """Return the padding that a mask describes, None if it excludes nothing, or why it is not a padding mask.
 
     Args:
-        mask: attention mask with one entry per key, shared by all queries and heads.
+        mask: attention mask of the call: which keys are valid, ``[..., N]``, or which pairs, ``[..., N, N]``; boolean,
+            or additive with values of 0 and at most `EXCLUDED`.
         batch: B.
         grid: token grid of the call.
     """
-    tokens = grid.tokens
-    if mask.dtype != torch.bool:
-        return "the attention mask is additive, not a boolean padding mask"
-    if mask.shape[-1] != tokens or mask.numel() not in (tokens, batch * tokens):
-        return f"the attention mask {list(mask.shape)} is not a padding mask over {tokens} keys"
-    mask = mask.reshape(-1, tokens)
-    lengths = mask.sum(-1)
-    if not (mask == (torch.arange(tokens, device=mask.device) < lengths[:, None])).all():
-        return "the attention mask excludes tokens in the middle of the sequence"
-    if (lengths < tokens - grid.after).any():
+    keys = _valid_keys(mask, batch, grid.tokens)
+    if isinstance(keys, str):
+        return keys
+    is_video = torch.arange(grid.tokens, device=mask.device)
+    is_video = (is_video >= grid.before) & (is_video < grid.before + grid.video)
+    lengths = keys.sum(-1)
+    counts = tuple(lengths.tolist())
+    if min(counts) == grid.tokens:
+        return None
+    if (~keys & is_video).any():
         return "the attention mask excludes video tokens"
-    return lengths.expand(batch)
+    at_end = keys == (torch.arange(grid.tokens, device=mask.device) < lengths[:, None])
+    order = None if at_end.all() else torch.where(keys, (~is_video).int(), 2).argsort(dim=-1, stable=True)
+    expand = lambda x: x if x is None else x.expand(batch, *x.shape[1:])
+    return KeyPadding(expand(lengths), counts * (batch // len(counts)), expand(order))
 
 
-class KeyLengths:
-    """Key lengths by mask, cached for one transformer call because reading a mask waits for the GPU."""
+def _valid_keys(mask: Tensor, batch: int, tokens: int) -> Tensor | str:
+    """Return which keys are valid, bool ``[B|1, N]``, or why the mask depends on more than the key."""
+    if mask.dtype != torch.bool:
+        if not ((mask == 0) | (mask <= EXCLUDED)).all():
+            return "the attention mask adds a bias to the scores"
+        mask = mask == 0
+    shape = f"the attention mask {list(mask.shape)}"
+    if mask.shape[-1] != tokens:
+        return f"{shape} is not a padding mask over {tokens} keys"
+    if mask.numel() in (tokens, batch * tokens):
+        return mask.reshape(-1, tokens)
+    if mask.ndim < 2 or mask.shape[-2] != tokens or mask.numel() not in (tokens**2, batch * tokens**2):
+        return f"{shape} is not a padding mask over {tokens} keys"
+    pairs = mask.reshape(-1, tokens, tokens)
+    keys = pairs.any(1)
+    # Rows of padding may be excluded, too: their outputs are not used.
+    if not (pairs == keys[:, None]).all() and not (pairs == keys[:, None] & keys[..., None]).all():
+        return f"{shape} allows each query other keys"
+    return keys
+
+
+class PaddingCache:
+    """Padding by mask, cached for one transformer call because reading a mask waits for the GPU."""
 
     def __init__(self) -> None:
-        self._cache: dict[int, tuple[Tensor, Tensor | str]] = {}  # holds the mask, so that its id stays unique
+        self._cache: dict[tuple, tuple[Tensor, KeyPadding | str | None]] = {}  # holds masks, so that ids stay unique
 
-    def read(self, mask: Tensor | None, batch: int, grid: Grid) -> Tensor | str | None:
-        """Return key lengths ``[B]``, None without a mask, or why the mask is not a padding mask."""
-        if mask is None:
+    def read(self, call: AttentionCall, grid: Grid) -> KeyPadding | str | None:
+        """Return the padding of a call as `read_padding` does; None without a mask."""
+        if call.mask is None:
             return None
-        if id(mask) not in self._cache:
-            self._cache[id(mask)] = (mask, read_padding(mask, batch, grid))
-        return self._cache[id(mask)][1]
+        source = call.mask if call.mask_source is None else call.mask_source
+        key = id(source), call.mask.shape, grid
+        if key not in self._cache:
+            self._cache[key] = source, read_padding(call.mask, call.q.shape[0], grid)
+        return self._cache[key][1]
 
     def clear(self) -> None:
         self._cache.clear()

@@ -58,7 +58,7 @@ class Plans:
         self._stopwatch = stopwatch or Stopwatch()
         self._cache: dict[tuple, CachedPlan] = {}
         self._previews: dict[tuple, CachedPlan] = {}
-        self._methods: dict[tuple, Method] = {}  # by step and number of steps
+        self._methods: dict[tuple, Method] = {}  # by what their density depends on
         self._memory: dict[tuple, dict] = defaultdict(dict)
 
     def plan(self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None) -> Plan | ClusterPlan | None:
@@ -97,7 +97,7 @@ class Plans:
 
     def density_at(self, site: Site) -> float | None:
         """Return the density that the plans of a step are asked for; None: the method's own settings decide."""
-        return self._method_at(site).density
+        return self._method_at(replace(site, references=0)).density
 
     def memory(self, q: Tensor, site: Site) -> dict:
         """Return the method's memory for a layer, grid and pair of branches."""
@@ -111,13 +111,15 @@ class Plans:
             self._cache.clear()
 
     def _method_at(self, site: Site) -> Method:
-        """Return the method with the density of a step: the same object for the same densities."""
-        step = site.step, site.steps
-        if step not in self._methods:
+        """Return the method with the density of a step, of the whole sequence: pairs with reference tokens are computed,
+        too. The same object for the same densities."""
+        key, video = (site.step, site.steps, site.references, site.grid), 1 - site.references / site.grid.tokens
+        if key not in self._methods:
             at_step = partial(self._schedule.density_at, site, ramp=self.method.density_ramp)
-            method = map_density(self.method, at_step)
-            self._methods[step] = next((one for one in (self.method, *self._methods.values()) if one == method), method)
-        return self._methods[step]
+            with_references = lambda density: 1 - (1 - at_step(density)) * video**2
+            method = map_density(self.method, with_references if site.references else at_step)
+            self._methods[key] = next((one for one in (self.method, *self._methods.values()) if one == method), method)
+        return self._methods[key]
 
     def _make_plan(
         self, method: Method, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None

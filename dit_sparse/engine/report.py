@@ -34,7 +34,8 @@ class Report:
         sparse_calls: number of self-attention calls computed sparsely.
         dense_calls: number of self-attention calls computed densely, by reason.
         density_asked: requested density, or None if the method's own settings decide.
-        density_achieved: fraction of the query-key pairs computed in sparse calls, or None before the first one.
+        density_achieved: fraction of the query-key pairs computed in sparse calls, or None before the first one. Pairs
+            with reference tokens, which are all computed, are not counted.
         density_by_step: requested density of the sparse steps, if it changes over the steps.
         tail_density: pairs of a query and a pooled term in sparse calls, as a fraction of the query-key pairs; None
             before the first sparse call. Such pairs are not part of ``density_achieved`` and cost as much as others.
@@ -105,6 +106,7 @@ class RunCounters:
     observed_pairs: float | torch.Tensor = 0.0  # computed in dense steps for methods that observe them
     density_by_step: dict[int, float] = field(default_factory=dict)
     pooled_in_sparse: float | torch.Tensor = 0.0  # pairs of a query and a pooled term
+    reference_pairs: float = 0.0  # of sparse calls, with reference tokens, not counted in the two numbers above
     dense_pairs: int = 0
     unsized_calls: int = 0
     logged: set[str] = field(default_factory=set)
@@ -116,9 +118,11 @@ class RunCounters:
         self.sparse_calls += 1
         self.executors[executor] += 1
         self.grids[site.grid, site.block] = None
-        self.sparse_pairs += pairs
+        references = pairs * (1 - (1 - site.references / site.grid.tokens) ** 2)
+        self.sparse_pairs += pairs - references
+        self.reference_pairs += references
         # not in place: of either inference mode
-        self.computed_in_sparse = self.computed_in_sparse + pairs * plan.mean_density
+        self.computed_in_sparse = self.computed_in_sparse + (pairs * plan.mean_density - references)
         self.pooled_in_sparse = self.pooled_in_sparse + pairs * plan.mean_tail_density
 
     def count_density(self, site: Site, density: float | None) -> None:
@@ -154,9 +158,10 @@ class RunCounters:
     @property
     def density_run(self) -> float | None:
         sized_calls = self.sparse_calls + self.dense.total() - self.unsized_calls
-        unsized_pairs = self.unsized_calls * (self.sparse_pairs + self.dense_pairs) / max(sized_calls, 1)
-        pairs = self.sparse_pairs + self.dense_pairs + unsized_pairs
-        computed = float(self.computed_in_sparse) + float(self.observed_pairs) + self.dense_pairs + unsized_pairs
+        dense_pairs = self.dense_pairs + self.reference_pairs
+        dense_pairs += self.unsized_calls * (self.sparse_pairs + dense_pairs) / max(sized_calls, 1)
+        pairs = self.sparse_pairs + dense_pairs
+        computed = float(self.computed_in_sparse) + float(self.observed_pairs) + dense_pairs
         return computed / pairs if pairs else None
 
     def report(self, method: Method) -> Report:

@@ -145,7 +145,7 @@ class Run:
         links = []
         for layer, module in enumerate(modules):
             site = AttentionSite(name, layer, len(modules), family.text, module)
-            links.append((module, Interception(partial(self._attend, site), self._count_missed)))
+            links.append((module, Interception(partial(self._attend, site), self._count_missed, family.mask)))
 
         def begin_forward(*arguments: Any) -> None:
             for module, link in links:

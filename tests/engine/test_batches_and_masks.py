@@ -82,12 +82,12 @@ def mask_with_hole() -> Tensor:
 
 
 MASKS = {
-    "hole": (mask_with_hole, "excludes tokens in the middle"),
+    "hole": (mask_with_hole, "excludes video tokens"),
     "no text": (lambda: (torch.arange(TOKENS) < 150)[None, None, None], "excludes video tokens"),
-    "additive": (lambda: torch.zeros(1, 1, 1, TOKENS).masked_fill(~mask_with_hole(), -1e4), "additive"),
+    "additive": (lambda: torch.zeros(1, 1, 1, TOKENS).masked_fill(~mask_with_hole(), -1.0), "adds a bias"),
     "pairs": (
         lambda: torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(100)[None, None],
-        "not a padding mask over 175 keys",
+        "allows each query other keys",
     ),
 }
 

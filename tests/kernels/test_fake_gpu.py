@@ -13,6 +13,7 @@ from dit_sparse import METHODS, ClusterPlan, Grid, Site
 from dit_sparse import plan as plan_module
 from dit_sparse.composition import PerHead
 from dit_sparse.engine import padding, tracking
+from dit_sparse.engine.padding import KeyPadding
 from dit_sparse.engine.plans import Plans
 from dit_sparse.engine.report import RunCounters
 from dit_sparse.eval.bench import attention as attention_bench
@@ -131,7 +132,7 @@ def known_values(monkeypatch):
     monkeypatch.setattr(RunCounters, "density_run", 0.25)
     monkeypatch.setattr(RunCounters, "tail_density", 0.0)
     monkeypatch.setattr(tracking, "_largest", lambda timestep: 500.0)
-    lengths = lambda mask, batch, grid: mask.reshape(-1, grid.tokens).sum(-1).expand(batch)
+    lengths = lambda mask, batch, grid: KeyPadding(mask.reshape(-1, grid.tokens).sum(-1).expand(batch), (1,) * batch)
     monkeypatch.setattr(padding, "read_padding", lengths)
 
 
