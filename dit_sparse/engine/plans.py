@@ -111,8 +111,8 @@ class Plans:
             self._cache.clear()
 
     def _method_at(self, site: Site) -> Method:
-        """Return the method with the density of a step, of the whole sequence: pairs with reference tokens are computed,
-        too. The same object for the same densities."""
+        """Return the method with the density of a step, in which pairs with reference tokens, all computed, count. The
+        same object for the same densities."""
         key, video = (site.step, site.steps, site.references, site.grid), 1 - site.references / site.grid.tokens
         if key not in self._methods:
             at_step = partial(self._schedule.density_at, site, ramp=self.method.density_ramp)
