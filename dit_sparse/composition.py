@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grid import Grid, Site
+from .grid import Grid, Site, short_repr
 from .kernels.tail import add_tail
 from .method import AttentionOutput, Method
 from .notation.settings import within
@@ -199,7 +199,7 @@ class PerHead(Method):
         if self.density is not None:
             raise ValueError("PerHead takes no density: set the density of its methods")
         if len(set(letters)) < len(letters) or any(len(letter) != 1 for letter in letters):
-            raise ValueError(f"each method needs a letter of its own, got {letters}")
+            raise ValueError(f"each method needs a letter of its own, got {short_repr(letters)}")
         if unknown := set("".join(self.layers)) - set(letters):
             raise ValueError(f"layers contain the unknown letters {sorted(unknown)}; the methods are {letters}")
         if not self.layers:

@@ -18,6 +18,7 @@ def _grid(config: Mapping, arguments: Mapping) -> GridShape:
 FAMILY = Family(
     name="cogvideox",
     transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+    size_multiple=16,
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=_grid,
     text="before",

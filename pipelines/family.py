@@ -43,6 +43,7 @@ class Family:
         pipelines: class names of the diffusers pipelines.
         images: whether the pipelines generate images.
         timestep, latents: names of these arguments of the transformer's forward call.
+        size_multiple: heights and widths of clips, in pixels, must be multiples of it; 1: unknown.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Family:
     pipelines: tuple[str, ...] = ()
     timestep: str = "timestep"
     latents: str = "hidden_states"
+    size_multiple: int = 1
     images: bool = False
 
     def supports(self, class_names: set[str]) -> bool:

@@ -12,6 +12,7 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 FAMILY = Family(
     name="hunyuan_video",
     transformers=("HunyuanVideoTransformer3DModel",),
+    size_multiple=16,
     sites=r"(single_)?transformer_blocks\.\d+\.attn",
     grid=lambda config, arguments: patch_grid(
         arguments, (config["patch_size_t"], config["patch_size"], config["patch_size"])

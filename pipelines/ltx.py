@@ -22,6 +22,7 @@ def _grid(config: Mapping, arguments: Mapping) -> GridShape:
 FAMILY = Family(
     name="ltx",
     transformers=("LTXVideoTransformer3DModel",),
+    size_multiple=32,
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=_grid,
     pipelines=("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "LTXI2VLongMultiPromptPipeline"),

@@ -12,6 +12,7 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 FAMILY = Family(
     name="mochi",
     transformers=("MochiTransformer3DModel",),
+    size_multiple=16,
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=lambda config, arguments: patch_grid(arguments, (1, config["patch_size"], config["patch_size"])),
     text="after",

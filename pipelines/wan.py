@@ -18,6 +18,7 @@ FAMILY = Family(
         "WanAnimateTransformer3DModel",
         "ChronoEditTransformer3DModel",
     ),
+    size_multiple=16,
     sites=r"(vace_)?blocks\.\d+\.attn1",
     grid=lambda config, arguments: patch_grid(arguments, config["patch_size"]),
     pipelines=(

@@ -143,7 +143,7 @@ def scaling(
 
 def _check_known(kind: str, names: tuple, known: object) -> None:
     if unknown := next((name for name in names if name not in known), None):
-        raise ValueError(f"there is no {kind} {unknown!r}; there are {', '.join(known)}")
+        raise ValueError(f"there is no {kind} {unknown[:60]!r}; there are {', '.join(known)}")
 
 
 def _print_executors(rows: list[dict]) -> None:

@@ -55,7 +55,8 @@ def generate(
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.generation import generate as generation
         from dit_sparse.generation.checks import check_clip
-        from dit_sparse.output.files import shorten_path, writable_file
+        from dit_sparse.notation.reading import shorten_path
+        from dit_sparse.output.files import writable_file
         from dit_sparse.output.media import save_video
 
         steps_settings = {"dense_steps": count_or_fraction(dense_steps), "density_ramp": density_ramp(ramp)}
@@ -64,7 +65,7 @@ def generate(
             raise ValueError(f"--out must be a file that ends in .mp4, got {shorten_path(out)}")
         call = generation.default_call(model) | call_arguments(steps, frames, height, width, guidance)
         fps = generation.default_fps(model) if fps is None else fps
-        check_clip(prompt, seed, call, fps)
+        check_clip(prompt, seed, call, fps, model=model)
         writable_file(out)
         pipe = generation.load_pipeline(model)
         run = processor.attach(pipe)

@@ -91,7 +91,8 @@ def count_or_fraction(text: str | None) -> int | float | None:
     try:
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
-        raise ValueError(f"--dense-steps must be a count such as 3 or a fraction such as 0.2, got {text!r}") from None
+        given = repr(text[:60])
+        raise ValueError(f"--dense-steps must be a count such as 3 or a fraction such as 0.2, got {given}") from None
 
 
 def density_ramp(text: str | None) -> list[float] | None:

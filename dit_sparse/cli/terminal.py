@@ -38,9 +38,11 @@ def print_error(message: str) -> None:
 
 
 def _message(error: Exception) -> str:
+    from dit_sparse.notation.reading import shorten_path
+
     if isinstance(error, OSError) and error.strerror:
         path = error.filename2 or error.filename  # os.replace has two: the second is the file that the user named
-        return f"{path}: {error.strerror}" if path else error.strerror
+        return f"{shorten_path(path)}: {error.strerror}" if path else error.strerror
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return "out of memory: use fewer frames, a smaller size or a lower density"
     if isinstance(error, RecursionError):

@@ -55,7 +55,7 @@ class Demo:
         object.__setattr__(self, "call", default_call(self.model) | self.call)
         if self.steps < 2:
             raise ValueError(f"the demo needs at least 2 steps, got {self.steps}")
-        check_clip(self.prompt, self.seed, self.call)
+        check_clip(self.prompt, self.seed, self.call, model=self.model)
         writable_folder(self.out, FILES)
 
     @property

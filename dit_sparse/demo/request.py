@@ -74,8 +74,8 @@ class GenerationRequest:
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1, maximum)
         if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int | float):
-            raise ValueError(f"dense_steps must be a number in [0, 1], got {self.dense_steps!r}")
-        check_clip(self.prompt, self.seed, self.call, min_steps=2)
+            raise ValueError(f"dense_steps must be a number in [0, 1], got {repr(self.dense_steps)[:40]}")
+        check_clip(self.prompt, self.seed, self.call, min_steps=2, model=self.model)
         _ = self.processor
 
     @property

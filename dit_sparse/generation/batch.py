@@ -111,7 +111,7 @@ class Batch:
                 raise ValueError(f"two clips, or a clip and the manifest, would both be named {job.name}")
             names.add(job.name.lower())
             try:
-                check_clip(job.prompt, job.seed, job.call, job.fps)
+                check_clip(job.prompt, job.seed, job.call, job.fps, model=self.model)
             except ValueError as error:
                 raise ValueError(f"{job.name}: {error}") from None
             stored = self._stored_result(job) or {}

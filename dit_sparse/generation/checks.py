@@ -6,12 +6,13 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+from .model_config import COUNTS, check_size
+
 MAX_PROMPT = 10_000  # characters
 MAX_NUMBER = 100_000  # steps, frames or pixels
 MAX_PIXELS = 2**34  # of all frames of a clip
 MAX_FPS = 1000
 MAX_SEED = 2**63 - 1
-COUNTS = ("num_inference_steps", "num_frames", "height", "width")
 
 
 def check_prompt(prompt: Any) -> None:
@@ -52,17 +53,20 @@ def check_call(call: dict, min_steps: int = 1) -> None:
         if name == "guidance_scale" and not is_number and value is not None:
             raise ValueError(f"guidance_scale must be a number, got {_shorten(value)}")
         if is_number and not abs(value) <= MAX_NUMBER:
-            raise ValueError(f"{name} must be in [-{MAX_NUMBER}, {MAX_NUMBER}], got {_shorten(value)}")
+            raise ValueError(f"{name[:40]} must be in [-{MAX_NUMBER}, {MAX_NUMBER}], got {_shorten(value)}")
     for name in ("negative_prompt", "prompt_2"):
         if call.get(name) is not None:
             _check_text(name, call[name])
 
 
-def check_clip(prompt: Any, seed: Any, call: dict, fps: Any = 1, min_steps: int = 1) -> None:
-    """Raise ValueError if the prompt, the seed, the call or the frame rate of a clip is invalid."""
+def check_clip(prompt: Any, seed: Any, call: dict, fps: Any = 1, min_steps: int = 1, model: str | None = None) -> None:
+    """Raise ValueError if the prompt, the seed, the call or the frame rate of a clip is invalid, or if the model, where
+    it is given, cannot generate clips of that size."""
     check_prompt(prompt)
     check_seed(seed)
     check_call(call, min_steps)
+    if model is not None:
+        check_size(model, call)
     check_fps(fps)
 
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..bundled import BUNDLED, BUNDLED_CALL, BUNDLED_FPS, SMALL_CALL, model_source
+from ..notation.reading import shorten_path
 from ..output.files import to_uint8
 from .checks import COUNTS, check_clip
 from .model_config import check_family, failure_reason, pipeline_config
@@ -78,7 +79,7 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
         with _no_loading_bars():
             pipe = DiffusionPipeline.from_pretrained(model_source(model), dtype=dtype)
     except Exception as error:
-        raise ValueError(f"cannot load the model {model}: {failure_reason(error)}") from error
+        raise ValueError(f"cannot load the model {shorten_path(model)}: {failure_reason(error)}") from error
     return pipe.to(device)
 
 

@@ -10,8 +10,11 @@ from dit_sparse.pipelines.family import class_names, family_named
 from dit_sparse.pipelines.unsupported import why_unsupported
 
 from ..bundled import model_source
-from ..notation.reading import read_json
+from ..grid import short_repr
+from ..notation.reading import read_json, shorten_path
 
+COUNTS = ("num_inference_steps", "num_frames", "height", "width")
+CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")
 HUB_FAILURES = {  # names of exceptions of huggingface_hub, the specific ones first
     "GatedRepoError": "access to it is restricted: accept its terms on the hub, and log in with `hf auth login`",
     "RepositoryNotFoundError": "the hub has no such model, or it is private: check the name, or log in",
@@ -33,43 +36,72 @@ def pipeline_config(model: str) -> dict:
     Raises:
         ValueError: the file cannot be read or downloaded.
     """
+    if not isinstance(model, str):
+        raise ValueError(f"a model must be a name or a folder, got {short_repr(model)}")
     source = model_source(model)
     if _is_path(source):
         if not os.path.isfile(Path(source) / "model_index.json"):
             reason = "it is not a diffusers pipeline, because it has no model_index.json"
-            raise ValueError(f"cannot load the model {source[:200]}: {reason}")
+            raise ValueError(f"cannot load the model {shorten_path(source)}: {reason}")
         try:
             config = read_json(Path(source) / "model_index.json")
         except ValueError as error:
-            raise ValueError(f"cannot load the model {model}: {error}") from None
+            raise ValueError(f"cannot load the model {shorten_path(model)}: {error}") from None
     else:
         from diffusers import DiffusionPipeline
 
         try:
             config = DiffusionPipeline.load_config(source)
         except Exception as error:
-            raise ValueError(f"cannot load the model {model[:200]}: {failure_reason(error)}") from None
+            raise ValueError(f"cannot load the model {shorten_path(model)}: {failure_reason(error)}") from None
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
-        raise ValueError(f"cannot load the model {model}: its model_index.json names no pipeline class")
+        raise ValueError(f"cannot load the model {shorten_path(model)}: its model_index.json names no pipeline class")
     return config
 
 
 def check_family(model: str, config: dict) -> None:
     """Raise ValueError if no adapter supports a transformer of a pipeline, or if it makes images. Classes outside of
     diffusers are accepted, because they may be subclasses of supported ones."""
-    components = [(name, part) for name, part in config.items() if isinstance(part, list) and len(part) == 2]
-    transformers = [part for name, part in components if name.startswith("transformer") and part[1] is not None]
+    name = shorten_path(model)
+    components = [(key, part) for key, part in config.items() if isinstance(part, list) and len(part) == 2]
+    transformers = [part for key, part in components if key.startswith("transformer") and part[1] is not None]
     if not transformers:
-        raise ValueError(f"{model} is a {config['_class_name']}, which has no video transformer")
-    names = [_class_names(str(name)) for library, name in transformers if library == "diffusers"]
+        raise ValueError(f"{name} is a {shorten_path(config['_class_name'])}, which has no video transformer")
+    names = [_class_names(str(cls)) for library, cls in transformers if library == "diffusers"]
     families = [family_named(each) for each in names]
-    class_name = transformers[0][1]
+    class_name = shorten_path(str(transformers[0][1]))
     if len(names) == len(transformers) and not any(families):
         reason = why_unsupported(names[0])
         detail = f": {reason}" if reason else ""
-        raise ValueError(f"{model} has a {class_name}, which no adapter in dit_sparse/pipelines supports{detail}")
+        raise ValueError(f"{name} has a {class_name}, which no adapter in dit_sparse/pipelines supports{detail}")
     if any(family is not None and family.images for family in families):
-        raise ValueError(f"{model} has a {class_name}, which makes images: use dit_sparse.enable in Python")
+        raise ValueError(f"{name} has a {class_name}, which makes images: use dit_sparse.enable in Python")
+
+
+def check_size(model: str, call: dict) -> None:
+    """Raise ValueError if a model cannot generate clips of the size in a pipeline call, as far as the configs of the
+    bundled model or of a local folder tell. Nothing is downloaded."""
+    folder = Path(model_source(model))
+    pipeline, transformer, vae = (_read_config(folder / name) for name in CONFIGS)
+    family = family_named(_class_names(str(_last(pipeline.get("transformer"), ""))))
+    if family is None:
+        return
+    for name in ("height", "width"):
+        if (call.get(name) or 0) % family.size_multiple:
+            low = call[name] // family.size_multiple * family.size_multiple
+            choices = " or ".join(str(size) for size in (low, low + family.size_multiple) if size)
+            raise ValueError(
+                f"{name} must be a multiple of {family.size_multiple} for {shorten_path(model)}, got {call[name]}: "
+                f"choose {choices}"
+            )
+    limit, patch = transformer.get("rope_max_seq_len"), transformer.get("patch_size")
+    if not isinstance(limit, int) or not isinstance(patch, list) or len(patch) != 3:
+        return
+    spatial, temporal = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+    for name, factor, tokens in zip(COUNTS[1:], (temporal, spatial, spatial), patch, strict=True):
+        most = limit * factor * tokens
+        if (call.get(name) or 0) > most:
+            raise ValueError(f"{name} must be at most {most} for {shorten_path(model)}, got {call[name]}")
 
 
 def failure_reason(error: BaseException) -> str:
@@ -88,6 +120,19 @@ def _class_names(class_name: str) -> set[str]:
 
     cls = getattr(diffusers, class_name, None)
     return {class_name} | (class_names(cls) if isinstance(cls, type) else set())
+
+
+def _read_config(path: Path) -> dict:
+    """Return a config, empty if it cannot be read: loading the model reports that."""
+    try:
+        config = read_json(path)
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _last(value: Any, default: Any) -> Any:
+    return value[-1] if isinstance(value, list) and value else default
 
 
 def _is_path(model: Any) -> bool:

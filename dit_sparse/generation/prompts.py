@@ -11,7 +11,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..notation.reading import read_bytes
+from ..grid import short_repr
+from ..notation.reading import read_bytes, shorten_path
 from ..notation.settings import alternatives_to
 from .checks import MAX_NUMBER, MAX_PROMPT
 
@@ -49,25 +50,30 @@ class Row(BaseModel):
     guidance: float | None = None
 
 
-def read_rows(path: Path) -> list[tuple[str, Row]]:
+def read_rows(path: Path | str) -> list[tuple[str, Row]]:
     """Return the rows of a file, each with the name of its output files.
 
     Raises:
         ValueError: the file cannot be read, a row is invalid, or a name is used twice; the message names the line.
     """
     readers = {".txt": _read_text, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    if not isinstance(path, str | Path):
+        raise ValueError(f"a prompt file must be a path, got {short_repr(path)}")
+    path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in readers:
-        raise ValueError(f"a prompt file must be one of {', '.join(readers)}, got {path.name}")
+        raise ValueError(f"a prompt file must be one of {', '.join(readers)}, got {shorten_path(path.name)}")
     rows: dict[str, tuple[int, str, Row]] = {}  # by the name in lower case, because some file systems ignore case
     for line, values in readers[suffix](path):
         row = _validate(path, line, values)
         name = file_name(row, len(rows) + 1)
         if name.lower() in rows:
-            raise ValueError(f"{path}, line {line}: the name {name!r} is already used in line {rows[name.lower()][0]}")
+            raise ValueError(
+                f"{shorten_path(path)}, line {line}: the name {name!r} is already used in line {rows[name.lower()][0]}"
+            )
         rows[name.lower()] = (line, name, row)
     if not rows:
-        raise ValueError(f"there are no prompts in {path}")
+        raise ValueError(f"there are no prompts in {shorten_path(path)}")
     return [(name, row) for _, name, row in rows.values()]
 
 
@@ -85,7 +91,7 @@ def file_name(row: Row, number: int) -> str:
 
 
 def _validate(path: Path, line: int, values: object) -> Row:
-    place = f"{path}, line {line}"
+    place = f"{shorten_path(path)}, line {line}"
     if not isinstance(values, dict):
         raise ValueError(f'{place}: a row must be an object such as {{"prompt": "a cat"}}')
     for name, value in values.items():
@@ -118,7 +124,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, object]]:
         try:
             yield line, json.loads(text)
         except (ValueError, RecursionError):
-            raise ValueError(f"{path}, line {line}: not JSON") from None
+            raise ValueError(f"{shorten_path(path)}, line {line}: not JSON") from None
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
@@ -126,16 +132,18 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         header = [name.strip() for name in reader.fieldnames or ()]
         if "prompt" not in header:
-            raise ValueError(f"{path} needs a header with a column 'prompt', with commas between columns")
+            raise ValueError(f"{shorten_path(path)} needs a header with a column 'prompt', with commas between columns")
         if len(set(header)) < len(header):
-            raise ValueError(f"{path} has two columns of the same name")
+            raise ValueError(f"{shorten_path(path)} has two columns of the same name")
         reader.fieldnames = header
         for values in reader:
             if None in values:
-                raise ValueError(f"{path}, line {reader.line_num}: more cells than the header has columns")
+                raise ValueError(
+                    f"{shorten_path(path)}, line {reader.line_num}: more cells than the header has columns"
+                )
             yield reader.line_num, {name: value for name, value in values.items() if value not in ("", None)}
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+        raise ValueError(f"{shorten_path(path)}, line {reader.line_num}: {error}") from None
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -144,7 +152,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         try:
             text = piece.decode()
         except UnicodeDecodeError:
-            raise ValueError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
+            raise ValueError(f"{shorten_path(path)}, line {line}: not UTF-8; save the file as UTF-8") from None
         if "\0" in text:
-            raise ValueError(f"{path}, line {line}: a zero byte, so this is not a text file")
+            raise ValueError(f"{shorten_path(path)}, line {line}: a zero byte, so this is not a text file")
         yield line, text + "\n"

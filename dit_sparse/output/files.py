@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..notation.reading import shorten_path
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -53,7 +55,7 @@ def writable_file(path: Path | str, option: str = "--out") -> Path:
     written."""
     file = Path(path)
     if not file.name or os.path.isdir(file):
-        raise ValueError(f"{option} must be a file, got the folder {file}")
+        raise ValueError(f"{option} must be a file, got the folder {shorten_path(file)}")
     writable_folder(file.parent)
     try:
         _check_replaceable(file)
@@ -79,12 +81,6 @@ def _check_replaceable(path: Path) -> None:
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(os.stat(each).st_mode):
                 raise ValueError(f"{path.name} exists and is not a file")
-
-
-def shorten_path(path: Path) -> str:
-    """Return the path, or its start and end, for messages."""
-    text = str(path)
-    return text if len(text) <= 100 else f"{text[:50]}...{text[-47:]}"
 
 
 def _temporary_path(path: Path) -> Path:

@@ -13,7 +13,7 @@ from imageio_ffmpeg import count_frames_and_secs
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ..notation.reading import check_regular_file
+from ..notation.reading import check_regular_file, shorten_path
 from .files import atomic_write, to_uint8
 
 _log = logging.getLogger("dit_sparse")
@@ -58,7 +58,7 @@ def _one_sentence_per_error(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0][:100]
-        raise OSError(f"{path} is incomplete: is the disk full? ({reason})") from None
+        raise OSError(f"{shorten_path(path)} is incomplete: is the disk full? ({reason})") from None
 
 
 def _has_all_boxes(video: Path) -> bool:
@@ -91,7 +91,7 @@ def read_video(path: Path) -> tuple[NDArray, float]:
         return frames, float(imageio.immeta(path, plugin="FFMPEG").get("fps", 8))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot read a video from {path}: {reason}") from None
+        raise ValueError(f"cannot read a video from {shorten_path(path)}: {reason}") from None
 
 
 def side_by_side(left: NDArray, right: NDArray, labels: tuple[str, str]) -> NDArray:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..composition import PerHead
 from ..grid import short_repr
 from ..methods import method
-from ..notation.reading import read_json
+from ..notation.reading import read_json, shorten_path
 from ..notation.settings import alternatives_to
 from ..schedule import Schedule
 
@@ -72,22 +72,24 @@ class Profile(BaseModel):
         try:
             content = read_json(path)
         except ValueError as error:
-            raise ValueError(f"{path} cannot be read as a profile: {error}") from None
+            raise ValueError(f"{shorten_path(path)} cannot be read as a profile: {error}") from None
         version = content.get("schema") if isinstance(content, dict) else None
         if not isinstance(version, int) or version < 1:
-            raise ValueError(f"{path} is not a profile: it has no number under 'schema'")
+            raise ValueError(f"{shorten_path(path)} is not a profile: it has no number under 'schema'")
         if version != SCHEMA:
             remedy = "upgrade dit-sparse" if version > SCHEMA else "search it again with dit-sparse profile"
-            raise ValueError(f"{path} has schema {version}, but this version of dit-sparse reads {SCHEMA}: {remedy}")
+            found = f"{shorten_path(path)} has schema {short_repr(version)}"
+            raise ValueError(f"{found}, but this version of dit-sparse reads {SCHEMA}: {remedy}")
         try:
             profile = cls.model_validate(content)
             profile.to_method()
             profile.to_schedule()
         except ValidationError as error:
             first = error.errors()[0]
-            raise ValueError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            location = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{shorten_path(path)} is damaged: {shorten_path(location)}: {first['msg']}") from None
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} cannot be used: {_first_line(error)}") from None
+            raise ValueError(f"{shorten_path(path)} cannot be used: {_first_line(error)}") from None
         return profile
 
     def dumps(self) -> str:

@@ -14,6 +14,7 @@ from dit_sparse.pipelines.family import family_of
 
 from ..generation.checks import check_clip
 from ..generation.generate import Progress, default_call, generate, load_pipeline
+from ..notation.reading import shorten_path
 from ..output.environment import conditions
 from ..output.files import atomic_write, save_figure, writable_file
 from ..plotting.plots import plot_heat_map
@@ -68,7 +69,7 @@ class ProfileSearch:
         if self.max_error is not None and not 0 < self.max_error < float("inf"):
             raise ValueError(f"the maximum error must be positive and finite, got {self.max_error}")
         if self.out.suffix != ".json":
-            raise ValueError(f"--out must end in .json, got {self.out}")
+            raise ValueError(f"--out must end in .json, got {shorten_path(self.out)}")
         default_spread = SPREAD if self.target_density is None else ONE_DENSITY
         object.__setattr__(self, "spread", tuple(self.spread or default_spread))
         self._parse_candidates()
@@ -76,7 +77,7 @@ class ProfileSearch:
             raise ValueError(f"the spread {list(self.spread)} cannot meet the target: start it at 1 or below")
         object.__setattr__(self, "call", default_call(self.model) | self.call)
         for prompt in self.prompts:
-            check_clip(prompt, 0, self.call)
+            check_clip(prompt, 0, self.call, model=self.model)
         _check_steps(self.schedule, self.call)
         for file in (self.out, self.out.with_suffix(".png")):
             writable_file(file)

@@ -73,7 +73,7 @@ class MaskAnalysis:
         if steps := self.call.get("num_inference_steps"):
             measured_steps(self.schedule, steps, self.sampled_steps)
         for prompt in self.prompts:
-            check_clip(prompt, 0, self.call)
+            check_clip(prompt, 0, self.call, model=self.model)
 
     def cases(self) -> list[tuple[str, float | None, Method]]:
         """Return name, requested density and method of every row."""

@@ -84,7 +84,7 @@ class Comparison:
             check_steps(self.schedule, self.call["num_inference_steps"])
         self.specs()
         for prompt in self.prompts:
-            check_clip(prompt, self.seeds, self.call)
+            check_clip(prompt, self.seeds, self.call, model=self.model)
         writable_folder(self.out, ("compare.json", "report.html"))
 
     def specs(self) -> list[ClipSpec]:

@@ -11,8 +11,14 @@ from typer.testing import CliRunner
 
 from batches import file_names, write_file
 from dit_sparse.cli.main import app
+from dit_sparse.demo.request import GenerationRequest
+from dit_sparse.generation.checks import check_call, check_clip
+from dit_sparse.generation.model_config import check_family, check_size, pipeline_config
 from dit_sparse.generation.prompts import MAX_PROMPT, RESERVED_NAMES, Row, file_name, read_rows
 from dit_sparse.notation.reading import read_json
+from dit_sparse.output.files import save_json, writable_file, writable_folder
+from dit_sparse.profiling.head_profile import Profile
+from sparse_pipelines import cached_pipeline, generate
 
 
 def test_one_prompt_per_line(tmp_path):
@@ -180,3 +186,63 @@ def test_only_regular_files_of_limited_size_are_read(tmp_path):
     for name, reason in reasons.items():
         with pytest.raises(ValueError, match=reason):
             read_json(tmp_path / name)
+
+
+LONG = "x" * 5_000
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: read_rows(None),
+        lambda: read_rows("str"),
+        lambda: read_rows(f"{LONG}.txt"),
+        lambda: read_json(LONG),
+        lambda: pipeline_config(LONG),
+        lambda: pipeline_config(None),
+        lambda: check_family(LONG, {"_class_name": LONG}),
+        lambda: check_family("model", {"_class_name": "Pipeline", "transformer": ["diffusers", LONG]}),
+        lambda: Profile.load(LONG),
+        lambda: writable_folder(LONG),
+        lambda: writable_file(LONG),
+        lambda: GenerationRequest(prompt="a cat", dense_steps=LONG),
+        lambda: check_call({LONG: float("nan")}),
+    ],
+)
+def test_messages_do_not_repeat_long_texts(call):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ({"height": 68, "width": 52}, "height must be a multiple of 16 for shapes-wan, got 68: choose 64 or 80"),
+        ({"width": 8}, "width must be a multiple of 16 for shapes-wan, got 8: choose 16"),
+        ({"num_frames": 1025}, "num_frames must be at most 1024 for shapes-wan, got 1025"),
+    ],
+)
+def test_sizes_that_the_model_cannot_make_are_refused(size, words):
+    check_size("shapes-wan", {"height": 80, "width": 64, "num_frames": 1024})
+    with pytest.raises(ValueError, match=words):
+        check_clip("a cat", 0, size, model="shapes-wan")
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "mochi", "ltx", "hunyuan_video"])
+def test_sizes_are_refused_by_the_configs_of_a_folder(tmp_path, family):
+    """The pipeline itself refuses the size only after loading, or fails at the first step."""
+    stock = cached_pipeline(family)
+    save_json(tmp_path / "model_index.json", dict(stock.pipe.config))
+    multiple = stock.strides[2]
+    check_size(str(tmp_path), {"height": 2 * multiple})
+    with pytest.raises(ValueError, match=f"height must be a multiple of {multiple} for .*: choose {2 * multiple} or"):
+        check_size(str(tmp_path), {"height": 5 * multiple // 2})
+    with pytest.raises((ValueError, RuntimeError)):
+        generate(stock, height=5 * multiple // 2)
+
+
+def test_folders_without_configs_have_no_limits(tmp_path):
+    for text in ("", "[]", '{"transformer": 3}', '{"transformer": []}'):
+        (tmp_path / "model_index.json").write_text(text)
+        check_size(str(tmp_path), {"height": 7})
