@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from attention_cases import random_cluster_plan
+from dit_sparse.kernels import cpu_library
 from dit_sparse.kernels.executors import cpu, reference
 from dit_sparse.plan import Plan, num_blocks
 
@@ -204,9 +205,9 @@ def test_why_not(options, reason):
 def empty_cache(monkeypatch, tmp_path):
     """An empty cache folder, and no operator compiled in this process."""
     monkeypatch.setenv("DIT_SPARSE_CACHE", str(tmp_path))
-    cpu._build_error.cache_clear()
+    cpu_library.build_error.cache_clear()
     yield tmp_path
-    cpu._build_error.cache_clear()
+    cpu_library.build_error.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -228,8 +229,8 @@ def test_why_not_without_a_working_compiler(empty_cache, monkeypatch, compiler, 
 
 
 def test_why_not_if_the_library_cannot_be_loaded(empty_cache, monkeypatch):
-    monkeypatch.setattr(cpu, "_compiled_library", lambda: empty_cache / "absent.so")
-    assert "the compiled operator cannot be loaded" in cpu._build_error()
+    monkeypatch.setattr(cpu_library, "compiled_library", lambda name: empty_cache / "absent.so")
+    assert "the compiled operator cannot be loaded" in cpu_library.build_error("block_sparse")
 
 
 @pytest.fixture
@@ -255,7 +256,7 @@ def test_processes_that_compile_concurrently_store_one_complete_library(slow_com
 
 
 def compile_and_read(_):
-    return cpu._compiled_library().read_text()
+    return cpu_library.compiled_library("block_sparse").read_text()
 
 
 def test_library_is_compiled_with_an_unwritable_cache_folder(slow_compiler, tmp_path, monkeypatch, caplog):

@@ -3,9 +3,11 @@
 // Keys and values are packed once per call: every group of keys is split into pieces with a panel K^T [D, columns] and
 // a panel V [columns, D]. Each worker takes query tiles from a shared counter, those with the most keys first, and runs
 // the online softmax over the pieces of the key groups that the tile keeps, several pieces per pass. Both matrix
-// products use oneDNN's brgemm, which PyTorch exports. Token orders are applied on packing, reading and writing.
+// products use oneDNN's brgemm, which PyTorch exports. Token orders are applied on packing, reading and writing. A second
+// loop of the same softmax runs over the pooled terms of a plan with a tail, with those of kept key groups masked.
 
-#include "cpu_tiles.h"
+#include "plan.h"
+#include "tail.h"
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -19,70 +21,6 @@ namespace {
 // Clusters are split into pieces and tiles of few sizes, because brgemm compiles a kernel for every shape.
 constexpr int64_t kPiece = 64;
 constexpr int64_t kTileRows = 128;
-
-// The queries or keys in the plan's order, split into groups: equal blocks, or clusters by their edges.
-struct TokenGroups {
-  std::optional<StridedTensor<const int64_t>> order;  // [B, H, N]
-  std::optional<StridedTensor<const int32_t>> edges;  // [B, H, groups + 1]
-  int64_t groups, block, tokens;
-
-  TokenGroups(const std::optional<Tensor>& order_tensor, const std::optional<Tensor>& edges_tensor, int64_t groups,
-              int64_t block, int64_t tokens)
-      : groups(groups), block(block), tokens(tokens) {
-    if (order_tensor) order.emplace(*order_tensor);
-    if (edges_tensor) edges.emplace(*edges_tensor);
-  }
-
-  int64_t first(int64_t b, int64_t h, int64_t group) const {
-    return edges ? *edges->row(b, h, group) : std::min(group * block, tokens);
-  }
-  int64_t size(int64_t b, int64_t h, int64_t group) const { return first(b, h, group + 1) - first(b, h, group); }
-
-  // Returns the token at a position of the ordered sequence.
-  int64_t token(int64_t b, int64_t h, int64_t position) const {
-    return order ? *order->row(b, h, position) : position;
-  }
-
-  // Returns the maximal number of tokens computed at once: a block, or ``limit`` tokens of a cluster.
-  int64_t max_tokens_at_once(int64_t limit) const { return edges ? limit : block; }
-};
-
-struct Plan {
-  StridedTensor<const int32_t> index;  // [B, H, query groups, K]
-  StridedTensor<const int32_t> count;  // [B, H, query groups]
-  int64_t max_kept;                    // K
-  TokenGroups queries, keys;
-  const int32_t* lengths;  // [B] or null; padding is at the end of the order of the keys
-
-  int64_t valid_keys(int64_t b, int64_t h, int64_t group) const {
-    const int64_t size = keys.size(b, h, group);
-    return lengths ? std::clamp<int64_t>(lengths[b] - keys.first(b, h, group), 0, size) : size;
-  }
-};
-
-struct Sizes {
-  int64_t batch, heads, kv_heads, dim;
-  int64_t packed_heads;  // kv_heads, or heads if query heads differ in how they group keys
-  int64_t panel_dim;
-  int64_t piece;    // maximal columns of a panel
-  int64_t columns;  // columns for all keys of a head, group after group
-  int64_t rows;     // maximal queries of a tile
-};
-
-template <typename T>
-struct Problem {
-  Sizes sizes;
-  Plan plan;
-  StridedTensor<const T> q, k, v;  // [B, H, N, D], [B, Hkv, N, D] twice
-  StridedTensor<T> out;            // [B, H, N, D]
-  StridedTensor<float> lse;        // [B, H, N]
-  float scale;                     // from scores to base-2 logarithms of weights
-
-  // Returns the first column of a group. Clusters leave room to round each up to a multiple of the vector width.
-  int64_t first_column(int64_t b, int64_t h, int64_t group) const {
-    return plan.keys.edges ? round_up(plan.keys.first(b, h, group), kLanes) + group * kLanes : group * sizes.piece;
-  }
-};
 
 // K^T and V of every piece, panel after panel, padded with zeros.
 template <typename C>
@@ -155,10 +93,11 @@ struct PieceSpan {
 template <typename T, typename C>
 class Worker {
  public:
-  Worker(const Problem<T>& problem, const PackedKeysValues<C>& packed)
-      : problem_(problem), packed_(packed), pass_columns_(std::max(kPassColumns, sizes_.piece)),
+  Worker(const Problem<T>& problem, const PackedKeysValues<C>& packed, const PooledTail<C>& tail)
+      : problem_(problem), packed_(packed), tail_(tail), pass_columns_(std::max(kPassColumns, sizes_.piece)),
         queries_(sizes_.rows * sizes_.panel_dim), scores_(sizes_.rows * row_stride_),
-        bf16_weights_(kInPlace ? 0 : sizes_.rows * row_stride_), output_(sizes_.rows * sizes_.panel_dim) {}
+        bf16_weights_(kInPlace ? 0 : sizes_.rows * row_stride_), output_(sizes_.rows * sizes_.panel_dim),
+        bias_(tail.columns) {}
 
   void attend(const QueryTile& tile) {
     tile_ = tile, packed_head_ = tile.h / (sizes_.heads / sizes_.packed_heads);
@@ -167,16 +106,13 @@ class Worker {
     load_queries();
     next_group_ = plan_.index.row(tile.b, tile.h, tile.group), keys_done_ = 0;
     end_group_ = next_group_ + std::min<int64_t>(*plan_.count.row(tile.b, tile.h, tile.group), plan_.max_kept);
-    for (bool first_pass = true; collect_pass(); first_pass = false) {
-      const int64_t columns = compute_scores();
-      for (int64_t i = 0; i < tile.rows; ++i) {
-        const float rescale = softmax_row(scores(i), weights(i), columns, problem_.scale, states_[i]);
-        if (first_pass || rescale == 1.0f) continue;
-        float* output = output_.data + i * sizes_.panel_dim;
-        for (int64_t d = 0; d < sizes_.panel_dim; ++d) output[d] *= rescale;
-      }
-      accumulate_output(!first_pass);
+    const int32_t* kept = next_group_;
+    has_output_ = false;
+    while (collect_pass()) {
+      update_softmax<false>(compute_scores(), nullptr);
+      accumulate_output();
     }
+    if (tail_.tokens) attend_tail(kept);
     store_output();
   }
 
@@ -201,6 +137,34 @@ class Worker {
   }
 
   int64_t token(int64_t row) const { return plan_.queries.token(tile_.b, tile_.h, tile_.first + row); }
+
+  // Adds the terms of all key groups but the kept ones to the softmax and the output.
+  void attend_tail(const int32_t* kept) {
+    tail_.bias(tile_.b, packed_head_, kept, end_group_, bias_.data);
+    for (int64_t panel = 0; panel * kPassColumns < tail_.columns; ++panel) {
+      const int64_t columns = tail_.panel_columns(panel);
+      const float* bias = bias_.data + panel * kPassColumns;
+      if (std::all_of(bias, bias + columns, [](float x) { return x == -INFINITY; })) continue;
+      multiply<C>(padded_rows_, columns, sizes_.panel_dim, queries_.data, sizes_.panel_dim,
+                  tail_.panel(tail_.keys, tile_.b, packed_head_, panel), columns, scores_.data, row_stride_, false);
+      update_softmax<true>(columns, bias);
+      multiply<C>(padded_rows_, sizes_.panel_dim, columns, weights(0), row_stride_,
+                  tail_.panel(tail_.values, tile_.b, packed_head_, panel), sizes_.panel_dim, output_.data,
+                  sizes_.panel_dim, has_output_);
+      has_output_ = true;
+    }
+  }
+
+  // Converts the scores of a pass to weights, and rescales the output of earlier passes to the new maximum of a row.
+  template <bool kBiased>
+  void update_softmax(int64_t columns, const float* bias) {
+    for (int64_t i = 0; i < tile_.rows; ++i) {
+      const float rescale = softmax_row<kBiased>(scores(i), weights(i), columns, problem_.scale, bias, states_[i]);
+      if (!has_output_ || rescale == 1.0f) continue;
+      float* output = output_.data + i * sizes_.panel_dim;
+      for (int64_t d = 0; d < sizes_.panel_dim; ++d) output[d] *= rescale;
+    }
+  }
 
   // Fills spans_ with the next pieces, up to the columns of a pass. Returns whether there are any.
   bool collect_pass() {
@@ -235,15 +199,15 @@ class Worker {
   }
 
   // Computes output = weights @ V, or adds to output. Pieces that are adjacent in memory share one product.
-  void accumulate_output(bool add) {
+  void accumulate_output() {
     for (size_t i = 0; i < spans_.size();) {
       const PieceSpan& first = spans_[i];
       int64_t depth = spans_[i].columns;
       while (++i < spans_.size() && spans_[i].packed_column == first.packed_column + depth) depth += spans_[i].columns;
       multiply<C>(padded_rows_, sizes_.panel_dim, depth, weights(0) + first.column, row_stride_,
                   packed_.panel(packed_.values, tile_.b, packed_head_, first.packed_column), sizes_.panel_dim,
-                  output_.data, sizes_.panel_dim, add);
-      add = true;
+                  output_.data, sizes_.panel_dim, has_output_);
+      has_output_ = true;
     }
   }
 
@@ -263,15 +227,18 @@ class Worker {
   const Sizes& sizes_ = problem_.sizes;
   const Plan& plan_ = problem_.plan;
   const PackedKeysValues<C>& packed_;
+  const PooledTail<C>& tail_;
   const int64_t pass_columns_, row_stride_ = pass_columns_ + kRowSkew;
   AlignedBuffer<C> queries_;          // [rows, panel_dim]
   AlignedBuffer<float> scores_;       // [rows, row_stride]
   AlignedBuffer<C> bf16_weights_;     // [rows, row_stride], empty if weights overwrite scores
   AlignedBuffer<float> output_;       // [rows, panel_dim]
+  AlignedBuffer<float> bias_;         // [columns of the tail]
   std::vector<SoftmaxState> states_;  // [rows]
   std::vector<PieceSpan> spans_;
   QueryTile tile_;
   int64_t packed_head_, padded_rows_;
+  bool has_output_;  // whether output_ holds a sum
   const int32_t *next_group_, *end_group_;  // the remaining key groups
   int64_t keys_done_;                       // keys of the next group in earlier passes
 };
@@ -296,13 +263,15 @@ std::vector<QueryTile> tiles_by_work(const Sizes& sizes, const Plan& plan) {
 }
 
 template <typename T, typename C>
-void run(const Problem<T>& problem) {
+void run(const Problem<T>& problem, int64_t tail_tokens) {
   PackedKeysValues<C> packed(problem.sizes);
   packed.pack(problem);
+  PooledTail<C> tail(problem.plan, problem.sizes, tail_tokens);
+  tail.pack(problem);
   const std::vector<QueryTile> tiles = tiles_by_work(problem.sizes, problem.plan);
   std::atomic<size_t> next_tile{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    Worker<T, C> worker(problem, packed);
+    Worker<T, C> worker(problem, packed, tail);
     for (size_t i; (i = next_tile.fetch_add(1)) < tiles.size();) worker.attend(tiles[i]);
     at::native::cpublas::brgemm_release(std::is_same_v<C, BFloat16>);
   });
@@ -310,12 +279,12 @@ void run(const Problem<T>& problem) {
 
 // q, out [B, H, N, D]; k, v [B, Hkv, N, D]; index [B, H, Q, K] and count [B, H, Q] int32; orders [B, H, N] int64;
 // edges [B, H, groups + 1] int32, or null for equal blocks; lengths [B] int32; lse [B, H, N]. The last dimension
-// of each is contiguous.
+// of each is contiguous. ``tail`` is the tokens of a pooled term, 0 without a tail.
 void attend_into(const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
                  const Tensor& index, const Tensor& count, const std::optional<Tensor>& query_order,
                  const std::optional<Tensor>& query_edges, const std::optional<Tensor>& key_order,
                  const std::optional<Tensor>& key_edges, bool keys_per_head, const std::optional<Tensor>& lengths,
-                 int64_t block, double scale) {
+                 int64_t block, int64_t tail, double scale) {
   TORCH_CHECK_VALUE(scale > 0, "scale must be positive, got ", scale);
   const int64_t tokens = q.size(2), key_groups = key_edges ? key_edges->size(2) - 1 : count.size(2);
   const Plan plan{StridedTensor<const int32_t>(index), StridedTensor<const int32_t>(count), index.size(3),
@@ -333,9 +302,9 @@ void attend_into(const Tensor& out, const Tensor& lse, const Tensor& q, const Te
     const float to_log2 = static_cast<float>(scale) * kLog2E;
     return Problem<T>{sizes, plan, In(q), In(k), In(v), StridedTensor<T>(out), StridedTensor<float>(lse), to_log2};
   };
-  if (q.scalar_type() == at::kFloat) run<float, float>(problem(float()));
-  else if (at::native::cpublas::could_pack(at::kBFloat16)) run<BFloat16, BFloat16>(problem(BFloat16()));
-  else run<BFloat16, float>(problem(BFloat16()));
+  if (q.scalar_type() == at::kFloat) run<float, float>(problem(float()), tail);
+  else if (at::native::cpublas::could_pack(at::kBFloat16)) run<BFloat16, BFloat16>(problem(BFloat16()), tail);
+  else run<BFloat16, float>(problem(BFloat16()), tail);
 }
 
 }  // namespace
@@ -344,6 +313,6 @@ TORCH_LIBRARY(dit_sparse_cpu, library) {
   library.def(
       "attend_into(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor k, Tensor v, Tensor index, Tensor count, "
       "Tensor? query_order, Tensor? query_edges, Tensor? key_order, Tensor? key_edges, bool keys_per_head, "
-      "Tensor? lengths, int block, float scale) -> ()",
+      "Tensor? lengths, int block, int tail, float scale) -> ()",
       torch::dispatch(c10::DispatchKey::CPU, &attend_into));
 }

@@ -105,19 +105,24 @@ struct SoftmaxState {
   float maximum = -INFINITY, sum = 0.0f;
 };
 
-// Converts a row of scores to weights 2^(score * scale - maximum), updates the state, and returns the factor that
-// rescales the output accumulated so far to the new maximum.
-template <typename C>
-float softmax_row(const float* scores, C* weights, int64_t columns, float scale, SoftmaxState& state) {
+// Converts a row of scores to weights 2^(score * scale + bias - maximum), updates the state, and returns the factor that
+// rescales the output accumulated so far to the new maximum. Without kBiased, the bias is 0 and not read.
+template <bool kBiased, typename C>
+float softmax_row(const float* scores, C* weights, int64_t columns, float scale, const float* bias,
+                  SoftmaxState& state) {
+  auto score = [&](int64_t i) {
+    if constexpr (kBiased) return scores[i] * scale + bias[i];
+    else return scores[i];
+  };
   float row_max = -INFINITY;  // GCC vectorizes ?: but not std::max
 #pragma omp simd reduction(max : row_max)
-  for (int64_t i = 0; i < columns; ++i) row_max = scores[i] > row_max ? scores[i] : row_max;
-  const float maximum = std::max(state.maximum, row_max * scale);
+  for (int64_t i = 0; i < columns; ++i) row_max = score(i) > row_max ? score(i) : row_max;
+  const float maximum = std::max(state.maximum, kBiased ? row_max : row_max * scale);
   const float rescale = exp2_nonpositive(state.maximum - maximum);
   float total = 0.0f;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < columns; ++i) {
-    const float weight = exp2_nonpositive(scores[i] * scale - maximum);
+    const float weight = exp2_nonpositive((kBiased ? score(i) : scores[i] * scale) - maximum);
     total += weight;
     weights[i] = from_float<C>(weight);
   }
