@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
 FAMILIES = (
-    "wan", "hunyuan_video", "cogvideox", "mochi", "ltx",
+    "wan", "hunyuan_video", "hunyuan_video15", "framepack", "helios", "cogvideox", "mochi", "ltx",
     "skyreels_v2", "anyflow", "ltx2", "cosmos", "allegro", "easyanimate", "motif_video", "kandinsky", "joyimage",
     "flux", "chroma", "bria", "longcat_image", "ovis_image", "qwen_image", "krea2", "sd3", "lumina2", "z_image",
     "cogview", "glm_image", "hidream", "hunyuan_image", "ernie_image", "aura_flow", "pixart", "hunyuan_dit",
@@ -95,6 +96,24 @@ def image_grid(arguments: Mapping, patch: int) -> GridShape:
     """Return the token grid of image latents ``[B, C, H, W]``, cut into patches of ``patch`` rows and columns."""
     height, width = arguments["hidden_states"].shape[-2:]
     return 1, height // patch, width // patch
+
+
+def history_tokens(arguments: Mapping, scales: Mapping[str, int], patch: GridShape) -> int:
+    """Return the tokens of history frames at several scales. Histories are padded to whole patches.
+
+    Args:
+        arguments: the arguments of the transformer call. Latents ``[B, C, F, H, W]`` without frame indices are ignored
+            by the model.
+        scales: names of the latents, and how many times larger their patches are.
+        patch: size of a patch at scale 1.
+    """
+    tokens = 0
+    for name, scale in scales.items():
+        latents = arguments.get(name)
+        if latents is not None and arguments.get(f"indices_{name}") is not None:
+            sides = zip(latents.shape[-3:], patch, strict=True)
+            tokens += prod(-(-side // (scale * step)) for side, step in sides)
+    return tokens
 
 
 def merged_grid(shapes: Sequence[GridShape]) -> GridShape:

@@ -23,6 +23,7 @@ FAMILY = Family(
     sites=r"transformer_blocks\.\d+\.attn",
     grid=_grid,
     text="before",
+    mask="encoder_hidden_states_mask",
     images=True,
     pipelines=(
         "QwenImagePipeline",

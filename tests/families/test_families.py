@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,7 +43,8 @@ def changed_rows(before: Tensor, after: Tensor) -> list[int]:
 
 def expected_grid(tiny: TinyModel, call: Call) -> Grid:
     text = call.lengths[0] if tiny.unbatched and call.lengths else tiny.text_in(call)
-    return Grid(*call.grid).with_text(Grid(*call.grid).video + text, tiny.side)
+    grid = Grid(*call.grid).with_text(Grid(*call.grid).video + text, tiny.side)
+    return replace(grid, before=grid.before + tiny.references(call.grid))
 
 
 def assert_exact_and_sparse(tiny: TinyModel, call: Call) -> None:
@@ -69,7 +72,7 @@ def test_exact_sparse_and_restored(tiny):
 
 
 def test_another_size_and_a_batch(tiny):
-    """A second size, and two prompts: of unequal length where the model takes a mask at the end of the sequence."""
+    """A second size, and two prompts: of unequal length where the model takes a mask."""
     lengths = (20, 13) if tiny.masked else ()
     assert_exact_and_sparse(tiny, Call(tiny.grids[1], batch=2, lengths=lengths))
 
@@ -88,7 +91,7 @@ def test_text_lies_where_the_family_says(tiny):
     call = Call(tiny.grids[0])
     recorded = recorded_queries(tiny, tiny.arguments(call))
     if tiny.side is None:
-        assert {site.grid for site, _ in recorded} == {Grid(*call.grid)}
+        assert {site.grid for site, _ in recorded} == {expected_grid(tiny, call)}
         return
     first = next(i for i, (site, _) in enumerate(recorded) if site.grid.tokens > site.grid.video)
     site, queries = recorded[first]
@@ -96,5 +99,9 @@ def test_text_lies_where_the_family_says(tiny):
     if not tiny.text:
         return
     rows = changed_rows(queries, recorded_queries(tiny, tiny.with_changed_text(Call(call.grid)))[first][1])
-    text = range(site.grid.before) if tiny.side == "before" else range(site.grid.video, site.grid.tokens)
+    text = (
+        range(site.grid.before)
+        if tiny.side == "before"
+        else range(site.grid.before + site.grid.video, site.grid.tokens)
+    )
     assert rows and set(rows) <= set(text)

@@ -46,7 +46,7 @@ def _qwen(call: Call) -> dict:
     return dict(
         hidden_states=call.packed(4),
         encoder_hidden_states=call.text(),
-        encoder_hidden_states_mask=None,
+        encoder_hidden_states_mask=call.mask,
         timestep=call.time / 1000,
         img_shapes=[[call.grid]] * call.batch,
     )
@@ -56,6 +56,7 @@ def _krea2(call: Call) -> dict:
     return dict(
         hidden_states=call.packed(4),
         encoder_hidden_states=call.noise(call.slots, 2, 16),
+        encoder_attention_mask=call.mask,
         timestep=call.time / 1000,
         position_ids=torch.cat([torch.zeros(call.slots, 3), call.ids()]),
     )
@@ -182,6 +183,7 @@ IMAGE_MODELS = [
         _qwen,
         2,
         side="before",
+        masked=True,
         **PACKED,
     ),
     TinyModel(
@@ -194,6 +196,7 @@ IMAGE_MODELS = [
         _krea2,
         2,
         side="before",
+        masked=True,
         **PACKED,
     ),
     TinyModel(

@@ -85,7 +85,8 @@ class TinyModel:
         side: position of the text tokens in self-attention, or None.
         text: names of the arguments that become these text tokens, and nothing else.
         text_tokens: number of text tokens for a number of slots.
-        masked: whether the model takes prompts of unequal length in one batch, padded at the end of the sequence.
+        references: number of reference tokens before the video for a grid.
+        masked: whether the model takes prompts of unequal length in one batch, padded where the text is.
         unbatched: whether attention runs for one batch item at a time, without padding.
         grids: two token grids for tests, the second of an odd size.
     """
@@ -100,6 +101,7 @@ class TinyModel:
     side: str | None = None
     text: tuple[str, ...] = ("encoder_hidden_states",)
     text_tokens: Callable[[int], int] = field(default=lambda slots: slots)
+    references: Callable[[tuple[int, int, int]], int] = field(default=lambda grid: 0)
     masked: bool = False
     unbatched: bool = False
     grids: tuple[tuple[int, int, int], ...] = ((3, 8, 8), (5, 4, 7))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import ceil, prod
+
 import torch
 
 from tiny_models import HEADS, Call, TinyModel
@@ -12,6 +15,8 @@ COGVIDEOX = HEADS | dict(num_layers=2, in_channels=4, out_channels=4, time_embed
 COGVIDEOX |= dict(max_text_seq_length=20, use_rotary_positional_embeddings=True)
 LTX = HEADS | dict(num_layers=2, in_channels=4, out_channels=4, cross_attention_dim=32, caption_channels=16)
 HUNYUAN = HEADS | dict(num_layers=1, num_single_layers=1, in_channels=4, out_channels=4, text_embed_dim=16)
+HUNYUAN15 = HEADS | dict(num_layers=2, num_refiner_layers=1, in_channels=4, out_channels=4, rope_axes_dim=(4, 6, 6))
+HUNYUAN15 |= dict(text_embed_dim=16, text_embed_2_dim=8, image_embed_dim=8)
 KANDINSKY = dict(in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=8, time_dim=16, model_dim=32)
 KANDINSKY |= dict(ff_dim=64, num_text_blocks=1, num_visual_blocks=2, axes_dims=(4, 6, 6))
 
@@ -48,6 +53,36 @@ def _hunyuan(call: Call) -> dict:
         pooled_projections=call.noise(8),
         guidance=call.time,
     )
+
+
+def _hunyuan15(call: Call) -> dict:
+    return dict(
+        hidden_states=call.video(4, (1, 1, 1)),
+        timestep=call.time,
+        encoder_hidden_states=call.text(),
+        encoder_attention_mask=call.mask,
+        encoder_hidden_states_2=call.noise(6, 8),
+        encoder_attention_mask_2=torch.arange(6).expand(call.batch, -1) < 4,
+        image_embeds=torch.zeros(call.batch, 3, 8),
+    )
+
+
+def _framepack(call: Call) -> dict:
+    history = _history(call, latents_clean=2, latents_history_2x=2, latents_history_4x=5)
+    history |= {name: indices[0] for name, indices in history.items() if name.startswith("indices")}
+    return _hunyuan(call) | history | dict(image_embeds=call.noise(3, 8), indices_latents=torch.arange(call.grid[0]))
+
+
+def _helios(call: Call) -> dict:
+    history = _history(call, latents_history_short=2, latents_history_mid=2, latents_history_long=5)
+    return _wan(call) | history | dict(indices_hidden_states=torch.arange(call.grid[0]).expand(call.batch, -1))
+
+
+def _history(call: Call, **frames: int) -> dict:
+    """Return latents and frame indices of histories with these names and frames."""
+    latents = {name: replace(call, grid=(count, *call.grid[1:])).video(4) for name, count in frames.items()}
+    indices = {f"indices_{name}": torch.arange(count).expand(call.batch, -1) for name, count in frames.items()}
+    return latents | indices
 
 
 def _cogvideox(call: Call) -> dict:
@@ -111,6 +146,13 @@ ANIMATE |= dict(face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_fac
 LTX2 = dict(audio_num_attention_heads=2, audio_attention_head_dim=8, audio_in_channels=4, audio_out_channels=4)
 LTX2 |= dict(audio_cross_attention_dim=16)
 
+
+def _history_tokens(grid: tuple[int, int, int]) -> int:
+    """Return the tokens of two frames, two frames at half scale and five at quarter scale."""
+    histories = (((frames, *grid[1:]), scale) for frames, scale in ((2, 1), (2, 2), (5, 4)))
+    return sum(prod(ceil(side / scale) for side in sides) for sides, scale in histories)
+
+
 VIDEO_MODELS = [
     TinyModel("WanTransformer3DModel", WAN, _wan, 2),
     TinyModel("WanVACETransformer3DModel", WAN | dict(vace_layers=[0], vace_in_channels=8), _wan_vace, 3),
@@ -124,6 +166,33 @@ VIDEO_MODELS = [
         _hunyuan,
         2,
         **TEXT_AFTER,
+    ),
+    TinyModel(
+        "HunyuanVideo15Transformer3DModel",
+        HUNYUAN15,
+        _hunyuan15,
+        2,
+        patch=(1, 1, 1),
+        **TEXT_AFTER,
+        text_tokens=lambda slots: slots + 6 + 3,
+    ),
+    TinyModel(
+        "HunyuanVideoFramepackTransformer3DModel",
+        HUNYUAN
+        | dict(num_refiner_layers=1, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6), image_proj_dim=8)
+        | dict(has_image_proj=True, has_clean_x_embedder=True),
+        _framepack,
+        2,
+        **TEXT_AFTER,
+        text_tokens=lambda slots: slots + 3,
+        references=_history_tokens,
+    ),
+    TinyModel(
+        "HeliosTransformer3DModel",
+        WAN | dict(rope_dim=(4, 6, 6), num_layers=2),
+        _helios,
+        2,
+        references=_history_tokens,
     ),
     TinyModel("CogVideoXTransformer3DModel", COGVIDEOX, _cogvideox, 2, axes="BFCHW", side="before"),
     TinyModel(
