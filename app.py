@@ -189,8 +189,7 @@ class Page:
         self.sessions.close(session.session_hash)
 
     def _run(self, session: gr.Request, progress=gr.Progress(), click: int = 0, *fields) -> list:
-        """Run a request and return the status and the outputs, which are unchanged if there was a newer click. An error
-        becomes a message on the page."""
+        """Return the status and the outputs of a request; unchanged if there was a newer click."""
 
         def stage(name: str):
             start = monotonic()
@@ -204,7 +203,7 @@ class Page:
 
         name = session.session_hash
         try:
-            active = self.sessions.start(name, click)
+            active = self.sessions.start(name, click, session.client.host)
         except ValueError as error:
             raise gr.Error(escape(str(error))) from None
         if active is None:
@@ -266,25 +265,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="app.py", description=__doc__)
     parser.add_argument("--model", action="append", default=[], help="another model to offer; may be repeated")
     parser.add_argument("--host", default="127.0.0.1", help="address; except on localhost, only offered models run")
+    parser.add_argument("--allow-host", action="append", default=[], help="another name of this machine in URLs")
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args()
     try:
         for model in options.model:
             check_model(model)
         check_address(options.host, options.port)
-        local = options.host in LOCAL_HOSTS
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        launch(Page([BUNDLED, *options.model], local).build(), local, server_name=host, server_port=options.port)
+        local, host = options.host in LOCAL_HOSTS, f"[{options.host}]" if ":" in options.host else options.host
+        page = Page([BUNDLED, *options.model], local).build()
+        launch(page, local, options.allow_host, server_name=host, server_port=options.port)
     except Exception as error:
         parser.exit(2, f"app.py: error: {next(iter(str(error).splitlines()), type(error).__name__)}\n")
 
 
-def launch(blocks: gr.Blocks, local: bool = True, **where) -> None:
+def launch(blocks: gr.Blocks, local: bool = True, hosts: tuple = (), **where) -> None:
     blocks.queue(max_size=64, api_open=False).launch(
         css=CSS,
         head=SYNCHRONIZED_PLAYBACK,
         allowed_paths=[str(EXAMPLES)],
-        app_kwargs={"middleware": [(RequestFilter, (), {"local": local})]},
+        app_kwargs={"middleware": [(RequestFilter, (), {"local": local, "hosts": hosts})]},
         max_file_size=1,
         share=False,
         ssr_mode=False,

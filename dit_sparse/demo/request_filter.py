@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -21,14 +23,20 @@ Send = Callable[[Message], Awaitable[None]]
 class RequestFilter:
     """Refuse requests that the page never makes: uploads and other routes of Gradio, large bodies, foreign hosts.
 
+    Another site can reach the page under its own name (DNS rebinding), or post to it. So ``Host`` must name this
+    machine, and ``Origin`` the same host. If the page is not bound to localhost, any IP address is a valid host: no
+    other site has it as its name.
+
     Args:
         app: the ASGI application.
-        local: whether the page is bound to localhost. Then ``Host`` and ``Origin`` must name this machine: another
-            site can reach the page under its own name (DNS rebinding), or post to it.
+        local: whether the page is bound to localhost.
+        hosts: further names of this machine.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], local: bool) -> None:
+    def __init__(self, app: Callable[..., Awaitable[None]], local: bool, hosts: Collection[str] = ()) -> None:
         self.app, self.local = app, local
+        own = () if local else (socket.gethostname(), f"{socket.gethostname()}.local")
+        self.hosts = LOCAL_HOSTS | {host.lower().rstrip(".") for host in (*own, *hosts)}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -47,11 +55,16 @@ class RequestFilter:
 
         return await self.app(scope, replay, send)
 
+    def _is_own(self, host: str) -> bool:
+        return host in self.hosts or (not self.local and _is_address(host))
+
     def _refusal(self, method: str, path: str, headers: dict[bytes, str]) -> tuple[int, str] | None:
-        if self.local and not _is_local(f"//{headers.get(b'host', '')}"):
-            return 400, "the Host header must be localhost"
-        if self.local and b"origin" in headers and not _is_local(headers[b"origin"]):
-            return 403, "the Origin header must be localhost"
+        host = _host_name(f"//{headers.get(b'host', '')}")
+        if not self._is_own(host):
+            allowed = "localhost" if self.local else "an address or a name of this machine; see --allow-host"
+            return 400, f"the Host header must be {allowed}"
+        if b"origin" in headers and _host_name(headers[b"origin"]) not in (LOCAL_HOSTS if self.local else {host}):
+            return 403, "the Origin header must be the host of the page"
         path = unquote(path)
         routes = {"GET": _READABLE, "HEAD": _READABLE, "POST": _WRITABLE}.get(method, ())
         if path.startswith(_API):
@@ -61,11 +74,19 @@ class RequestFilter:
         return None if known else (403, "the page has no such route")
 
 
-def _is_local(url: str) -> bool:
+def _host_name(url: str) -> str:
     try:
-        return urlsplit(url).hostname in LOCAL_HOSTS
+        return (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        return ""
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
     except ValueError:
         return False
+    return True
 
 
 async def _read_body(receive: Receive) -> list[Message] | None:

@@ -13,6 +13,7 @@ from .device_pool import Cancelled
 
 MAX_SESSIONS = 1000
 MAX_REQUESTS = 16  # of all sessions together, running or waiting
+MAX_REQUESTS_PER_ADDRESS = 4  # one visitor with many tabs leaves room for others
 
 
 @dataclass(eq=False)
@@ -21,10 +22,12 @@ class ActiveRequest:
 
     Attributes:
         click: number of its click, which increases within a session.
+        address: network address of the visitor.
         cancel: set when the request is cancelled or replaced.
     """
 
     click: int
+    address: str = ""
     cancel: Event = field(default_factory=Event)
     _wake: Event = field(default_factory=Event)
 
@@ -56,20 +59,23 @@ class Sessions:
         self._lock = Lock()
         self._sessions: OrderedDict[str, _Session] = OrderedDict()  # the least recently used one first
 
-    def start(self, name: str, click: int) -> ActiveRequest | None:
+    def start(self, name: str, click: int, address: str = "") -> ActiveRequest | None:
         """Cancel the request of a session and return a new one, or None if there was a newer click.
 
         Raises:
-            ValueError: there are too many requests.
+            ValueError: there are too many requests, of this address or of all.
         """
         with self._lock:
             session = self._session(name)
             if click <= session.click:
                 return None
             self._supersede(session, click)
-            if sum(each.request is not None for each in self._sessions.values()) >= MAX_REQUESTS:
+            active = [each.request for each in self._sessions.values() if each.request is not None]
+            if sum(request.address == address for request in active) >= MAX_REQUESTS_PER_ADDRESS:
+                raise ValueError(f"{MAX_REQUESTS_PER_ADDRESS} of your requests are waiting or running; try again later")
+            if len(active) >= MAX_REQUESTS:
                 raise ValueError(f"{MAX_REQUESTS} requests are waiting or running; try again later")
-            session.request = ActiveRequest(click)
+            session.request = ActiveRequest(click, address)
             return session.request
 
     def supersede(self, name: str, click: int) -> tuple[bool, bool]:

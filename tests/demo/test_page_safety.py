@@ -1,5 +1,6 @@
 """The page under hostile or impatient use: refused requests, overtaking clicks, texts, the start."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -18,9 +19,9 @@ import pytest
 from dit_sparse.demo.demo import Demo
 from dit_sparse.demo.device_pool import Cancelled
 from dit_sparse.demo.request import GenerationRequest
-from dit_sparse.demo.request_filter import MAX_BODY_BYTES
+from dit_sparse.demo.request_filter import MAX_BODY_BYTES, RequestFilter
 from dit_sparse.demo.result_page import read_result, result_table
-from dit_sparse.demo.sessions import MAX_REQUESTS, MAX_SESSIONS, Sessions
+from dit_sparse.demo.sessions import MAX_REQUESTS, MAX_REQUESTS_PER_ADDRESS, MAX_SESSIONS, Sessions
 from dit_sparse.output.files import save_json
 
 ROOT = Path(__file__).parents[2]
@@ -119,11 +120,17 @@ def test_a_cancel_does_not_wait_for_the_device():
 def test_one_session_has_one_request_and_all_have_a_limit():
     sessions = Sessions()
     for click in range(1, 5 * MAX_REQUESTS):
-        sessions.start("greedy", click)
-    for number in range(MAX_REQUESTS - 1):
-        sessions.start(f"visitor {number}", 1)
-    with pytest.raises(ValueError, match="requests are waiting or running"):
-        sessions.start("another", 1)
+        sessions.start("greedy", click, "one")
+    for tab in range(MAX_REQUESTS_PER_ADDRESS - 1):
+        sessions.start(f"tab {tab}", 1, "one")
+    with pytest.raises(ValueError, match="of your requests are waiting or running"):
+        sessions.start("another tab", 1, "one")
+    for number in range(MAX_REQUESTS - MAX_REQUESTS_PER_ADDRESS):
+        sessions.start(f"visitor {number}", 1, f"address {number}")
+    with pytest.raises(ValueError, match=f"^{MAX_REQUESTS} requests are waiting or running"):
+        sessions.start("another", 1, "another")
+    sessions.close("greedy")
+    assert sessions.start("another tab", 2, "one")
     for number in range(2 * MAX_SESSIONS):
         sessions.is_new(f"idle {number}"), sessions.supersede(f"idle {number}", 1)
     assert len(sessions._sessions) <= MAX_SESSIONS
@@ -158,6 +165,38 @@ def test_only_requests_are_queued(server, page):
 )
 def test_requests_that_the_page_never_makes_are_refused(server, path, headers, body, expected):
     assert status(server, path, headers, body) == expected
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "expected"),
+    [
+        ("localhost:7860", None, 200),
+        ("192.168.0.7:7860", "http://192.168.0.7:7860", 200),
+        ("[fe80::1]:7860", "http://[fe80::1]:7860", 200),
+        (f"{socket.gethostname()}:7860", None, 200),
+        ("Demo.Example.org", "https://demo.example.org", 200),
+        ("evil.example", None, 400),
+        ("192.168.0.7.evil.example", None, 400),
+        ("[", None, 400),
+        ("", None, 400),
+        ("192.168.0.7", "http://10.0.0.1", 403),
+        ("192.168.0.7", "null", 403),
+    ],
+)
+def test_a_public_page_answers_to_addresses_and_its_own_names(host, origin, expected):
+    """Another site that has its name point to this machine (DNS rebinding) sends its own name as the host."""
+    sent = []
+
+    async def page(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", host.encode())] + ([(b"origin", origin.encode())] if origin else [])
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
+    asyncio.run(RequestFilter(page, local=False, hosts=["demo.example.org."])(scope, None, send))
+    assert sent[0]["status"] == expected
 
 
 @pytest.mark.parametrize("field", ["model", "prompt", "method", "settings"])
