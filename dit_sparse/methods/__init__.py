@@ -18,6 +18,7 @@ from .pooled import Pooled
 from .radial import Radial
 from .random_blocks import RandomBlocks
 from .rettention import Rettention
+from .routed import Routed
 from .sink import Sink
 from .sol import Sol
 from .sparge import Sparge
@@ -46,6 +47,7 @@ METHODS: dict[str, type[Method]] = {
     "xattention": XAttention,
     "vdit": VDiT,
     "sol": Sol,
+    "routed": Routed,
     "sink": Sink,
     "pooled": Pooled,
     "rettention": Rettention,

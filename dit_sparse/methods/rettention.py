@@ -70,13 +70,8 @@ class Rettention(Correction):
         reserved_bytes += super().begin_generation(q, site, reserved_bytes)
         device = torch.device("cpu") if self.offload else q.device
         need = site.layers * q.shape[:3].numel() * (q.shape[3] * q.element_size() + 4)
-        free = _free_bytes(device)
-        message = f"Re-ttention needs {need / 2**30:.2f} GiB on {device} for {site.layers} layers of one branch"
-        if need + reserved_bytes > free:
-            reserved = f", {reserved_bytes / 2**30:.2f} GiB are reserved for other branches" if reserved_bytes else ""
-            advice = "use fewer frames or another method" if self.offload else "set offload=True to use the CPU"
-            raise RuntimeError(f"{message}{reserved}, and {free / 2**30:.2f} GiB are free; {advice}")
-        log.info("%s", message)
+        advice = "use fewer frames or another method" if self.offload else "set offload=True to use the CPU"
+        require_memory(f"Re-ttention of {site.layers} layers of one branch", need, reserved_bytes, device, advice)
         return need
 
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
@@ -97,6 +92,15 @@ class Rettention(Correction):
         log_ramp = log_ratio.new_full((), math.log(self.ramp) if self.ramp else -math.inf)
         statistics["log_ratio"] = log_ratio.logaddexp(log_ramp).clamp(max=0)
         return log_ratio.exp()[..., None].to(result.out.dtype) * result.out + residual, result.lse - log_ratio
+
+
+def require_memory(what: str, need: int, reserved_bytes: int, device: torch.device, advice: str) -> None:
+    """Log how much memory a method needs. Raises RuntimeError, with ``advice``, if it is not free."""
+    free, message = _free_bytes(device), f"{what} needs {need / 2**30:.2f} GiB on {device}"
+    if need + reserved_bytes > free:
+        reserved = f", {reserved_bytes / 2**30:.2f} GiB are reserved for other branches" if reserved_bytes else ""
+        raise RuntimeError(f"{message}{reserved}, and {free / 2**30:.2f} GiB are free; {advice}")
+    log.info("%s", message)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -12,7 +12,15 @@ import dit_sparse as ds
 from dit_sparse.kernels.executors import reference
 from dit_sparse.method import AttentionOutput
 from dit_sparse.methods.window import Window
-from sparse_pipelines import STEPS, cached_pipeline, count_layers, enable_sparse, for_pipelines, generate
+from sparse_pipelines import (
+    STEPS,
+    cached_pipeline,
+    count_layers,
+    enable_sparse,
+    for_pipelines,
+    generate,
+    generate_dense,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +108,25 @@ def test_a_ramp_needs_a_density():
     with pytest.raises(ValueError, match="density_ramp needs a density"):
         ds.SparseAttnProcessor("radial(decay=0.2)", density_ramp=(1.3, 0.6))
     assert ds.SparseAttnProcessor("radial", density_ramp=[1.3, 0.6]).settings.schedule.density_ramp == (1.3, 0.6)
+
+
+# --- the residual of routed attention
+
+
+@for_pipelines("wan", "cogvideox", "hunyuan_video")
+def test_density_1_equals_dense_in_pipelines(stock):
+    with enable_sparse(stock, "routed", density=1.0, schedule=ds.Schedule()):
+        torch.testing.assert_close(generate(stock), generate_dense(stock.name), rtol=0, atol=2e-5)
+
+
+@for_pipelines("wan", "cogvideox", "mochi")
+def test_the_residual_is_dropped_with_the_second_plan(stock):
+    """Its memory is free from then on."""
+    held = []
+    with enable_sparse(stock, "routed", density=0.3, schedule=ds.Schedule(replan_interval=1)) as run:
+        memory = run._dispatcher._plans._memory
+        run.observe(lambda site, *_: held.append((site.step, sum("residual" in one for one in memory.values()))))
+        assert generate(stock).isfinite().all()
+    sparse_steps = sorted({step for step, _ in held})
+    assert max(n for step, n in held if step == sparse_steps[0]) > 0
+    assert held[-1][1] == 0

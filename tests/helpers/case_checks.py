@@ -19,6 +19,7 @@ from dit_sparse.method import AttentionOutput, Method
 from dit_sparse.methods import method as read_method
 from dit_sparse.methods import method_at_density, method_text
 from dit_sparse.methods.rettention import Rettention
+from dit_sparse.methods.routed import Routed
 from dit_sparse.methods.sol import Sol
 from dit_sparse.methods.svg2 import SVG2
 from dit_sparse.methods.vdit import Skip
@@ -166,11 +167,12 @@ def check_density(plan: AnyPlan, mask: Tensor, text: Tensor, method: Method, gri
 
 def required_density(plan: AnyPlan, text: Tensor, method: Method, grid: ds.Grid) -> float:
     """Return the fraction of the pairs that a method keeps at any density: groups that hold text, the own block, its
-    neighbors (sol), the own segment (pbs), the best group of each row (svg2), and all patterns of a union but one."""
+    neighbors (sol), the own segment (pbs), the best group of each row (svg2, routed), and all patterns of a union but
+    one."""
     queries, keys = (labels.double() for labels in (plan.query_group, plan.key_group))
     has_text = lambda labels: (labels[..., None] == labels[..., None, text]).any(-1)
     required, base = has_text(queries)[..., None] | has_text(keys)[..., None, :], list(nested_methods(method))[-1]
-    if isinstance(base, SVG2):
+    if isinstance(base, SVG2 | Routed):
         return float(required.double().mean()) + float(plan.key_sizes.max()) / plan.tokens
     segment = getattr(base, "segment_blocks", 1)
     distance = (queries // segment)[..., None] - (keys // segment)[..., None, :]

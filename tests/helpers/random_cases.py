@@ -37,6 +37,10 @@ SETTINGS: dict[str, dict[str, tuple]] = {
     "xattention": {"stride": (1, 2, 8), **BUDGETED},
     "vdit": SAMPLED,
     "sol": BUDGETED,
+    "routed": {
+        "boxes": (True, False), "key_tile": (8, 16, 50), "tail": (None, 4, 16), "spread": (True, False),
+        "every": (None, 1, 5, 99),
+    },
     "sink": {"frames": (0.5, 1.0, 2.5)},
     "svg.spatial": {"width": (0.01, 0.25, 1.0)},
     "svg.temporal": {"width": (0.01, 0.25, 1.0)},
@@ -44,7 +48,7 @@ SETTINGS: dict[str, dict[str, tuple]] = {
     "vdit.skip": {},
 }  # fmt: skip
 SAME_ORDER = (("radial", "sink", "svg.spatial"), ("sink", "radial"), ("window", "window"), ("svg.temporal",) * 2)
-MAKES_CLUSTERS = ("svg2", "pbs")
+MAKES_CLUSTERS = ("svg2", "pbs", "routed")
 CHANGES_OUTPUT = ("sol", "vdit.skip")
 
 DTYPES = (*[torch.float32] * 4, *[torch.bfloat16] * 2, torch.float16, torch.float64)

@@ -1,0 +1,141 @@
+"""Routed attention: exact tiles where a pooled term would be wrong, pooled terms everywhere else.
+
+A method of this project, described and measured in docs/routed.md. Its pooled terms are those of H. Ren et al.,
+"Combiner: Full Attention Transformer with Sparse Computation Cost", arXiv:2107.05768.
+
+- Order. Tokens are sorted by nested boxes, 4x4x4, 2x4x4 and 2x2x4: blocks of 64 queries meet tiles of 16 keys, and
+  both are compact. A pooled term is only as good as its keys are alike.
+- Tail. Every tile j that a row does not compute takes part in its softmax as one mean key m_j with the mean value of
+  its n_j keys; its logit is q . m_j / sqrt(D) + log n_j.
+- Routing. The tiles to compute are not those with the most attention but those whose pooled term errs most. With the
+  variance s_j of each channel of the keys of a tile, and the softmax w over the pooled terms, tiles are ranked by
+
+      a_ij = mean over the queries q of block i  of  w_qj (q^2 . s_j) / D
+      b_ij = mean over some queries r of block i  of  | p_rn - exp(r . m_j / sqrt(D) - L_r) |_2  over the keys n of j
+
+  and their product, where p is the exact attention of every eighth query and L its log-sum-exp.
+- Ramp. The density falls over the sparse steps, from 1.3 to .6 times its mean (`Schedule.density_ramp`).
+- Residual. R is what the plan would lose in the last dense step, averaged over the branches of guidance, which
+  amplifies differences between them. Until the second plan the output is O + alpha^age R.
+
+Differs from the authors: pooled terms replace only tiles that are not computed, and nothing is trained. Text is
+computed exactly in both directions, and a row always keeps its best tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..clusters import ClusterPlan, Clusters
+from ..density import keep_pairs, text_density
+from ..grid import Grid, Site
+from ..kernels.planning.pooling_error import mass_and_spread, pooling_error
+from ..method import AttentionOutput, Method
+from ..notation.settings import within
+from ..order import nested_boxes
+from .rettention import require_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed(Method):
+    """Exact tiles routed by the error of their pooled terms.
+
+    With a residual it keeps ``H * N * D * bytes`` bytes for every layer and prompt from the last dense step to the
+    second plan. It logs this, and raises before the generation if the memory is not free.
+
+    Attributes:
+        density: by default 0.25.
+        boxes: whether tokens are sorted by nested boxes; otherwise they stay row by row.
+        key_tile: tokens of a key tile; queries are tiled by the block of the run.
+        tail: greatest number of tokens of a pooled term; None: tiles that are not computed take no part.
+        spread: whether a is the mass times the variance of the logits; otherwise the mass alone.
+        every: b uses every n-th query; None: tiles are ranked by a alone.
+        density_ramp: factors of the density at the first and the last sparse step; None: the same density.
+        residual: alpha for eight steps; n steps use alpha^(8 / n). None: no residual.
+    """
+
+    makes_cluster_plans: ClassVar[bool] = True
+
+    boxes: bool = True
+    key_tile: int = within("[1, 4096]", 16)
+    tail: int | None = within("[1, 4096]", 16)
+    spread: bool = True
+    every: int | None = within("[1, 4096]", 8)
+    density_ramp: tuple[float, float] | None = within("(0, 1000]", (1.3, 0.6))
+    residual: float | None = within("(0, 1]", 0.7)
+
+    @property
+    def observes_dense(self) -> bool:
+        return self.residual is not None
+
+    def least_density(self, grid: Grid, block: int) -> float:
+        return text_density(grid)
+
+    def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
+        if self.residual is None:
+            return 0
+        need = site.layers * q.numel() * q.element_size() // (1 + site.both_branches)
+        what, advice = f"the residual of {site.layers} layers", "set residual=None, or use fewer frames"
+        require_memory(what, need, reserved_bytes, q.device, advice)
+        return need
+
+    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
+        if memory.pop("residual is used", False):
+            memory.pop("residual")
+        grid, order, block = site.grid, _order(site.grid, self.boxes, q.device), site.block
+        video = order[: grid.video]
+        q, k = (x.index_select(2, video).float() for x in (q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)))
+        scores = self.score(q, k, block)
+        density = 0.25 if self.density is None else self.density
+        pairs = (density - text_density(grid)) * grid.tokens**2
+        queries, keys = (_tiles(order, grid, size) for size in (block, self.key_tile))
+        sizes = (x.sizes[..., :n] for x, n in zip((queries, keys), scores.shape[2:], strict=True))
+        best = F.one_hot(scores.argmax(-1), scores.shape[-1]).bool()
+        ragged = grid.video % block > 0 or grid.video % self.key_tile > 0
+        keep = keep_pairs(scores, pairs, *sizes, best, equal=True, ragged=ragged)
+        text = int(grid.tokens > grid.video)
+        keep = F.pad(keep, (0, text, 0, text), value=True)
+        return ClusterPlan.from_mask(keep, queries, keys).with_tail(self.tail)
+
+    def score(self, q: Tensor, k: Tensor, block: int) -> Tensor:
+        """Return how much the pooled term of each tile errs, ``[B, H, Q, K]``, for video tokens in order."""
+        score = mass_and_spread(q, k, block, self.key_tile, self.spread)
+        if self.every is not None:
+            error = pooling_error(q, k, block, self.key_tile, self.every)
+            score = score.clamp(min=1e-18) * error.clamp(min=1e-18)
+        return score
+
+    def observe_dense(self, result: AttentionOutput, site: Site, memory: dict) -> None:
+        lost = result.dense()[0] - result.out
+        if site.both_branches and len(lost) % 2 == 0:
+            lost = lost.unflatten(0, (2, -1)).mean(0)
+        step, count, mean = memory.get("residual", (site.step, 0, 0.0))
+        memory["residual"] = (step, count + 1, mean + (lost - mean) / (count + 1))
+
+    def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
+        if "residual" not in memory:
+            return result.out, result.lse
+        step, _, residual = memory["residual"]
+        memory["residual is used"] = True
+        alpha = self.residual ** ((site.step - step) * 8 / (site.steps or 8))
+        return result.out + alpha * residual.repeat(len(result.out) // len(residual), 1, 1, 1), result.lse
+
+
+@lru_cache(maxsize=16)
+def _order(grid: Grid, boxes: bool, device: torch.device) -> Tensor:
+    """Return the order of the video tokens, followed by the text, so that padding stays at the end."""
+    tokens = nested_boxes(grid) if boxes else torch.arange(grid.tokens)
+    text = grid.coordinates()[3]
+    return torch.cat([tokens[~text], tokens[text]]).to(device)
+
+
+def _tiles(order: Tensor, grid: Grid, size: int) -> Clusters:
+    """Return tiles of the video tokens in order, and one of all text."""
+    edges = [*range(0, grid.video, size), grid.video, grid.tokens][: None if grid.tokens > grid.video else -1]
+    return Clusters(order[None, None], torch.tensor(edges, dtype=torch.int32, device=order.device)[None, None])
