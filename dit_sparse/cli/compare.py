@@ -46,6 +46,7 @@ def compare(
     density: Densities = "0.25",
     prompts: Prompts = "4",
     seeds: Seeds = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first clip of each prompt.")] = 0,
     model: Model = "shapes-wan",
     dense_steps: DenseSteps = "0.25",
     ramp: DensityRamp = None,
@@ -77,6 +78,7 @@ def compare(
             prompts=read_prompts(prompts)[: QUICK_PROMPTS if quick else None],
             densities=numbers(density),
             seeds=seeds,
+            first_seed=seed,
             out=out,
             schedule=Schedule(
                 dense_steps=count_or_fraction(dense_steps), per_branch=per_branch, density_ramp=density_ramp(ramp)

@@ -45,7 +45,7 @@ class Comparison:
             larger comparison reuses them. If a finished ``compare.json`` is there, the new one is written to
             ``compare.unfinished.json`` and replaces it at the end.
         densities: every method has a row for each, rounded to four digits. A profile has a density of its own.
-        seeds: number of seeds, 0, 1, ...
+        seeds: number of seeds, ``first_seed``, ``first_seed + 1``, ...
         schedule, executor, block: settings of all rows.
         quality: also score every clip by `quality`, which takes seconds per clip, more for large ones.
         model: the bundled model, a local diffusers folder, or a name on the hub.
@@ -60,6 +60,7 @@ class Comparison:
     out: Path
     densities: Sequence[float] = (0.25,)
     seeds: int = 1
+    first_seed: int = 0
     schedule: Schedule = Schedule()  # noqa: RUF009
     executor: str = "auto"
     block: int | None = None
@@ -74,6 +75,8 @@ class Comparison:
             raise ValueError(f"the prompt {duplicate!r} is given twice: for several clips of a prompt, use more seeds")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        if self.first_seed < 0:
+            raise ValueError(f"the first seed must be at least 0, got {self.first_seed}")
         if not self.densities:
             raise ValueError("no density given: name at least one")
         names = [name for text in self.methods for name in (METHODS if text == "all" else (text,))]
@@ -84,7 +87,7 @@ class Comparison:
             check_steps(self.schedule, self.call["num_inference_steps"])
         self.specs()
         for prompt in self.prompts:
-            check_clip(prompt, self.seeds, self.call, model=self.model)
+            check_clip(prompt, self.first_seed + self.seeds, self.call, model=self.model)
         writable_folder(self.out, ("compare.json", "report.html"))
 
     def specs(self) -> list[ClipSpec]:
@@ -131,7 +134,8 @@ class Comparison:
             The content of ``compare.json``.
         """
         shared = {"schedule": self.schedule, "executor": self.executor, "block": self.block}
-        runner = ClipRunner(self.model, self.prompts, range(self.seeds), self.call, self.out / "clips", **shared)
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        runner = ClipRunner(self.model, self.prompts, seeds, self.call, self.out / "clips", **shared)
         path = self.out / "compare.json"
         draft = path.with_name("compare.unfinished.json") if _is_finished(path) else path
         result = {key: value for key, value in asdict(self).items() if key not in ("out", "methods")}

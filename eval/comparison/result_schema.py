@@ -77,6 +77,7 @@ class _Result(_Strict):
     prompts: Annotated[list[str], NonEmpty]
     densities: Annotated[list[Density], NonEmpty]
     seeds: Annotated[int, Field(gt=0)]
+    first_seed: Annotated[int, Field(ge=0)] = 0
     schedule: _Schedule
     executor: str
     grids: list[str]

@@ -219,7 +219,9 @@ def _dense_steps_speedup(result: dict) -> float:
 def count_clips(result: dict) -> str:
     """Return the numbers of prompts and seeds of each row in words."""
     prompts, seeds = len(result["prompts"]), result["seeds"]
-    return f"{prompts} prompt{'s' * (prompts > 1)}" + (f", {seeds} seeds each" if seeds > 1 else "")
+    first = result.get("first_seed", 0)
+    numbers = f" ({first} to {first + seeds - 1})" if first else ""
+    return f"{prompts} prompt{'s' * (prompts > 1)}" + (f", {seeds} seeds each{numbers}" if seeds > 1 else "")
 
 
 def _bounds(bounds: Sequence[float] | None) -> str:

@@ -18,6 +18,7 @@ from dit_sparse import METHODS, Schedule
 from dit_sparse.bundled.shapes_wan.judge import held_out_tasks
 from dit_sparse.cli.main import app
 from dit_sparse.eval.comparison import runner
+from dit_sparse.eval.comparison.clip_store import ClipStore
 from dit_sparse.eval.comparison.comparison import Comparison, steps_of_equal_cost
 from dit_sparse.eval.comparison.row_syntax import RowRequest, parse_row
 from dit_sparse.methods import method_text
@@ -67,6 +68,14 @@ def test_rows_hold_the_measurements(result):
     assert 0 < radial["retained"] < 1 and np.shape(radial["mass"]) == (6, 3)
     steps, errors = zip(*radial["latent_error"], strict=True)
     assert steps == (0, 1, 2) and errors[0] == pytest.approx(0, abs=1e-3) and errors[-1] > 0
+
+
+def test_seeds_begin_at_the_first_one(tmp_path):
+    task = small_comparison(tmp_path, prompts=PROMPTS[:1], seeds=2, first_seed=3)
+    assert task.run(no_stages)["first_seed"] == 3
+    assert {clip.metadata.get("seed") for clip in ClipStore(tmp_path / "clips").clips()} - {None} == {3, 4}
+    with pytest.raises(ValueError, match="first seed"):
+        small_comparison(tmp_path, first_seed=-1)
 
 
 DENSE = {"name": "dense", "method": "dense", "steps": 20, "attention_seconds": 60.0, "seconds": 100.0}
