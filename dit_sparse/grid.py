@@ -131,6 +131,7 @@ class Site:
         plan_group: name shared by the branches that may share a plan.
         both_branches: whether the batch holds both branches, the conditional one as its second half.
         needs_plan: whether the schedule asks for a new plan at this step.
+        component: name of the transformer in its pipeline, which may have two.
         references: tokens outside the video that are no text, such as history frames: kept like text, but not counted
             in the density.
     """
@@ -145,6 +146,7 @@ class Site:
     plan_group: str = ""
     both_branches: bool = False
     needs_plan: bool = True
+    component: str = ""
     references: int = 0
 
     def __repr__(self) -> str:

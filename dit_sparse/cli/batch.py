@@ -18,6 +18,7 @@ from .options import (
     Executor,
     Fps,
     Frames,
+    Guard,
     Guidance,
     Height,
     Method,
@@ -43,6 +44,7 @@ def batch(
     ramp: DensityRamp = None,
     executor: Executor = "auto",
     block: Block = None,
+    guard: Guard = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first clip of each prompt.")] = 0,
     seeds: Seeds = 1,
     steps: Steps = None,
@@ -60,7 +62,7 @@ def batch(
         from dit_sparse.generation.prompts import read_rows
 
         settings = {"method": method, "density": density, "dense_steps": count_or_fraction(dense_steps)}
-        settings |= {"density_ramp": density_ramp(ramp), "executor": executor, "block": block}
+        settings |= {"density_ramp": density_ramp(ramp), "executor": executor, "block": block, "guard": guard}
         call = call_arguments(steps, frames, height, width, guidance)
         task = Batch(read_rows(prompts), out, model, settings, call, seed, seeds, retries, fps)
         try:

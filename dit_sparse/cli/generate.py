@@ -16,6 +16,7 @@ from .options import (
     Executor,
     Fps,
     Frames,
+    Guard,
     Guidance,
     Height,
     JsonFile,
@@ -41,6 +42,7 @@ def generate(
     ramp: DensityRamp = None,
     executor: Executor = "auto",
     block: Block = None,
+    guard: Guard = None,
     seed: Seed = 0,
     steps: Steps = None,
     frames: Frames = None,
@@ -60,7 +62,8 @@ def generate(
         from dit_sparse.output.media import save_video
 
         steps_settings = {"dense_steps": count_or_fraction(dense_steps), "density_ramp": density_ramp(ramp)}
-        processor = SparseAttnProcessor(method, density=density, **steps_settings, executor=executor, block=block)
+        settings = {"executor": executor, "block": block, "guard": guard, **steps_settings}
+        processor = SparseAttnProcessor(method, density=density, **settings)
         if out.suffix != ".mp4":
             raise ValueError(f"--out must be a file that ends in .mp4, got {shorten_path(out)}")
         call = generation.default_call(model) | call_arguments(steps, frames, height, width, guidance)

@@ -45,6 +45,10 @@ DensityRamp = Annotated[
 ]
 Executor = Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")]
 Block = Annotated[int | None, typer.Option(help="Tokens in a block.")]
+Guard = Annotated[
+    float | None,
+    typer.Option(help="Attention mass that every layer must retain, such as 0.9; layers below it compute more pairs."),
+]
 
 Prompts = Annotated[str, typer.Option(help="Number of bundled prompts, or a .txt, .csv or .jsonl file of prompts.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]

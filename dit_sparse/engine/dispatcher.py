@@ -14,9 +14,9 @@ from ..grid import Site
 from ..kernels.pick import Choice
 from ..method import AttentionOutput
 from ..plan import Plan
-from .eligibility import why_dense
 from .executor_choice import ExecutorChoices
-from .forward import AttentionCall, AttentionSite, Forward, TokenLayout
+from .forward import AttentionCall, AttentionSite, Forward, TokenLayout, why_dense
+from .guard import QualityGuard
 from .padding import KeyPadding, PaddingCache
 from .plans import Plans
 from .report import RunCounters
@@ -52,7 +52,8 @@ class AttentionDispatcher:
         self._settings, self._counters, self._observers = settings, counters, observers
         self.tracker = StepTracker(scheduler, guided, settings.steps, self.end_generation)
         self.last_plan: tuple[Site, Plan | ClusterPlan] | None = None
-        self._plans = Plans(settings.method, settings.schedule, counters.planning)
+        self._guard = QualityGuard(settings.guard, settings.method.density is not None, counters)
+        self._plans = Plans(settings.method, settings.schedule, counters.planning, guard=self._guard)
         self._forward = Forward(settings, self.tracker)
         self._choices = ExecutorChoices(settings, counters)
         self._padding = PaddingCache()
@@ -65,12 +66,14 @@ class AttentionDispatcher:
         self.tracker.begin_forward(timestep, latents, context, compiled)
         self._forward.begin(layout, batch=len(latents))
         self._padding.clear()
+        self._guard.begin_forward()
 
     def end_generation(self) -> None:
         """Drop everything that depends on the tokens of one generation."""
         self._plans.end_generation()
         self._padding.clear()
         self._reserved_bytes.clear()
+        self._guard.end_generation()
         self._choices.end_generation()
 
     def attend(self, attention_site: AttentionSite, call: AttentionCall) -> Tensor:
@@ -97,7 +100,7 @@ class AttentionDispatcher:
             if self._settings.method.observes_dense and self._settings.schedule.is_last_dense(site):
                 self._observe_dense(call, site, out)
             return out
-        if reason := self._settings.min_tokens_reason(grid) or self._choices.dense_reason(site):
+        if reason := self._why_site_is_dense(site):
             return self._dense(call, reason)
         padding = self._padding.read(call, grid)
         if isinstance(padding, str):
@@ -105,6 +108,13 @@ class AttentionDispatcher:
         if padding is None or padding.order is None:
             return self._attend_sparsely(call, site, padding)
         return padding.restore(self._attend_sparsely(padding.arrange_call(call), padding.arrange_site(site), padding))
+
+    def _why_site_is_dense(self, site: Site) -> str | None:
+        return (
+            self._settings.min_tokens_reason(site.grid)
+            or self._choices.dense_reason(site)
+            or self._guard.dense_reason(site)
+        )
 
     def _attend_sparsely(self, call: AttentionCall, site: Site, padding: KeyPadding | None) -> Tensor:
         """Compute a call whose padding is at the end by the method's plan, if it makes one that is faster."""
@@ -117,6 +127,7 @@ class AttentionDispatcher:
         choice = self._choices.for_plan(plan, q, k, site)
         if choice.name == "dense":
             return self._dense(call, self._choices.dense_reason(site))
+        self._guard.measure(call, site, plan)
         return self._sparse(call, site, plan, choice)
 
     def _begin_generation(self, q: Tensor, site: Site) -> None:
@@ -152,8 +163,7 @@ class AttentionDispatcher:
     def _observe_dense(self, call: AttentionCall, site: Site, out: Tensor) -> None:
         """Show the method a call of the last dense step, and what its plan would have given."""
         padding, counters = self._padding.read(call, site.grid), self._counters
-        stays_dense = self._settings.min_tokens_reason(site.grid) or self._choices.dense_reason(site)
-        if stays_dense or isinstance(padding, str):
+        if self._why_site_is_dense(site) or isinstance(padding, str):
             return
         if padding is not None and padding.order is not None:
             call, site, out = padding.arrange_call(call), padding.arrange_site(site), padding.arrange(out)

@@ -42,6 +42,8 @@ class SparseAttnProcessor:
         block: tokens in a block, a multiple of 16 in [16, 256]. Default: 64 below 32,768 tokens, else 128.
         min_tokens: shorter sequences stay dense. Default: with ``"auto"``, calls stay dense where SDPA is faster as
             measured on this machine; with 0, no sequence is too short.
+        guard: attention mass that the plans of every layer must retain, in (0, 1), measured on a few queries every
+            third step. A layer below it computes more pairs from the next step on, the third time all. Default: off.
         steps: number of denoising steps, required for fractional ``dense_steps`` of a bare transformer.
         family: adapter of the transformer classes that it names, before those of ``dit_sparse/pipelines``.
         settings: further settings of the method, if it is given as text.
@@ -67,6 +69,7 @@ class SparseAttnProcessor:
         executor: str = "auto",
         block: int | None = None,
         min_tokens: int | None = None,
+        guard: float | None = None,
         steps: int | None = None,
         family: Family | None = None,
         **settings: Any,
@@ -78,7 +81,7 @@ class SparseAttnProcessor:
             schedule = Schedule() if self._profile is None else self._profile.to_schedule()
         if isinstance(schedule, Schedule):
             schedule = replace(schedule, **overrides)
-        self.settings = Settings(method, schedule, executor, block, min_tokens, steps)
+        self.settings = Settings(method, schedule, executor, block, min_tokens, steps, guard)
         if not (family is None or isinstance(family, Family)):
             raise ValueError(f"family must be a dit_sparse.Family, got {type(family).__name__}")
         self.family = family
@@ -139,6 +142,7 @@ def enable(
     executor: str = "auto",
     block: int | None = None,
     min_tokens: int | None = None,
+    guard: float | None = None,
     steps: int | None = None,
     family: Family | None = None,
     **settings: Any,
@@ -167,7 +171,7 @@ def enable(
     """
     settings |= {"density": density, "schedule": schedule, "dense_steps": dense_steps, "dense_layers": dense_layers}
     settings |= {"density_ramp": density_ramp, "executor": executor, "block": block}
-    settings |= {"min_tokens": min_tokens, "steps": steps, "family": family}
+    settings |= {"min_tokens": min_tokens, "guard": guard, "steps": steps, "family": family}
     if profile is None:
         processor = SparseAttnProcessor(method, **settings)
     else:

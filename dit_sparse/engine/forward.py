@@ -1,4 +1,4 @@
-"""An intercepted attention call, and where it belongs: its module, and the transformer call it is part of."""
+"""An intercepted attention call, why it may have to be dense, and its place: module and transformer call."""
 
 from __future__ import annotations
 
@@ -106,6 +106,30 @@ class TokenLayout:
         return f"{self.frames}x{self.height}x{self.width}{references}"
 
 
+def why_dense(layout: TokenLayout, grid: Grid | None, call: AttentionCall) -> str | None:
+    """Return why a call cannot be computed sparsely, or None if it can.
+
+    Args:
+        layout: tokens of the transformer call.
+        grid: ``layout`` with the text tokens of this attention call, or None if the queries do not fit it.
+        call: the intercepted call.
+    """
+    q, k, v = call.q, call.k, call.v
+    if q.shape[2] != k.shape[2] or grid is None:
+        return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {layout}"
+    if q.shape[-1] != v.shape[-1] or not q.dtype == k.dtype == v.dtype:
+        return "queries, keys and values differ in dtype or head_dim"
+    if call.is_causal or call.dropout_p > 0:
+        return "causal attention and dropout are not supported"
+    if not (call.mask is None or isinstance(call.mask, Tensor)):
+        return f"the model's attention mask is a {type(call.mask).__name__}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "gradients are required, and the executors have no backward pass"
+    if call.is_parallel:
+        return "context parallelism is not supported"
+    return None
+
+
 class Forward:
     """The running transformer call.
 
@@ -147,5 +171,6 @@ class Forward:
             branch=f"{component} {tracker.branch} {call}",
             plan_group=f"{component} {tracker.plan_group} {call % prompts}",
             both_branches=tracker.both_branches,
+            component=component,
             references=self.layout.references,
         )

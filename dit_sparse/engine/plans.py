@@ -20,6 +20,7 @@ from ..method import Method
 from ..plan import Plan
 from ..schedule import Schedule
 from ..scoring import without_padding
+from .guard import QualityGuard
 from .report import Stopwatch
 
 
@@ -48,14 +49,15 @@ class Plans:
         schedule: how often plans are made, and whether each branch of guidance has its own.
         stopwatch: measures the planning time.
         offload: whether to keep plans on the CPU between calls.
+        guard: raises the density of layers.
     """
 
     def __init__(
         self, method: Method, schedule: Schedule | None = None, stopwatch: Stopwatch | None = None,
-        offload: bool = False,
+        offload: bool = False, guard: QualityGuard | None = None,
     ) -> None:  # fmt: skip
         self.method, self._schedule, self._offload = method, schedule or Schedule(), offload
-        self._stopwatch = stopwatch or Stopwatch()
+        self._stopwatch, self._guard = stopwatch or Stopwatch(), guard
         self._cache: dict[tuple, CachedPlan] = {}
         self._previews: dict[tuple, CachedPlan] = {}
         self._methods: dict[tuple, Method] = {}  # by what their density depends on
@@ -113,13 +115,19 @@ class Plans:
     def _method_at(self, site: Site) -> Method:
         """Return the method with the density of a step, in which pairs with reference tokens, all computed, count. The
         same object for the same densities."""
-        key, video = (site.step, site.steps, site.references, site.grid), 1 - site.references / site.grid.tokens
+        level = self._guard.level(site) if self._guard else 0
+        key = site.step, site.steps, site.references, site.grid, level
         if key not in self._methods:
-            at_step = partial(self._schedule.density_at, site, ramp=self.method.density_ramp)
-            with_references = lambda density: 1 - (1 - at_step(density)) * video**2
-            method = map_density(self.method, with_references if site.references else at_step)
+            method = map_density(self.method, partial(self._density, site))
             self._methods[key] = next((one for one in (self.method, *self._methods.values()) if one == method), method)
         return self._methods[key]
+
+    def _density(self, site: Site, density: float) -> float:
+        density = self._schedule.density_at(site, density, ramp=self.method.density_ramp)
+        if self._guard:
+            density = self._guard.density(site, density)
+        video = 1 - site.references / site.grid.tokens
+        return 1 - (1 - density) * video**2 if site.references else density
 
     def _make_plan(
         self, method: Method, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None

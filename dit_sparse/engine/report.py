@@ -41,6 +41,8 @@ class Report:
             before the first sparse call. Such pairs are not part of ``density_achieved`` and cost as much as others.
         density_note: why the achieved density differs from the requested one by more than 0.01; None if it does not.
         density_run: the same for all self-attention calls, including dense steps and layers.
+        guard: by layer, if the run has a quality guard: the least attention mass that a plan retained, and how often
+            the density was raised; three times means dense.
         attention_seconds: time in self-attention calls, including planning.
         planning_seconds: time spent on plans.
     """
@@ -59,6 +61,7 @@ class Report:
     tail_density: float | None
     density_note: str | None
     density_run: float | None
+    guard: dict[str, dict[str, float]]
     attention_seconds: float
     planning_seconds: float
 
@@ -81,10 +84,19 @@ class Report:
                 *(f"  settings         {method} on {grid}" for grid, method in self.resolved.items()),
                 *([f"  density by step  {_by_step(self.density_by_step)}"] if self.density_by_step else []),
                 *([f"  density          {self.density_note}"] if self.density_note else []),
+                *([f"  quality guard    {self._guard_text()}"] if self.guard else []),
                 *(f"  executor choice  {choice}" for choice in choices),
                 f"  attention time   {self.attention_seconds:.1f} s",
                 f"  planning time    {self.planning_seconds:.1f} s, included in the attention time",
             ]
+        )
+
+    def _guard_text(self) -> str:
+        layer, weakest = min(self.guard.items(), key=lambda item: item[1]["least_mass"])
+        raised = sum(one["raised"] > 0 for one in self.guard.values())
+        return (
+            f"plans retain at least {weakest['least_mass']:.3f} of the attention mass ({layer}); "
+            f"{raised} of {len(self.guard)} layers compute more pairs"
         )
 
     def _tail_text(self) -> str:
@@ -107,11 +119,13 @@ class RunCounters:
     density_by_step: dict[int, float] = field(default_factory=dict)
     pooled_in_sparse: float | torch.Tensor = 0.0  # pairs of a query and a pooled term
     reference_pairs: float = 0.0  # of sparse calls, with reference tokens, not counted in the two numbers above
+    guarded_layers: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
     dense_pairs: int = 0
     unsized_calls: int = 0
     logged: set[str] = field(default_factory=set)
     attention: Stopwatch = field(default_factory=lambda: Stopwatch())
     planning: Stopwatch = field(default_factory=lambda: Stopwatch())
+    guard: Stopwatch = field(default_factory=lambda: Stopwatch())
 
     def count_sparse(self, site: Site, pairs: int, plan: Plan | ClusterPlan, executor: str) -> None:
         """Count a sparse call of ``pairs`` query-key pairs."""
@@ -139,6 +153,12 @@ class RunCounters:
         self.dense[reason] += 1
         self.unsized_calls += pairs is None
         self.dense_pairs += pairs or 0
+
+    def count_guard(self, component: str, layer: int, mass: float, raised: int) -> None:
+        """Record the attention mass that the plans of a layer retained, and how often its density was raised."""
+        before = self.guarded_layers.get((component, layer), {"least_mass": 1.0, "raised": 0})
+        least = {"least_mass": min(mass, before["least_mass"]), "raised": max(raised, before["raised"])}
+        self.guarded_layers[component, layer] = least
 
     def warn(self, reason: str) -> str:
         """Log a reason for a dense call, once a run, and return it."""
@@ -169,6 +189,8 @@ class RunCounters:
         achieved = self.density_achieved
         resolved = {str(grid): method.resolve(grid, block) for grid, block in self.grids}
         notes = [] if achieved is None else [method.density_note(*one, achieved) for one in self.grids]
+        if any(layer["raised"] for layer in self.guarded_layers.values()):
+            notes = ["the quality guard raised it"]
         return Report(
             method=name_of(method),
             settings=method.settings(),
@@ -184,6 +206,7 @@ class RunCounters:
             tail_density=self.tail_density,
             density_note="; ".join(dict.fromkeys(filter(None, notes))) or None,
             density_run=self.density_run,
+            guard={f"{name} layer {layer}": mass for (name, layer), mass in sorted(self.guarded_layers.items())},
             attention_seconds=self.attention.seconds,
             planning_seconds=self.planning.seconds,
         )

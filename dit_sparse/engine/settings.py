@@ -29,6 +29,7 @@ class Settings:
     block: int | None = within(BLOCKS)
     min_tokens: int | None = within("[0, 1000000000]")
     steps: int | None = within("[1, 1000000]")
+    guard: float | None = within("(0, 1)", None)
 
     def __post_init__(self) -> None:
         check_fields(self)
