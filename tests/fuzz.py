@@ -29,7 +29,7 @@ from case_checks import check, check_pipeline  # noqa: E402
 from dit_sparse.kernels import calibration  # noqa: E402
 from random_cases import EXECUTORS, Case  # noqa: E402
 
-PIPELINES = ("wan", "hunyuan_video", "cogvideox", "mochi", "ltx")
+PIPELINES = ("wan", "hunyuan_video", "cogvideox", "mochi", "ltx", "wan22", "cogvideox15", "wan22_5b")
 PROGRESS_SECONDS = 15
 
 

@@ -74,9 +74,11 @@ def check(case: Case, device: str = "cpu") -> str | None:
 
 
 def check_pipeline(case: Case, stock: Any) -> str | None:
-    """Generate a video with the method, density, block and executor of a case by a pipeline of ``tiny_pipelines``.
-    Returns and raises as `check`."""
+    """Generate videos of one or two prompts with the method, density, block and executor of a case by a pipeline of
+    ``tiny_pipelines``, some under autocast, and again with other padding. Returns and raises as `check`."""
     calls, rng = [], random.Random(case.number)
+    lengths = tuple(rng.randint(1, 12) for _ in range(rng.choice((1, 1, 2))))
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=case.number % 5 == 4)
     schedule = ds.Schedule(rng.choice((0, 1, 0.5)), rng.choice((0, 1)), rng.choice((1, 2)), rng.random() < 0.3)
     settings = dict(schedule=schedule, block=max(16, case.block // 16 * 16), executor=case.executor, min_tokens=0)
 
@@ -84,24 +86,33 @@ def check_pipeline(case: Case, stock: Any) -> str | None:
         check_executor(result)
         calls.append(result.plan)
 
-    def generate(method: str | Method, density: float | None = None) -> tuple[Tensor, ds.Run]:
-        with ds.enable(stock.pipe, method, density=density, **settings) as run:
-            return stock.pipe(**stock.kwargs(), output_type="latent").frames, run
+    def generate(method: str | Method, density: float | None = None, **other: Tensor) -> tuple[Tensor, ds.Run]:
+        with ds.enable(stock.pipe, method, density=density, **settings) as run, autocast():
+            return stock.pipe(**stock.kwargs(lengths=lengths) | other, output_type="latent").frames, run
 
     try:
         method = method_at_density(case.method, case.density)
         video, run = generate(Observed(inner=method, observe=observe))
-        again, _ = generate(case.method, case.density)
+        again, _ = generate(case.method, case.density, **other_padding(stock.kwargs(lengths=lengths)))
     except (ValueError, RuntimeError) as error:
         return check_refusal(error)
     assert video.isfinite().all(), "video: it is not finite"
-    assert again.equal(video), "video: the text of the method gives another one"
+    assert again.equal(video), "video: the text of the method, or other padding, gives another one"
     assert run.report().sparse_calls == len(calls), f"report: {run.report().sparse_calls} calls instead of {len(calls)}"
-    dense = stock.pipe(**stock.kwargs(), output_type="latent").frames
+    with autocast():
+        dense = stock.pipe(**stock.kwargs(lengths=lengths), output_type="latent").frames
     computes_all = all(plan.block_mask().all() for plan in calls) and not holds(method, Skip)
-    error = float((video - dense).abs().max())
-    assert error < 1e-3 or not computes_all, f"video: it differs by {error:.1e} from dense, though no pair is dropped"
+    error = float((video - dense).norm() / dense.norm())
+    assert error < (0.1 if case.number % 5 == 4 else 1e-3) or not computes_all, (
+        f"video: it differs by {error:.1e} from dense, though no pair is dropped"
+    )
     return None
+
+
+def other_padding(arguments: dict) -> dict:
+    """Return the prompt embeddings of a pipeline call with other values after each prompt, if they have a mask."""
+    embeds, mask = arguments["prompt_embeds"], arguments.get("prompt_attention_mask")
+    return {} if mask is None else {"prompt_embeds": embeds.masked_fill(~mask.bool()[..., None], 9.0)}
 
 
 def attend(case: Case, method: str | Method, device: str, items: list[int] | None = None) -> tuple[Tensor, Tensor]:
