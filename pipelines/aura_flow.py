@@ -1,4 +1,4 @@
-"""AuraFlow: joint self-attention over registers, text and image tokens; registers count as text before the image."""
+"""AuraFlow: joint self-attention over 8 registers, text and image tokens, in this order."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ FAMILY = Family(
     transformers=("AuraFlowTransformer2DModel",),
     sites=r"(joint|single)_transformer_blocks\.\d+\.attn",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
+    references=lambda config, arguments: (8, 0),
     text="before",
     images=True,
     pipelines=("AuraFlowPipeline",),

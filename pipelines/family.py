@@ -15,7 +15,8 @@ from torch import Tensor
 
 FAMILIES = (
     "wan", "hunyuan_video", "hunyuan_video15", "framepack", "helios", "cogvideox", "mochi", "ltx",
-    "skyreels_v2", "anyflow", "ltx2", "cosmos", "allegro", "easyanimate", "motif_video", "kandinsky", "joyimage",
+    "minimax_h3", "skyreels_v2", "anyflow", "ltx2", "cosmos", "allegro", "easyanimate", "motif_video",
+    "kandinsky", "joyimage",
     "flux", "chroma", "bria", "longcat_image", "ovis_image", "qwen_image", "krea2", "sd3", "lumina2", "z_image",
     "cogview", "glm_image", "hidream", "hunyuan_image", "ernie_image", "aura_flow", "pixart", "hunyuan_dit",
 )  # fmt: skip
@@ -117,19 +118,28 @@ def history_tokens(arguments: Mapping, scales: Mapping[str, int], patch: GridSha
 
 
 def merged_grid(shapes: Sequence[GridShape]) -> GridShape:
-    """Return one grid for a sequence of images or videos, such as an image and its references.
+    """Return the grid of a sequence of images or videos, such as an image and its references.
 
     Args:
-        shapes: frames, height and width of each in tokens. Images of one size count as the frames of a video. Images
-            of different sizes have no common grid; their tokens count as one row.
+        shapes: frames, height and width of each in tokens. Images of one size count as the frames of one video; if
+            they differ in size, the grid is that of the first one and the others are references.
     """
-    if len({shape[1:] for shape in shapes}) == 1:
+    if _are_frames(shapes):
         return sum(shape[0] for shape in shapes), *shapes[0][1:]
-    return 1, 1, sum(frames * height * width for frames, height, width in shapes)
+    return shapes[0]
 
 
-def packed_grid(ids: Tensor) -> GridShape:
-    """Return the token grid of packed latents from their position ids.
+def merged_references(shapes: Sequence[GridShape]) -> tuple[int, int]:
+    """Return the numbers of reference tokens before and after the grid of :func:`merged_grid`."""
+    return 0, 0 if _are_frames(shapes) else sum(prod(shape) for shape in shapes[1:])
+
+
+def _are_frames(shapes: Sequence[GridShape]) -> bool:
+    return len({shape[1:] for shape in shapes}) == 1
+
+
+def packed_shapes(ids: Tensor) -> list[GridShape]:
+    """Return frames, height and width of every image in packed latents, from their position ids.
 
     Args:
         ids: ``[N, 3 or more]`` or ``[B, N, 3 or more]``; the first three axes are image or frame, row and column.
@@ -137,7 +147,7 @@ def packed_grid(ids: Tensor) -> GridShape:
     ids = (ids[0] if ids.ndim == 3 else ids)[:, :3].cpu()
     images = ids.split(ids[:, 0].unique_consecutive(return_counts=True)[1].tolist())
     widths = [len(image[:, 2].unique()) for image in images]
-    return merged_grid([(1, len(image) // width, width) for image, width in zip(images, widths, strict=True)])
+    return [(1, len(image) // width, width) for image, width in zip(images, widths, strict=True)]
 
 
 class SetAttnProcessorMixin:

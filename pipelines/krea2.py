@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, packed_grid, pipeline_class
+from dit_sparse.pipelines.family import Family, merged_grid, packed_shapes, pipeline_class
 
 FAMILY = Family(
     name="krea2",
     transformers=("Krea2Transformer2DModel",),
     sites=r"transformer_blocks\.\d+\.attn",
-    grid=lambda config, arguments: packed_grid(arguments["position_ids"][-arguments["hidden_states"].shape[1] :]),
+    grid=lambda config, arguments: merged_grid(
+        packed_shapes(arguments["position_ids"][-arguments["hidden_states"].shape[1] :])
+    ),
     text="before",
     images=True,
     pipelines=("Krea2Pipeline",),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, packed_grid, pipeline_class
+from dit_sparse.pipelines.family import Family, merged_grid, merged_references, packed_shapes, pipeline_class
 
 FAMILY = Family(
     name="ovis_image",
     transformers=("OvisImageTransformer2DModel",),
     sites=r"(single_)?transformer_blocks\.\d+\.attn",
-    grid=lambda config, arguments: packed_grid(arguments["img_ids"]),
+    grid=lambda config, arguments: merged_grid(packed_shapes(arguments["img_ids"])),
+    references=lambda config, arguments: merged_references(packed_shapes(arguments["img_ids"])),
     text="before",
     images=True,
     pipelines=("OvisImagePipeline",),

@@ -14,12 +14,12 @@ from dit_sparse.pipelines.family import (
     class_names,
     image_grid,
     merged_grid,
-    packed_grid,
+    packed_shapes,
     patch_grid,
 )
 from dit_sparse.pipelines.unsupported import why_unsupported
 
-OTHER_STREAMS = re.compile(r"refiner|embedder|text|txt|audio|context|fusion|motion|face|cross|cond\b")
+OTHER_STREAMS = re.compile(r"refiner|perceiver|embedder|text|txt|audio|context|fusion|motion|face|cross|cond\b")
 TEXT = re.compile(r"encoder|txt|text|context|cap_|_t$")
 CONCATENATION = re.compile(r"torch\.cat\(\s*[\[(]\s*([\w.]+)[^,\])]*,\s*([\w.]+)")
 
@@ -113,7 +113,7 @@ def _grid_reader(names: list[str]) -> Callable[[Mapping, Mapping], GridShape]:
 def _grid_of_ids(config: Mapping, arguments: Mapping) -> GridShape:
     """Return the grid of position ids, or of the latents if a call has none."""
     ids = arguments.get("img_ids")
-    return _grid_of_latents(config, arguments) if ids is None else packed_grid(ids)
+    return _grid_of_latents(config, arguments) if ids is None else merged_grid(packed_shapes(ids))
 
 
 def _grid_of_latents(config: Mapping, arguments: Mapping) -> GridShape:

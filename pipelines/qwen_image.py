@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, GridShape, merged_grid, pipeline_class
+from dit_sparse.pipelines.family import Family, GridShape, merged_grid, merged_references, pipeline_class
 
 
-def _grid(config: Mapping, arguments: Mapping) -> GridShape:
-    """Return the grid of the first prompt, whose images are listed with their sizes in tokens."""
+def _shapes(arguments: Mapping) -> list[GridShape]:
+    """Return the sizes of the first prompt's images in tokens."""
     shapes = arguments["img_shapes"][0]
-    return merged_grid(shapes if isinstance(shapes, list) else [shapes])
+    return shapes if isinstance(shapes, list) else [shapes]
 
 
 FAMILY = Family(
     name="qwen_image",
     transformers=("QwenImageTransformer2DModel",),
     sites=r"transformer_blocks\.\d+\.attn",
-    grid=_grid,
+    grid=lambda config, arguments: merged_grid(_shapes(arguments)),
+    references=lambda config, arguments: merged_references(_shapes(arguments)),
     text="before",
     mask="encoder_hidden_states_mask",
     images=True,

@@ -15,6 +15,8 @@ UNSUPPORTED = {
     "TransformerTemporalModel": "its self-attention is over time only, in short sequences",
     "Kandinsky6SRTransformer3DModel": OWN_MASK,
     "WanAnimate2Transformer3DModel": OWN_MASK,
+    "Ideogram4Transformer2DModel": "its mask lets the padding of prompts attend to itself",
+    "SanaWMLTX2RefinerTransformer3DModel": "its token grid is not among the arguments of its forward call",
     "AnyFlowFARTransformer3DModel": "it generates blocks of frames with a causal mask and cached keys",
     "AceStepTransformer1DModel": "half of its layers have a sliding window of their own",
     "LongCatAudioDiTTransformer": SHORT,

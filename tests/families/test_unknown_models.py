@@ -9,13 +9,23 @@ import pytest
 import torch
 
 import dit_sparse as ds
-from dit_sparse.pipelines.family import FAMILIES, Family, family_named, family_of, merged_grid, packed_grid
+from dit_sparse.pipelines.family import (
+    FAMILIES,
+    Family,
+    family_named,
+    family_of,
+    merged_grid,
+    merged_references,
+    packed_shapes,
+)
 from dit_sparse.pipelines.unsupported import UNSUPPORTED
 from tiny_models import Call, tiny_model, tiny_models
 
 SETTINGS = dict(density=0.5, dense_steps=0, min_tokens=0, block=16, executor="reference")
 OTHER_SITES = {"SD3Transformer2DModel"}  # its second self-attention bears the name of cross-attention
 OTHER_TEXT = {  # not concatenated in a line that names it
+    "BriaFibo2Transformer2DModel",
+    "MiniMaxH3Transformer3DModel",
     "MochiTransformer3DModel",
     "Flux3Transformer2DModel",
     "Lumina2Transformer2DModel",
@@ -103,11 +113,31 @@ def test_an_unsupported_class_is_refused_with_its_reason(name):
     assert len(str(error.value)) < 240
 
 
-def test_images_of_one_size_are_frames_and_others_one_row():
+def test_images_of_one_size_are_frames_and_others_references():
     assert merged_grid([(1, 4, 6), (2, 4, 6)]) == (3, 4, 6)
-    assert merged_grid([(1, 4, 6), (1, 2, 6)]) == (1, 1, 36)
+    assert merged_grid([(1, 4, 6), (1, 2, 6)]) == (1, 4, 6)
+    assert merged_references([(1, 4, 6), (2, 4, 6)]) == (0, 0)
+    assert merged_references([(1, 4, 6), (1, 2, 6), (2, 3, 3)]) == (0, 30)
     image, reference = Call((1, 5, 7)).ids(4), Call((1, 5, 7)).ids(4) + torch.tensor([10.0, 0, 0, 0])
-    assert packed_grid(torch.cat([image, reference])) == (2, 5, 7)
-    assert packed_grid(torch.cat([image, reference])[None].expand(2, -1, -1)) == (2, 5, 7)
-    assert packed_grid(torch.cat([image, reference[:21]])) == (1, 1, 56)
+    assert packed_shapes(torch.cat([image, reference])) == [(1, 5, 7), (1, 5, 7)]
+    assert packed_shapes(torch.cat([image, reference])[None].expand(2, -1, -1)) == [(1, 5, 7), (1, 5, 7)]
+    assert packed_shapes(torch.cat([image, reference[:21]])) == [(1, 5, 7), (1, 3, 7)]
     assert len(set(FAMILIES)) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("size", [(12, 16), (6, 10)])
+def test_references_of_flux_are_frames_or_stay_dense(size):
+    """Kontext appends its reference. The density counts the image, and the reference only if it is a frame."""
+    tiny, model = tiny_models()["FluxTransformer2DModel"], tiny_model("FluxTransformer2DModel")
+    arguments, reference = tiny.arguments(Call((1, 12, 16))), Call((1, *size), seed=9)
+    ids = reference.ids() + torch.tensor([1.0, 0, 0])
+    arguments["hidden_states"] = torch.cat([arguments["hidden_states"], reference.packed(4)], 1)
+    arguments["img_ids"] = torch.cat([arguments["img_ids"], ids])
+    stock = model(**arguments, return_dict=False)[0]
+    with ds.enable(model, "random_blocks", **SETTINGS | dict(density=1.0)):
+        torch.testing.assert_close(model(**arguments, return_dict=False)[0], stock, rtol=1e-4, atol=1e-4)
+    with ds.enable(model, "random_blocks", **SETTINGS) as run:
+        model(**arguments)
+    grid = "20 text + 2x12x16" if size == (12, 16) else "20 text + 1x12x16 + 60 text"
+    assert run.report().grids == [grid] and not run.report().dense_calls
+    assert run.report().density_achieved == pytest.approx(0.5, abs=0.01)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 
 from tiny_models import HEADS, Call, TinyModel
@@ -40,6 +42,12 @@ def _chroma(call: Call) -> dict:
 
 def _bria_fibo(call: Call) -> dict:
     return _flux(call) | dict(text_encoder_layers=[call.text(8), call.text(8)])
+
+
+def _bria_fibo2(call: Call) -> dict:
+    return dict(
+        hidden_states=call.image(4), timestep=call.time / 1000, encoder_hidden_states=call.noise(2, call.slots, 16)
+    )
 
 
 def _qwen(call: Call) -> dict:
@@ -174,6 +182,17 @@ IMAGE_MODELS = [
     TinyModel(
         "LongCatImageTransformer2DModel", FLUX | dict(pooled_projection_dim=8), _flux, 2, side="before", **PACKED
     ),
+    TinyModel(
+        "BriaFibo2Transformer2DModel",
+        dict(in_channels=4, dim=32, n_layers=2, n_refiner_layers=0, n_heads=2, cap_feat_dim=16, axes_dims=(4, 6, 6))
+        | dict(injection_layer_ids=(1,), perceiver_num_layers=1, min_num_gist_tokens=16, max_num_gist_tokens=32)
+        | dict(gist_step=16, gist_min_text_len=16, gist_max_text_len=64, axes_lens=(64, 64, 64)),
+        _bria_fibo2,
+        2,
+        side="before",
+        text_tokens=lambda slots: 32,
+        **IMAGE,
+    ),
     TinyModel("OvisImageTransformer2DModel", FLUX | dict(out_channels=4), _flux, 2, side="before", **PACKED),
     TinyModel(
         "QwenImageTransformer2DModel",
@@ -230,6 +249,7 @@ IMAGE_MODELS = [
         side="after",
         text=("cap_feats",),
         text_tokens=lambda slots: slots + -slots % 32,
+        references=lambda call: (0, -prod(call.grid) % 32),
         masked=True,
     ),
     TinyModel(
@@ -263,7 +283,8 @@ IMAGE_MODELS = [
         text=("encoder_hidden_states_t5", "encoder_hidden_states_llama3"),
         text_tokens=lambda slots: 3 * slots,
         axes="BCHW",
-        grids=((1, 16, 16), (1, 15, 15)),  # others are padded to the maximal size
+        grids=((1, 15, 15), (1, 12, 16)),  # if it is not square, padded to the maximal size
+        references=lambda call: (0, 0 if call.grid[1] == call.grid[2] else 256 - prod(call.grid)),
     ),
     TinyModel(
         "HunyuanImageTransformer2DModel",
@@ -296,7 +317,7 @@ IMAGE_MODELS = [
         _image,
         2,
         side="before",
-        text_tokens=lambda slots: slots + 8,
+        references=lambda call: (8, 0),
         **IMAGE,
     ),
     TinyModel(

@@ -85,9 +85,11 @@ class TinyModel:
         side: position of the text tokens in self-attention, or None.
         text: names of the arguments that become these text tokens, and nothing else.
         text_tokens: number of text tokens for a number of slots.
-        references: number of reference tokens before the video for a grid.
-        masked: whether the model takes prompts of unequal length in one batch, padded where the text is.
+        references: number of reference tokens before and after the video.
+        masked: whether the model takes prompts of unequal length in one batch.
         unbatched: whether attention runs for one batch item at a time, without padding.
+        first_latent: place of the video's first token in packed latents.
+        single: whether a call takes one prompt only.
         grids: two token grids for tests, the second of an odd size.
     """
 
@@ -101,18 +103,22 @@ class TinyModel:
     side: str | None = None
     text: tuple[str, ...] = ("encoder_hidden_states",)
     text_tokens: Callable[[int], int] = field(default=lambda slots: slots)
-    references: Callable[[tuple[int, int, int]], int] = field(default=lambda grid: 0)
+    references: Callable[[Call], tuple[int, int]] = field(default=lambda call: (0, 0))
     masked: bool = False
     unbatched: bool = False
+    first_latent: Callable[[Call], int] = field(default=lambda call: 0)
+    single: bool = False
     grids: tuple[tuple[int, int, int], ...] = ((3, 8, 8), (5, 4, 7))
 
     def arguments(self, call: Call) -> dict:
         """Return the keyword arguments of a forward call, the same for equal calls."""
         return self.make_arguments(replace(call))
 
-    def text_in(self, call: Call) -> int:
-        """Return the number of text tokens in self-attention."""
-        return 0 if self.side is None else self.text_tokens(call.slots)
+    def tokens_next_to_video(self, call: Call) -> tuple[int, int]:
+        """Return the numbers of text and reference tokens before and after the video."""
+        before, after = self.references(call)
+        text = self.text_tokens(call.slots)
+        return before + text * (self.side == "before"), after + text * (self.side == "after")
 
     def build(self) -> torch.nn.Module:
         """Return a new transformer with the same random weights in every process."""
@@ -133,7 +139,7 @@ class TinyModel:
         first = latents[0] if isinstance(latents, list) else latents
         _, height, width = call.grid
         start = dict(zip("FHW", (i * step for i, step in zip(place, self.patch, strict=True)), strict=True))
-        start["N"] = (place[0] * height + place[1]) * width + place[2]
+        start["N"] = self.first_latent(call) + (place[0] * height + place[1]) * width + place[2]
         axes = self.axes.replace("B", "") if isinstance(latents, list) else self.axes
         first[tuple(start.get(axis, 0) for axis in axes)] += 1
         return arguments

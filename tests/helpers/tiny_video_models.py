@@ -85,6 +85,30 @@ def _history(call: Call, **frames: int) -> dict:
     return latents | indices
 
 
+def _minimax_h3(call: Call) -> dict:
+    """Return text, one conditioning frame, 9 audio tokens, and the video."""
+    frame, video = call.grid[1] * call.grid[2], prod(call.grid)
+    start = call.slots + frame + 9
+    positions = torch.zeros(start + video, 3, dtype=torch.float64)
+    positions[: call.slots, 0] = torch.arange(call.slots)
+    positions[start:] = call.ids() + torch.tensor([float(call.slots), 0, 0])
+    rows = torch.arange(start + video)
+    tags = torch.where(rows < call.slots, 0, 2)
+    tags[start - 9 : start] = 1
+    return dict(
+        hidden_states=call.noise(frame + video, 4 * 4),
+        audio_hidden_states=call.noise(9, 4),
+        encoder_hidden_states=call.text(),
+        timestep=torch.tensor([500.0]),
+        timestep_indices=torch.zeros(start + video, dtype=torch.long),
+        token_tags=tags,
+        position_ids=positions,
+        video_indices=torch.cat([rows[call.slots : call.slots + frame], rows[start:]]),
+        audio_indices=rows[start - 9 : start],
+        text_indices=rows[: call.slots],
+    )
+
+
 def _cogvideox(call: Call) -> dict:
     return _wan(call) | dict(hidden_states=call.video(4).transpose(1, 2))
 
@@ -147,10 +171,10 @@ LTX2 = dict(audio_num_attention_heads=2, audio_attention_head_dim=8, audio_in_ch
 LTX2 |= dict(audio_cross_attention_dim=16)
 
 
-def _history_tokens(grid: tuple[int, int, int]) -> int:
+def _history_tokens(call: Call) -> tuple[int, int]:
     """Return the tokens of two frames, two frames at half scale and five at quarter scale."""
-    histories = (((frames, *grid[1:]), scale) for frames, scale in ((2, 1), (2, 2), (5, 4)))
-    return sum(prod(ceil(side / scale) for side in sides) for sides, scale in histories)
+    histories = (((frames, *call.grid[1:]), scale) for frames, scale in ((2, 1), (2, 2), (5, 4)))
+    return sum(prod(ceil(side / scale) for side in sides) for sides, scale in histories), 0
 
 
 VIDEO_MODELS = [
@@ -193,6 +217,19 @@ VIDEO_MODELS = [
         _helios,
         2,
         references=_history_tokens,
+    ),
+    TinyModel(
+        "MiniMaxH3Transformer3DModel",
+        HEADS
+        | dict(num_layers=2, num_refiner_layers=1, ffn_dim=32, in_channels=4, audio_in_channels=4, text_dim=16)
+        | dict(hidden_size=32, freq_dim=16, time_embed_hidden_dim=32, time_embed_dim=16, rope_freq_dim=2),
+        _minimax_h3,
+        2,
+        axes="BNC",
+        side="before",
+        references=lambda call: (call.grid[1] * call.grid[2] + 9, 0),
+        first_latent=lambda call: call.grid[1] * call.grid[2],
+        single=True,
     ),
     TinyModel("CogVideoXTransformer3DModel", COGVIDEOX, _cogvideox, 2, axes="BFCHW", side="before"),
     TinyModel(

@@ -1,0 +1,58 @@
+"""The pipelines that families list are those of diffusers, read from its source."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import diffusers
+
+from dit_sparse.pipelines.family import FAMILIES
+from dit_sparse.pipelines.unsupported import UNSUPPORTED
+from tiny_models import tiny_models
+
+OTHERS = {"Transformer2DModel", "LuminaNextDiT2DModel"}  # of VQ-Diffusion and of Lumina-Next, with short sequences
+
+
+@cache
+def pipelines_of_transformers() -> dict[str, set[str]]:
+    """Return the public pipelines of diffusers by the class that annotates their argument ``transformer``."""
+    found = defaultdict(set)
+    for path in (Path(diffusers.__file__).parent / "pipelines").rglob("*.py"):
+        for cls in ast.parse(path.read_text()).body:
+            if isinstance(cls, ast.ClassDef) and cls.name.endswith("Pipeline"):
+                for name in transformer_annotations(cls):
+                    found[name].add(cls.name)
+    return found
+
+
+def transformer_annotations(cls: ast.ClassDef) -> set[str]:
+    """Return the names in the annotations of the constructor's arguments ``transformer*``."""
+    constructors = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    arguments = [argument for node in constructors for argument in (*node.args.args, *node.args.kwonlyargs)]
+    annotations = [one.annotation for one in arguments if one.arg.startswith("transformer") and one.annotation]
+    names = [getattr(node, "id", getattr(node, "value", "")) for one in annotations for node in ast.walk(one)]
+    return {name for name in names if isinstance(name, str) and hasattr(diffusers, name)} - {"None"}
+
+
+def test_families_list_every_pipeline_of_their_transformers():
+    for name in FAMILIES:
+        family = importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY
+        expected = set().union(*(pipelines_of_transformers()[cls] for cls in family.transformers))
+        listed = {name for name in expected | set(family.pipelines) if hasattr(diffusers, name)}
+        vace = {"WanVACEPipeline"}
+        assert set(family.pipelines) - vace == listed - vace, name
+        assert len(set(family.pipelines)) == len(family.pipelines)
+
+
+def test_every_transformer_of_diffusers_has_a_family_or_a_reason():
+    supported = {
+        cls for name in FAMILIES for cls in importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY.transformers
+    }
+    assert supported.isdisjoint(UNSUPPORTED) and supported == set(tiny_models())
+    known = supported | set(UNSUPPORTED) | OTHERS
+    missing = {name for name in pipelines_of_transformers() if "Tr" in name or "DiT" in name} - known
+    assert not missing
