@@ -13,6 +13,7 @@ from .evaluate import evaluate
 from .generate import demo, generate
 from .profiles import profile
 from .show import doctor, methods, show
+from .study import study
 
 EXAMPLES = {
     demo: "demo --method radial --density 0.2 --out out/demo",
@@ -22,6 +23,7 @@ EXAMPLES = {
     show: "show 'radial(sink=true)' --grid 21x45x80 --density 0.25 --png mask.png",
     compare: "compare --methods 'radial,svg,pooled(svg),profile:shapes-wan' --density 0.15,0.25 --prompts 2",
     report: "report out/compare --html",
+    study: "study --methods 'svg2,pooled(svg2)' --ablate routed --prompts 3",
     reproduce: "reproduce wan2.1-t2v-14b-720p --prompts prompts.txt --out out/wan",
     profile: "profile shapes-wan --candidates 'radial(sink=true),svg.temporal,asa' --out profiles/mine.json",
     doctor: "doctor --json > environment.json",

@@ -119,18 +119,18 @@ class ClipRunner:
         jobs = [(sample, spec) for sample in self.samples for spec in specs]
         warmed_up: set[str] = set()
         for number, (sample, spec) in enumerate(jobs):
-            if self.store.get(*self._key(spec, sample)) is None:
+            if self.store.get(*self.key(spec, sample)) is None:
                 if spec.name not in warmed_up:
                     self._warm_up(spec)
                     warmed_up.add(spec.name)
                 report = lambda step, steps, n=number: progress(n * steps + step, len(jobs) * steps)
-                self.store.put(*self._key(spec, sample), self._generate(spec, sample, report))
+                self.store.put(*self.key(spec, sample), self._generate(spec, sample, report))
             progress(number + 1, len(jobs))
 
     def clip_pairs(self, spec: ClipSpec) -> Iterator[tuple[ClipRecord, ClipRecord]]:
         """Yield every stored clip of a row with the dense clip of its prompt and seed."""
         for sample in self.samples:
-            clip, dense = (self.store.get(*self._key(one, sample)) for one in (spec, DENSE_SPEC))
+            clip, dense = (self.store.get(*self.key(one, sample)) for one in (spec, DENSE_SPEC))
             yield clip, dense
 
     def attention_errors(self, specs: Sequence[ClipSpec], progress: Progress) -> dict[str, float]:
@@ -171,7 +171,7 @@ class ClipRunner:
             "device": device_name(),
         }
 
-    def _key(self, spec: ClipSpec, sample: Sample) -> tuple[str, dict]:
+    def key(self, spec: ClipSpec, sample: Sample) -> tuple[str, dict]:
         """Return the name of a clip and everything that affects it."""
         settings = spec.processor.settings
         key = self._shared_key | {"call": self._call(spec), "prompt": sample.prompt, "seed": sample.seed}
@@ -203,7 +203,7 @@ class ClipRunner:
     def _generate(self, spec: ClipSpec, sample: Sample, progress: Progress) -> ClipRecord:
         dense = None
         if spec.steps is None and not spec.is_reference:
-            dense = self.store.get(*self._key(DENSE_SPEC, sample))
+            dense = self.store.get(*self.key(DENSE_SPEC, sample))
         record = ClipRecorder(None if dense is None else dense.latents)
         self.pipe.set_attn_processor(spec.processor)
         try:

@@ -41,7 +41,7 @@ def no_progress(done, total):
 
 
 def test_everything_that_affects_a_clip_is_in_its_key(tmp_path, monkeypatch):
-    path = lambda clips, spec, sample=SAMPLE: clips.store._path(*clips._key(spec, sample))
+    path = lambda clips, spec, sample=SAMPLE: clips.store._path(*clips.key(spec, sample))
     base, spec = make_runner(tmp_path), make_spec()
     paths = [path(base, spec), path(base, spec, Sample("b", 0)), path(base, spec, Sample("a", 1))]
     paths += [path(base, replace(spec, steps=3)), path(make_runner(tmp_path, height=64), spec)]

@@ -1,0 +1,144 @@
+"""A study of methods on a model: the error of single steps for all rows and variants, and whole clips for the best.
+
+`dit_sparse.eval.study.screening` says why errors of attention or retained mass are not what is compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import fmean
+
+import numpy as np
+
+from dit_sparse import prepare
+from dit_sparse.eval.comparison.clip_store import ClipRecord, ClipStore
+from dit_sparse.eval.comparison.comparison import Comparison, Stage
+from dit_sparse.eval.comparison.runner import ClipRunner, ClipSpec, Sample
+from dit_sparse.methods import method, name_of
+from dit_sparse.output.environment import conditions
+from dit_sparse.output.files import atomic_write, save_json
+
+from .ablation import Variant, variants
+from .screening import Trajectory, follow, step_errors
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings of a study. Results are stored row by row: the same study resumes where it was interrupted.
+
+    Attributes:
+        comparison: rows, prompts, seeds, schedule, model and folder; its rows include the variants.
+        ablated: the method whose variants are rows, without a density; None: none.
+        clips: whether the comparison of whole clips is run, too.
+    """
+
+    comparison: Comparison
+    ablated: str | None = None
+    clips: bool = False
+
+    @classmethod
+    def create(cls, methods: list[str], ablated: str | None, clips: bool, **settings: object) -> Study:
+        """Make a study of ``methods`` and the variants of ``ablated``. Raises ValueError as `Comparison` does."""
+        rows = [] if ablated is None else [ablated, *(one.method for one in variants(ablated))]
+        name = None if ablated is None else name_of(method(ablated))
+        return cls(Comparison(methods=[*methods, *rows], **settings), name, clips)
+
+    def run(self, stage: Stage) -> dict:
+        """Measure all rows and write ``study.json`` and ``study.md``.
+
+        Args:
+            stage: returns the progress callback of a named stage.
+
+        Returns:
+            The content of ``study.json``: a row for each method and density, the most accurate first.
+        """
+        task, specs = self.comparison, [spec for spec in self.comparison.specs() if not spec.is_reference]
+        shared = {"schedule": task.schedule, "executor": task.executor, "block": task.block}
+        seeds = range(task.first_seed, task.first_seed + task.seeds)
+        runner = ClipRunner(task.model, task.prompts, seeds, task.call, task.out / "clips", **shared)
+        store, measured = ClipStore(task.out / "screening"), {}
+        progress = stage("single steps")
+        for number, sample in enumerate(runner.samples):
+            report = lambda done, total, number=number: progress(number * total + done, len(runner.samples) * total)
+            measured[sample] = _measure(runner, store, sample, specs, report)
+        clips = self._compare_clips(stage)
+        rows = [_summarize(spec, [one[spec.name] for one in measured.values()]) for spec in specs]
+        rows = [row | {"psnr": clips.get(row["name"])} for row in sorted(rows, key=lambda row: row["error"])]
+        settings = {key: value for key, value in asdict(task).items() if key not in ("out", "methods")}
+        parts = [] if self.ablated is None else [asdict(one) for one in variants(self.ablated)]
+        result = settings | conditions() | {"ablated": self.ablated, "variants": parts, "rows": rows}
+        save_json(task.out / "study.json", result)
+        with atomic_write(task.out / "study.md") as draft:
+            draft.write_text(to_markdown(result))
+        return result
+
+    def _compare_clips(self, stage: Stage) -> dict[str, float | None]:
+        """Return the mean PSNR to the dense clips by row, if whole clips are compared."""
+        if not self.clips:
+            return {}
+        rows = self.comparison.run(stage)["rows"]
+        return {row["name"]: row["psnr"] and row["psnr"]["mean"] for row in rows}
+
+
+def _measure(runner: ClipRunner, store: ClipStore, sample: Sample, specs: list[ClipSpec], progress) -> dict[str, dict]:
+    """Return the errors of all rows for one prompt and seed; the dense clip is generated if a row is missing."""
+    measured: dict[str, dict] = {}
+    dense: Trajectory | None = None
+    for number, spec in enumerate(specs):
+        key = runner.key(spec, sample)
+        stored = store.get(*key)
+        if stored is None:
+            pipe = prepare(runner.pipe)
+            dense = dense or follow(pipe, *sample, runner.call)
+            errors = step_errors(pipe, spec.processor, *sample, runner.call, dense)
+            stored = ClipRecord(np.empty(0), errors)
+            store.put(*key, stored)
+        measured[spec.name] = stored.metadata
+        progress(number + 1, len(specs))
+    return measured
+
+
+def _summarize(spec: ClipSpec, runs: list[dict]) -> dict:
+    """Return one row: root mean square of the errors over steps and clips, the mean by step, and the costs."""
+    by_step = np.sqrt(np.square([run["errors"] for run in runs]).mean(0))
+    mean = lambda name: fmean(run[name] or 0.0 for run in runs)
+    names = ("density_achieved", "density_run", "tail_density", "attention_seconds", "planning_seconds")
+    row = {"name": spec.name, "method": spec.method, "density": spec.density}
+    row |= {"error": float(np.sqrt(np.square(by_step).mean())), "steps": runs[0]["steps"], "errors": by_step.tolist()}
+    return row | {name: mean(name) for name in names}
+
+
+def to_markdown(result: dict) -> str:
+    """Return the report of a study: a table of the rows, and one of the variants of the ablated method."""
+    number = lambda value, digits: "-" if value is None else f"{value:.{digits}f}"
+    lines = ["| row | error of a step | density | with pooled terms | planning (s) | attention (s) | PSNR (dB) |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        cost = row["density_achieved"] + row["tail_density"]
+        cells = [row["name"], number(row["error"], 4), number(row["density_achieved"], 3), number(cost, 3)]
+        cells += [number(row["planning_seconds"], 2), number(row["attention_seconds"], 2), number(row["psnr"], 2)]
+        lines.append("| " + " | ".join(cells) + " |")
+    clips = f"{len(result['prompts'])} prompts, {result['seeds']} seeds from {result['first_seed']}"
+    lines += ["", f"{result['model']}, {clips}, {result['device']}, commit {result['commit']}."]
+    if result["ablated"] is not None:
+        lines += ["", *_ablation_table(result)]
+    return "\n".join(lines) + "\n"
+
+
+def _ablation_table(result: dict) -> list[str]:
+    """Return the lines of a table with the errors of every variant relative to the method."""
+    named = {(row["method"], row["density"]): row for row in result["rows"]}
+    variants_ = [Variant(**one) for one in result["variants"]]
+    whole = Variant("-", "whole", result["ablated"])
+    lines = [
+        "| part | left out or alone | density | error of a step | relative | PSNR (dB) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for density in result["densities"]:
+        reference = named[whole.method, density]["error"]
+        for one in (whole, *variants_):
+            row = named[one.method, density]
+            psnr = "-" if row["psnr"] is None else f"{row['psnr']:.2f}"
+            cells = (one.part, one.kind, f"{density:g}", f"{row['error']:.4f}", f"{row['error'] / reference:.2f}", psnr)
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
