@@ -12,6 +12,7 @@ cross the edge of a key group. A row uses the terms of the key groups that it do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -127,6 +128,28 @@ def add_tail(
     """Merge the output of the kept pairs, ``out [B, H, N, D]`` and ``lse [B, H, N]``, with the tail of the plan."""
     merged, lse = merge_attention(out, lse, *attend_tail(q, k, v, plan, scale))
     return merged.to(out.dtype), lse
+
+
+def tail_arguments(plan: Plan | ClusterPlan, q: Tensor, k: Tensor, v: Tensor) -> dict:
+    """Return the arguments ``tail_*`` of the Triton attention kernels, None and 0 for a plan without a tail.
+
+    Args:
+        q: ``[B, H, N, D]``; pooled terms get its dtype.
+        k, v: ``[B, Hkv, N, D]`` in the order of the plan's keys.
+    """
+    names = {"k": 3, "v": 3, "log_sizes": 2, "groups": 2, "kept": 3}  # and the number of strides
+    if plan.tail is None:
+        tensors = dict.fromkeys(f"tail_{name}" for name in names)
+        strides = {f"tail_{name}_strides": (0,) * count for name, count in names.items()}
+        return tensors | strides | dict(tail_group_size=1, tail_terms=0)
+    tail = PooledTail.from_plan(plan, k, v)
+    lead = lambda x: x.expand(*q.shape[:2], *x.shape[2:])
+    tensors = {"k": tail.keys.to(q.dtype), "v": tail.values.to(q.dtype)}
+    tensors |= {"log_sizes": lead(tail.log_sizes * math.log2(math.e)), "groups": lead(tail.group.int())}
+    tensors |= {"kept": lead(plan.block_mask().view(torch.int8))}
+    strides = {f"tail_{name}_strides": tensors[name].stride()[:count] for name, count in names.items()}
+    sizes = dict(tail_group_size=q.shape[1] // tail.keys.shape[1], tail_terms=tail.keys.shape[2])
+    return {f"tail_{name}": x for name, x in tensors.items()} | strides | sizes
 
 
 def with_tail(attend: Callable) -> Callable:

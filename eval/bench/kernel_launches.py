@@ -18,6 +18,7 @@ from dit_sparse.kernels.planning import block_mass, cluster, selection
 DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (64, 128)
 MOST_REGISTERS = (128, 128, "order, lengths")  # the block_sparse launch that needs the most registers
+TAIL = "pooled tail"
 TOKENS = 1000  # not a multiple of any block, so the last block is ragged
 
 
@@ -58,9 +59,12 @@ def _empty(dim: int) -> torch.Tensor:
 def _block_sparse_launches(architecture: Architecture) -> Iterator[KernelLaunch]:
     from dit_sparse.kernels.gpu.block_sparse import block_sparse_kernel
 
-    for block, dim, features in (*product(BLOCKS, DIMS, ("",)), (16, 128, ""), (32, 128, ""), MOST_REGISTERS):
+    sizes = (*product(BLOCKS, DIMS, ("",)), (16, 128, ""), (32, 128, ""), MOST_REGISTERS)
+    for block, dim, features in (*sizes, *product(BLOCKS, (64, 128), (TAIL,))):
         q, plan = _empty(dim), Plan.dense(TOKENS, block)
-        if features:
+        if features == TAIL:
+            plan = plan.with_tail(16)
+        elif features:
             plan = replace(plan, order=torch.arange(TOKENS), lengths=torch.tensor([TOKENS], dtype=torch.int32))
         arguments, *_ = block_sparse.launch_arguments(q, q, q, plan, None, architecture)
         yield KernelLaunch("block_sparse", block, dim, features, block_sparse_kernel, arguments)
@@ -69,12 +73,14 @@ def _block_sparse_launches(architecture: Architecture) -> Iterator[KernelLaunch]
 def _block_ragged_launches(architecture: Architecture) -> Iterator[KernelLaunch]:
     from dit_sparse.kernels.gpu.block_ragged import block_ragged_kernel
 
-    for count, dim in (*product((3,), DIMS[:-1]), *product((15,), DIMS)):  # large clusters and small ones
+    sizes = (*product((3,), DIMS[:-1], ("",)), *product((15,), DIMS, ("",)))  # large clusters and small ones
+    for count, dim, features in (*sizes, *product((3, 15), (64, 128), (TAIL,))):
         q = _empty(dim)
         clusters = Clusters.from_labels(torch.arange(TOKENS).mul(count).div(TOKENS).long()[None, None], count)
         plan = ClusterPlan.from_mask(torch.ones(1, 1, count, count, dtype=torch.bool), clusters, clusters)
+        plan = plan.with_tail(16 if features else None)
         arguments, *_ = block_ragged.launch_arguments(q, q, q, plan, None, architecture)
-        yield KernelLaunch("block_ragged", arguments["ROWS"], dim, "", block_ragged_kernel, arguments)
+        yield KernelLaunch("block_ragged", arguments["ROWS"], dim, features, block_ragged_kernel, arguments)
 
 
 def _block_mass_launches(architecture: Architecture) -> Iterator[KernelLaunch]:

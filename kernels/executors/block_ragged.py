@@ -15,7 +15,7 @@ from dit_sparse.clusters import ClusterPlan
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import Architecture
 from dit_sparse.kernels.permute import permute_tokens
-from dit_sparse.kernels.tail import with_tail
+from dit_sparse.kernels.tail import tail_arguments
 from dit_sparse.plan import Plan, num_blocks
 
 LSE = True
@@ -30,7 +30,6 @@ def why_not(q: Tensor, k: Tensor, plan: Plan | ClusterPlan) -> str | None:
     return "requires clusters, got equal blocks; use block_sparse" if isinstance(plan, Plan) else None
 
 
-@with_tail
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: ClusterPlan, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Compute attention as specified in `executors`. ``out`` has q's memory layout."""
     from dit_sparse.kernels.gpu.block_ragged import block_ragged_kernel
@@ -60,7 +59,7 @@ def launch_arguments(
     fields = {name: x.expand(batch, heads, *x.shape[2:]) for name, x in fields.items()}
     work = fields.pop("num_keys").gather(-1, fields["query_clusters"].long()) * (fields["query_starts"] < tokens)
     arguments |= fields | {f"{name}_strides": x.stride()[:-1] for name, x in fields.items()}
-    arguments |= dict(
+    arguments |= tail_arguments(plan, q, k, v) | dict(
         schedule=launching.schedule_longest_first(work, launching.heads_in_l2_cache(k, architecture.l2_cache)),
         tiles=query_clusters.shape[-1],
         runs=run_ends.shape[-1],

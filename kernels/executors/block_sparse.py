@@ -8,7 +8,7 @@ from torch import Tensor
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.kernels.gpu.architectures import Architecture
 from dit_sparse.kernels.permute import permute_tokens
-from dit_sparse.kernels.tail import with_tail
+from dit_sparse.kernels.tail import tail_arguments
 from dit_sparse.plan import Plan
 
 LSE = True
@@ -23,7 +23,6 @@ def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
     return launching.why_not(q, k)
 
 
-@with_tail
 def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Compute attention as specified in `executors`. ``out`` has q's memory layout.
 
@@ -47,7 +46,7 @@ def launch_arguments(
     arguments, out, lse = launching.attention_arguments(q, k, v, scale, tiling, plan.block)
     index, count = plan.index.expand(batch, heads, -1, -1), plan.count.expand(batch, heads, -1)
     order = None if plan.order is None else plan.order.expand(batch, heads, -1)
-    arguments |= dict(
+    arguments |= tail_arguments(plan, q, k, v) | dict(
         index=index,
         count=count,
         order=order,

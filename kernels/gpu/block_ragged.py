@@ -8,7 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import gather_rows, init_softmax, load_tokens, split_program_id, store_output, update_softmax
+from .tiles import (
+    gather_rows,
+    init_softmax,
+    load_tokens,
+    split_program_id,
+    store_output,
+    update_softmax,
+    update_softmax_by_tail,
+)
 
 
 @triton.jit
@@ -29,6 +37,11 @@ def block_ragged_kernel(
     order,
     edges,
     schedule,
+    tail_k,
+    tail_v,
+    tail_log_sizes,
+    tail_groups,
+    tail_kept,
     q_strides,
     k_strides,
     v_strides,
@@ -41,11 +54,18 @@ def block_ragged_kernel(
     query_starts_strides,
     order_strides,
     edges_strides,
+    tail_k_strides,
+    tail_v_strides,
+    tail_log_sizes_strides,
+    tail_groups_strides,
+    tail_kept_strides,
     heads,
     group_size,
     tokens,
     tiles,
     runs,
+    tail_group_size,
+    tail_terms,
     scale,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -61,6 +81,8 @@ def block_ragged_kernel(
         run_ends: as returned by `block_ragged.key_runs`.
         query_clusters, query_starts: as returned by `block_ragged.query_tiles`.
         order, edges: of the query clusters, int64 ``[B, H, N]`` and int32 ``[B, H, Cq + 1]``.
+        tail_k, tail_v, tail_log_sizes, tail_groups, tail_kept, tail_group_size, tail_terms: as for
+            `update_softmax_by_tail`; None and 0 for a plan without a tail.
         schedule: int32 ``[B * H * tiles]``, the query tile that each program computes.
         tiles, runs: query tiles of a head, and runs of a query cluster.
     """
@@ -101,6 +123,12 @@ def block_ragged_kernel(
                 queries, keys, values, k_strides, v_strides, item, key_head, start, end, scale, row_max, row_sum, acc,
                 KEYS, WIDTHS, TMA, True,
             )  # fmt: skip
+    if tail_k is not None:
+        row_max, row_sum, acc = update_softmax_by_tail(
+            queries, tail_k, tail_v, tail_log_sizes, tail_groups, tail_kept, tail_k_strides, tail_v_strides,
+            tail_log_sizes_strides, tail_groups_strides, tail_kept_strides, item, head, cluster, tail_group_size,
+            has_queries * tail_terms, scale, row_max, row_sum, acc, KEYS, WIDTHS,
+        )  # fmt: skip
     store_output(out, lse, out_strides, item, head, heads, tokens, token, valid, row_max, row_sum, acc, WIDTHS)
 
 

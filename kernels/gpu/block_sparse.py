@@ -23,6 +23,7 @@ from .tiles import (
     split_program_id,
     store_output,
     update_softmax,
+    update_softmax_by_tail,
 )
 
 
@@ -40,6 +41,11 @@ def block_sparse_kernel(
     order,
     lengths,
     schedule,
+    tail_k,
+    tail_v,
+    tail_log_sizes,
+    tail_groups,
+    tail_kept,
     q_strides,
     k_strides,
     v_strides,
@@ -47,9 +53,16 @@ def block_sparse_kernel(
     index_strides,
     count_strides,
     order_strides,
+    tail_k_strides,
+    tail_v_strides,
+    tail_log_sizes_strides,
+    tail_groups_strides,
+    tail_kept_strides,
     heads,
     group_size,
     tokens,
+    tail_group_size,
+    tail_terms,
     scale,
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
@@ -66,6 +79,8 @@ def block_sparse_kernel(
         index, count: as in `Plan`.
         order, lengths: as in `Plan`; may be None.
         schedule: int32 ``[B * H * Qb]``, the query block that each program computes.
+        tail_k, tail_v, tail_log_sizes, tail_groups, tail_kept, tail_group_size, tail_terms: as for
+            `update_softmax_by_tail`; None and 0 for a plan without a tail.
         group_size: H / Hkv.
         scale: factor from scores to base-2 logarithms.
         BLOCK: tokens in a block.
@@ -106,4 +121,10 @@ def block_sparse_kernel(
                 KEYS, WIDTHS, TMA, True,
             )  # fmt: skip
 
+    if tail_k is not None:
+        row_max, row_sum, acc = update_softmax_by_tail(
+            queries, tail_k, tail_v, tail_log_sizes, tail_groups, tail_kept, tail_k_strides, tail_v_strides,
+            tail_log_sizes_strides, tail_groups_strides, tail_kept_strides, item, head, query_block, tail_group_size,
+            tail_terms, scale, row_max, row_sum, acc, KEYS, WIDTHS,
+        )  # fmt: skip
     store_output(out, lse, out_strides, item, head, heads, tokens, token, valid, row_max, row_sum, acc, WIDTHS)

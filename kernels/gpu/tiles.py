@@ -171,19 +171,24 @@ def update_softmax(
     WIDTHS: tl.constexpr,
     TMA: tl.constexpr,
     MASKED: tl.constexpr,
+    bias=None,
 ):
     """Add KEYS keys from ``start`` to the online softmax, in base 2, and return its new state.
 
-    With MASKED, keys from ``end`` on are hidden, which may be all of them.
+    With MASKED, keys from ``end`` on are hidden, which may be all of them. A ``bias [KEYS]``, in base 2, is added to
+    the scores of each key; -inf hides it.
     """
     scores = dot_rows(queries, k, k_strides, item, head, start, end, KEYS, WIDTHS, TMA, MASKED)
     if MASKED:
         scores = tl.where((start + tl.arange(0, KEYS) < end)[None, :], scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    factor = scale
+    if bias is not None:
+        scores, factor = scores * scale + bias[None, :], 1.0
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     base = new_max
     if MASKED:
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores * scale - base[:, None])
+    weights = tl.exp2(scores * factor - base[:, None])
     rescale = tl.exp2(row_max - base)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     new_acc = ()
@@ -192,6 +197,55 @@ def update_softmax(
         rescaled = acc[i] * rescale[:, None]
         new_acc = new_acc + (tl.dot(weights.to(values.dtype), values, rescaled, input_precision="ieee"),)
     return new_max, row_sum, new_acc
+
+
+@triton.jit
+def update_softmax_by_tail(
+    queries,
+    k,
+    v,
+    log_sizes,
+    groups,
+    kept,
+    k_strides,
+    v_strides,
+    log_sizes_strides,
+    groups_strides,
+    kept_strides,
+    item,
+    head,
+    query_group,
+    group_size,
+    terms,
+    scale,
+    row_max,
+    row_sum,
+    acc,
+    KEYS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+):
+    """Add the pooled terms of the key groups that a query group does not keep to the online softmax.
+
+    Args:
+        k, v: means of the terms, ``[B, H / group_size, G, D]``.
+        log_sizes: base-2 logarithm of the tokens of each term, ``[B, H, G]``; -inf for none.
+        groups: key group of each term, int32 ``[B, H, G]``.
+        kept: which key groups each query group keeps, int8 ``[B, H, Q, Qk]``.
+        terms: G.
+    """
+    log_sizes_row = log_sizes + head_offset(item, head, log_sizes_strides)
+    groups_row = groups + head_offset(item, head, groups_strides)
+    kept_row = kept + head_offset(item, head, kept_strides) + query_group.to(tl.int64) * kept_strides[2]
+    for start in range(0, terms, KEYS):
+        term = start + tl.arange(0, KEYS)
+        bias = tl.load(log_sizes_row + term, mask=term < terms, other=float("-inf"))
+        group = tl.load(groups_row + term, mask=term < terms, other=0)
+        bias = tl.where(tl.load(kept_row + group) != 0, float("-inf"), bias)
+        row_max, row_sum, acc = update_softmax(
+            queries, (k, k), (v, v), k_strides, v_strides, item, head // group_size, start, terms, scale,
+            row_max, row_sum, acc, KEYS, WIDTHS, False, True, bias,
+        )  # fmt: skip
+    return row_max, row_sum, acc
 
 
 @triton.jit
