@@ -236,14 +236,15 @@ def update_softmax_by_tail(
     log_sizes_row = log_sizes + head_offset(item, head, log_sizes_strides)
     groups_row = groups + head_offset(item, head, groups_strides)
     kept_row = kept + head_offset(item, head, kept_strides) + query_group.to(tl.int64) * kept_strides[2]
-    for start in range(0, terms, KEYS):
-        term = start + tl.arange(0, KEYS)
+    TERMS: tl.constexpr = min(KEYS, 64)  # tiles of 128 terms spill on Hopper, because they are loaded by pointers
+    for start in range(0, terms, TERMS):
+        term = start + tl.arange(0, TERMS)
         bias = tl.load(log_sizes_row + term, mask=term < terms, other=float("-inf"))
         group = tl.load(groups_row + term, mask=term < terms, other=0)
         bias = tl.where(tl.load(kept_row + group) != 0, float("-inf"), bias)
         row_max, row_sum, acc = update_softmax(
             queries, (k, k), (v, v), k_strides, v_strides, item, head // group_size, start, terms, scale,
-            row_max, row_sum, acc, KEYS, WIDTHS, False, True, bias,
+            row_max, row_sum, acc, TERMS, WIDTHS, False, True, bias,
         )  # fmt: skip
     return row_max, row_sum, acc
 
