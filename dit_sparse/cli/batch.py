@@ -75,7 +75,7 @@ def batch(
         raise typer.Exit(130)
     counts = manifest["count"]
     summary = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
-    console.print(f"{summary}; {escape(str(out / 'manifest.json'))}")
+    console.print(f"{summary}; {escape(str(out / 'manifest.json'))}", soft_wrap=True)
     if counts["missing"]:
         console.print(
             "other processes generate the missing clips; run the same command again if they fail", soft_wrap=True

@@ -56,7 +56,7 @@ def attention(
         note = f"{cases[0].heads} heads, medians of interleaved runs"
         save_json(out, {"rows": rows, "note": note} | conditions(device))
     _print_executors(rows)
-    console.print(f"{len(rows)} rows: {escape(str(out))}")
+    console.print(f"{len(rows)} rows: {escape(str(out))}", soft_wrap=True)
 
 
 @bench.command(epilog="Example: dit-sparse bench transformer --model wan2.1-1.3b --method 'radial(sink=true)'")
@@ -97,7 +97,7 @@ def transformer(
         note = f"{scaled}random weights, medians of {rounds} forward passes, dense and sparse interleaved"
         save_json(out, {"rows": rows, "note": note} | conditions(device))
     _print_transformers(rows)
-    console.print(f"{len(rows)} rows: {escape(str(out))}")
+    console.print(f"{len(rows)} rows: {escape(str(out))}", soft_wrap=True)
 
 
 @bench.command(epilog="Example: dit-sparse bench scaling --methods 'radial(sink=true),svg' --frames 8,16,32,64,128")
@@ -138,7 +138,7 @@ def scaling(
         for setting, key in (("own", "density"), ("fixed", "modelled_seconds")):
             save_figure(out.with_name(f"{out.stem}-{setting}.png"), benchmark.plot_cost(result, key, setting))
     _print_exponents(result["exponents"])
-    console.print(f"{len(result['rows'])} rows and two plots: {escape(str(out))}")
+    console.print(f"{len(result['rows'])} rows and two plots: {escape(str(out))}", soft_wrap=True)
 
 
 def _check_known(kind: str, names: tuple, known: object) -> None:

@@ -93,7 +93,9 @@ def compare(
             result = task.run(stage)
         write_page(result, out / "report.html")
     console.print(_comparison_table(result["rows"]))
-    console.print(f"{len(result['prompts'])} prompts, {result['device']}; {escape(str(out / 'report.html'))}")
+    console.print(
+        f"{len(result['prompts'])} prompts, {result['device']}; {escape(str(out / 'report.html'))}", soft_wrap=True
+    )
 
 
 def report(
@@ -141,7 +143,7 @@ def reproduce(
             result = task.run(stage)
         write_page(result, folder / "report.html")
     console.print(_reproduction_table(list(published_and_measured(paper, result))))
-    console.print(f"published / measured on {result['device']}; {escape(str(folder / 'report.html'))}")
+    console.print(f"published / measured on {result['device']}; {escape(str(folder / 'report.html'))}", soft_wrap=True)
     console.print("published speedups are end-to-end, measured speedups are of the denoising")
 
 

@@ -81,7 +81,7 @@ def export(
         if not (results / "clips").is_dir():
             raise ValueError(f"{results} has no clips: run `dit-sparse compare` with this folder again")
         listed = write(out, clips_of_row(ClipStore(results / "clips"), result, rows[row]), default_fps(result["model"]))
-    console.print(f"{len(result['prompts']) * result['seeds']} videos, listed in {escape(str(listed))}")
+    console.print(f"{len(result['prompts']) * result['seeds']} videos, listed in {escape(str(listed))}", soft_wrap=True)
 
 
 @evaluate.command(epilog="Example: dit-sparse eval attention --methods radial,svg,svg2 --density 0.15,0.25")
@@ -126,7 +126,9 @@ def attention(
     for row in result["rows"]:
         table.add_row(escape(row["method"]), *(f"{row[column]:.3f}" for column in columns))
     console.print(table)
-    console.print(f"{', '.join(result['grids'])} tokens, {result['device']}; {escape(str(out / 'analysis.json'))}")
+    console.print(
+        f"{', '.join(result['grids'])} tokens, {result['device']}; {escape(str(out / 'analysis.json'))}", soft_wrap=True
+    )
 
 
 def _print_metric(name: str, value: float | dict | str) -> None:

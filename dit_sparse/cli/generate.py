@@ -76,7 +76,7 @@ def generate(
             clip = generation.generate(pipe, prompt, seed, call, stage("denoising"))
         save_video(out, clip.frames, fps)
     console.print(escape(str(run.report())))
-    console.print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {escape(str(out))}")
+    console.print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {escape(str(out))}", soft_wrap=True)
 
 
 def demo(
@@ -109,7 +109,7 @@ def demo(
         if json_file:
             save_json(json_file, result)
     _print_demo(result)
-    console.print(f"videos, plots and result.json: {escape(str(out))}")
+    console.print(f"videos, plots and result.json: {escape(str(out))}", soft_wrap=True)
 
 
 def _print_demo(result: dict) -> None:

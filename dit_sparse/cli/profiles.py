@@ -85,4 +85,7 @@ def profile(
         console.print(f"  {letter}  {entry.method} {settings}", highlight=False, markup=False)
     console.print("  " + " ".join(result.layers), markup=False)
     measured = result.measured
-    console.print(f"density {measured['density']}, relative error {measured['error']}: {escape(str(out))} and its .png")
+    console.print(
+        f"density {measured['density']}, relative error {measured['error']}: {escape(str(out))} and its .png",
+        soft_wrap=True,
+    )

@@ -262,9 +262,10 @@ def test_an_incomplete_video_is_not_written(tmp_path):
 )
 def test_generate_writes_a_video(text, line, tmp_path):
     size = ("--steps", "2", "--frames", "2", "--height", "32", "--width", "32")
-    result = call("generate", "a blue square", "-m", text, *size, "--dense-steps", "1", "--out", tmp_path / "v.mp4")
+    out = tmp_path / f"{'v' * 200}.mp4"
+    result = call("generate", "a blue square", "-m", text, *size, "--dense-steps", "1", "--out", out)
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "v.mp4").stat().st_size > 1000
+    assert out.stat().st_size > 1000 and f": {out}\n" in result.output, "the path is printed on one line"
     assert line in result.output, result.output
 
 
