@@ -12,8 +12,8 @@ from dataclasses import fields
 from dit_sparse import METHODS, Method
 from dit_sparse.methods import name_of
 from dit_sparse.notation.syntax import write
-from dit_sparse.pipelines.family import FAMILIES
 
+from . import model_tables
 from . import tables as result_tables
 from .tables import ROOT, markdown
 
@@ -63,18 +63,6 @@ def method_table() -> str:
     )
 
 
-def model_table() -> str:
-    families = (importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in FAMILIES)
-    where = {None: "cross-attention, stays dense", "before": "before the video", "after": "after the video"}
-    return markdown(
-        ("family", "pipelines", "text"),
-        (
-            (f"[`{f.name}`](pipelines/{f.name}.py)", ", ".join(f"`{name}`" for name in f.pipelines), where[f.text])
-            for f in families
-        ),
-    )
-
-
 def _file_docstring(cls: type) -> str:
     """Return the docstring of a method's file, which cites its source."""
     return importlib.import_module(cls.__module__).__doc__
@@ -84,10 +72,13 @@ def _first_sentence(text: str) -> str:
     return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
-PAGES = ("README.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/models.md")
 TABLES = {
     "methods": method_table,
-    "models": model_table,
+    "models": model_tables.summary,
+    "families": model_tables.family_table,
+    "pipelines": model_tables.pipeline_table,
+    "unsupported": model_tables.unsupported_table,
     "demo": result_tables.demo_table,
     "compare": result_tables.compare_tables,
     "branches": result_tables.branches_tables,

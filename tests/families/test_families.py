@@ -8,7 +8,7 @@ from torch import Tensor
 
 import dit_sparse as ds
 from dit_sparse.grid import Grid, Site
-from tiny_models import Call, TinyModel, tiny_model, tiny_models
+from tiny_models import Call, TinyModel, first_output, tiny_model, tiny_models
 
 SETTINGS = dict(dense_steps=0, min_tokens=0, block=16, executor="reference")
 
@@ -19,10 +19,7 @@ def tiny(request) -> TinyModel:
 
 
 def compute(tiny: TinyModel, arguments: dict) -> Tensor:
-    """Return the output of one forward call; list outputs are stacked."""
-    output = tiny_model(tiny.name)(**arguments, return_dict=False)
-    output = output[0] if isinstance(output, tuple) else output
-    return torch.stack(output) if isinstance(output, list) else output
+    return first_output(tiny_model(tiny.name)(**arguments, return_dict=False))
 
 
 def recorded_queries(tiny: TinyModel, arguments: dict) -> list[tuple[Site, Tensor]]:

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
 from torch import Tensor
+
+from dit_sparse.pipelines.family import family_of
 
 HEADS = dict(num_attention_heads=2, attention_head_dim=16)
 
@@ -166,3 +169,20 @@ def tiny_models() -> dict[str, TinyModel]:
 def tiny_model(name: str) -> torch.nn.Module:
     """Return a built model, shared by all tests."""
     return tiny_models()[name].build()
+
+
+def compile_blocks(model: torch.nn.Module) -> None:
+    """Compile repeated blocks as diffusers does, or the blocks of the sites where a class names none."""
+    if model._repeated_blocks:
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")
+        return
+    sites = family_of(model).sites
+    paths = {re.match(r"(.*?\.\d+)\.", path)[1] for path, _ in model.named_modules() if re.fullmatch(sites, path)}
+    for path in sorted(paths):
+        model.get_submodule(path).compile(fullgraph=True, backend="eager")
+
+
+def first_output(output: tuple) -> Tensor:
+    """Return the latents of a forward call without ``return_dict``; lists are stacked."""
+    output = output[0] if isinstance(output, tuple) else output
+    return torch.stack(output) if isinstance(output, list) else output

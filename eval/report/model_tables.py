@@ -1,0 +1,69 @@
+"""Markdown tables of the supported models: from the families, and from ``families.json``, measured on tiny models."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+from dit_sparse.pipelines.family import FAMILIES, Family
+from dit_sparse.pipelines.unsupported import UNSUPPORTED
+
+from .tables import RESULTS, markdown
+
+TEXT = {None: "-", "before": "before", "after": "after"}
+
+
+def _families() -> list[Family]:
+    """Return all families, those of videos first."""
+    families = [importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in FAMILIES]
+    return sorted(families, key=lambda family: family.images)
+
+
+def summary() -> str:
+    """Return how many classes are supported, and the families by what they generate."""
+    families = _families()
+    groups = [[family for family in families if family.images is images] for images in (False, True)]
+    counts = [sum(len(family.transformers) for family in group) for group in groups]
+    links = [", ".join(f"[`{family.name}`](pipelines/{family.name}.py)" for family in group) for group in groups]
+    return (
+        f"{sum(counts)} transformer classes of diffusers in {len(families)} families.\n\n"
+        f"- {counts[0]} for videos: {links[0]}\n"
+        f"- {counts[1]} for images: {links[1]}"
+    )
+
+
+def family_table() -> str:
+    """Return a row for every transformer class: its family, its text and what was measured."""
+    result = json.loads((RESULTS / "cpu" / "families.json").read_text())
+    rows = {row["transformer"]: row for row in result["rows"]}
+    columns = ("transformer class", "family", "text", "dense", "density 1", "density 0.5", "fullgraph")
+    table = markdown(
+        columns,
+        (
+            (f"`{name}`", f"[`{family.name}`](../pipelines/{family.name}.py)", TEXT[family.text], *_verdict(rows[name]))
+            for family in _families()
+            for name in family.transformers
+        ),
+    )
+    versions = result["versions"]
+    return f"{table}\n\ntorch {versions['torch']}, diffusers {versions['diffusers']}, commit {result['commit']}."
+
+
+def _verdict(row: dict) -> tuple[str, ...]:
+    yes = lambda value: "yes" if value else "no"
+    return yes(row["dense_equal"]), f"{row['difference']:.0e}", f"{row['density']:.3f}", yes(row["compiles"])
+
+
+def pipeline_table() -> str:
+    """Return the pipelines of every family."""
+    rows = ((f"`{family.name}`", ", ".join(f"`{name}`" for name in family.pipelines)) for family in _families())
+    return markdown(
+        ("family", "pipelines"), ((name, pipelines or "modular pipelines only") for name, pipelines in rows)
+    )
+
+
+def unsupported_table() -> str:
+    """Return the classes that stay dense, with the reasons."""
+    return markdown(
+        ("transformer class", "why it stays dense"), ((f"`{name}`", why) for name, why in UNSUPPORTED.items())
+    )
