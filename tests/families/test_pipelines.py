@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
 import diffusers
 
+from dit_sparse.eval.report.tables import RESULTS
 from dit_sparse.pipelines.family import FAMILIES
 from dit_sparse.pipelines.unsupported import UNSUPPORTED
 from tiny_models import tiny_models
@@ -46,6 +48,13 @@ def test_families_list_every_pipeline_of_their_transformers():
         vace = {"WanVACEPipeline"}
         assert set(family.pipelines) - vace == listed - vace, name
         assert len(set(family.pipelines)) == len(family.pipelines)
+
+
+def test_the_stored_measurements_are_those_of_the_supported_classes():
+    rows = json.loads((RESULTS / "cpu" / "families.json").read_text())["rows"]
+    assert [row["transformer"] for row in rows] == list(tiny_models())
+    for row in rows:
+        assert row["dense_equal"] and row["difference"] < 1e-5 and abs(row["density"] - 0.5) <= 0.01, row
 
 
 def test_every_transformer_of_diffusers_has_a_family_or_a_reason():
