@@ -90,7 +90,7 @@ class Routed(Method):
             memory.pop("residual")
         grid, order, block = site.grid, _order(site.grid, self.boxes, q.device), site.block
         video = order[: grid.video]
-        q, k = (x.index_select(2, video).float() for x in (q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)))
+        q, k = (x.index_select(2, video) for x in (q, k))
         scores = self.score(q, k, block)
         density = 0.25 if self.density is None else self.density
         pairs = (density - text_density(grid)) * grid.tokens**2

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_sparse.kernels import cpu_library
 from dit_sparse.kernels.gpu import launching
 from dit_sparse.plan import num_blocks
 
@@ -21,13 +22,20 @@ def mass_and_spread(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool 
     q . m_j / sqrt(D) + log n_j  of all pooled terms: the mass of a tile times the variance of its logits.
 
     Args:
-        q, k: float32 ``[B, H, N, D]``.
+        q, k: ``[B, H, N, D]`` and ``[B, Hkv, N, D]``; Hkv divides H.
         rows, columns: tokens of a query block and of a key tile.
         spread: whether to multiply by the variance; otherwise the mean mass is returned.
 
     Returns:
         float32 ``[B, H, ceil(N / rows), ceil(N / columns)]``.
     """
+    if _uses_cpu_operators(q):
+        q, k = _for_cpu_operators(q, k)
+        return torch.ops.dit_sparse_pooling_error.mass_and_spread(q, k, rows, columns, spread, q.shape[-1] ** -0.5)
+    return _mass_and_spread_torch(*_for_torch(q, k), rows, columns, spread)
+
+
+def _mass_and_spread_torch(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool) -> Tensor:
     scale = q.shape[-1] ** -0.5
     mean, size = _tile_means(k, columns), _tile_sizes(k, columns)
     variance = (_tile_means(k.square(), columns) - mean.square()).clamp(min=0)
@@ -49,16 +57,37 @@ def pooling_error(q: Tensor, k: Tensor, rows: int, columns: int, every: int) -> 
     tile j, where p is exact attention and L its log-sum-exp.
 
     Args:
-        q, k: float32 ``[B, H, N, D]``.
+        q, k: ``[B, H, N, D]`` and ``[B, Hkv, N, D]``; Hkv divides H.
         rows, columns: tokens of a query block and of a key tile.
         every: one of this many consecutive queries is used, whose place among them changes.
 
     Returns:
         float32 ``[B, H, ceil(N / rows), ceil(N / columns)]``.
     """
-    tokens, scale, mean = q.shape[2], q.shape[-1] ** -0.5, _tile_means(k, columns)
     number = torch.arange(num_blocks(rows, every), device=q.device)
     sampled = (number * every + number * 5 % every).clamp(max=rows - 1)
+    if _uses_cpu_operators(q):
+        q, k = _for_cpu_operators(q, k)
+        return torch.ops.dit_sparse_pooling_error.pooling_error(q, k, rows, columns, sampled, q.shape[-1] ** -0.5)
+    return _pooling_error_torch(*_for_torch(q, k), rows, columns, sampled)
+
+
+def _uses_cpu_operators(q: Tensor) -> bool:
+    return q.device.type == "cpu" and cpu_library.why_not("pooling_error") is None
+
+
+def _for_cpu_operators(*tensors: Tensor) -> list[Tensor]:
+    """Return the tensors in float32 with a contiguous last dimension."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in (x.float() for x in tensors)]
+
+
+def _for_torch(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return queries and keys in float32, with a key head for every query head."""
+    return q.float(), k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
+
+
+def _pooling_error_torch(q: Tensor, k: Tensor, rows: int, columns: int, sampled: Tensor) -> Tensor:
+    tokens, scale, mean = q.shape[2], q.shape[-1] ** -0.5, _tile_means(k, columns)
 
     def score(blocks: slice) -> Tensor:
         first = torch.arange(blocks.start, blocks.stop, device=q.device)[:, None] * rows

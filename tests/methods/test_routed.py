@@ -1,4 +1,4 @@
-"""Routed attention: its scores against the formulas in float64, its plans, and its residual."""
+"""Routed attention: its plans, the parts of its score, and its residual."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import dit_sparse as ds
 from attention_cases import assert_near, plan_of, qkv
 from dit_sparse.engine.plans import Plans
 from dit_sparse.kernels.executors import reference
-from dit_sparse.kernels.planning import pooling_error as planning
 from dit_sparse.kernels.planning.pooling_error import mass_and_spread, pooling_error
 from dit_sparse.method import AttentionOutput
 from dit_sparse.methods import rettention
@@ -23,49 +22,6 @@ from sparse_pipelines import cached_pipeline, enable_sparse, generate
 
 GRIDS = [ds.Grid(5, 7, 3, after=11), ds.Grid(4, 6, 5, before=3), ds.Grid(8, 8, 9), ds.Grid(2, 3, 2)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(grid).replace(" ", ""))
-
-
-def naive_scores(q: Tensor, k: Tensor, rows: int, columns: int, sampled: list[list[int]]) -> tuple[Tensor, ...]:
-    """Return mass, mass x spread, and the distance of exact weights, tile by tile in float64, for one head."""
-    q, k = q.double(), k.double()
-    scale, tiles, blocks = q.shape[-1] ** -0.5, k.split(columns), q.split(rows)
-    logits = torch.stack([q @ tile.mean(0) * scale + torch.tensor(float(len(tile))).log() for tile in tiles], 1)
-    weight = logits.softmax(-1).split(rows)
-    exact, lse = (q @ k.T * scale).softmax(-1), (q @ k.T * scale).logsumexp(-1)
-    mass, spread, error = torch.zeros(3, len(blocks), len(tiles), dtype=torch.float64)
-    for i, block in enumerate(blocks):
-        for j, tile in enumerate(tiles):
-            variance = (block.square() * tile.var(0, correction=0)).sum(-1) * scale**2
-            mass[i, j], spread[i, j] = weight[i][:, j].mean(), (weight[i][:, j] * variance).mean()
-            keys = slice(j * columns, j * columns + len(tile))
-            pooled = (q @ tile.mean(0) * scale - lse).exp()
-            error[i, j] = torch.stack([(exact[r, keys] - pooled[r]).norm() for r in sampled[i]]).mean()
-    return mass, spread, error
-
-
-@pytest.mark.parametrize(("tokens", "rows", "columns", "every"), [(96, 32, 16, 8), (75, 16, 7, 5), (40, 64, 64, 64)])
-def test_scores_are_those_of_the_formulas(tokens, rows, columns, every, monkeypatch):
-    """Also where blocks and tiles are cut off, and where a chunk holds one block."""
-    q, k, _ = qkv(tokens, batch=2, dim=16)
-    monkeypatch.setattr(planning.launching, "chunk_elements", lambda x: 1)
-    number = [(n * every + n * 5 % every) for n in range(-(-rows // every))]
-    sampled = [[min(i * rows + min(n, rows - 1), tokens - 1) for n in number] for i in range(-(-tokens // rows))]
-    mass, spread = (mass_and_spread(q, k, rows, columns, spread=one) for one in (False, True))
-    error = pooling_error(q, k, rows, columns, every)
-    for b in range(2):
-        for h in range(2):
-            expected = naive_scores(q[b, h], k[b, h], rows, columns, sampled)
-            for actual, one in zip((mass, spread, error), expected, strict=True):
-                assert_near(actual[b, h], one, 1e-4)
-    assert mass.sum(-1).allclose(torch.ones(()))
-
-
-def test_keys_that_are_alike_need_no_exact_tile():
-    """Equal keys within each tile: their pooled term is exact, so both scores vanish."""
-    q, k, _ = qkv(128, dim=16)
-    k = k[:, :, ::16].repeat_interleave(16, 2)
-    assert mass_and_spread(q, k, 64, 16).abs().max() < 1e-5 * mass_and_spread(q, k + torch.randn(k.shape), 64, 16).max()
-    assert pooling_error(q, k, 64, 16, 8).abs().max() < 1e-5
 
 
 @every_grid

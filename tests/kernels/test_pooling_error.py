@@ -1,0 +1,112 @@
+"""Scores of tiles by what their pooled terms get wrong: every implementation against the formulas in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_cases import assert_near, qkv
+from dit_sparse.kernels import cpu_library
+from dit_sparse.kernels.planning import pooling_error as planning
+from dit_sparse.kernels.planning.pooling_error import mass_and_spread, pooling_error
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def implementation(request, monkeypatch) -> str:
+    if request.param == "torch":  # a chunk holds one block
+        monkeypatch.setattr(planning, "_uses_cpu_operators", lambda q: False)
+        monkeypatch.setattr(planning.launching, "chunk_elements", lambda x: 1)
+    elif reason := cpu_library.why_not("pooling_error"):
+        pytest.skip(reason)
+    return request.param
+
+
+def naive_scores(q: Tensor, k: Tensor, rows: int, columns: int, sampled: list[list[int]]) -> tuple[Tensor, ...]:
+    """Return mass, mass x spread, and the distance of exact weights, tile by tile in float64, for one head."""
+    q, k = q.double(), k.double()
+    scale, tiles, blocks = q.shape[-1] ** -0.5, k.split(columns), q.split(rows)
+    logits = torch.stack([q @ tile.mean(0) * scale + torch.tensor(float(len(tile))).log() for tile in tiles], 1)
+    weight = logits.softmax(-1).split(rows)
+    exact, lse = (q @ k.T * scale).softmax(-1), (q @ k.T * scale).logsumexp(-1)
+    mass, spread, error = torch.zeros(3, len(blocks), len(tiles), dtype=torch.float64)
+    for i, block in enumerate(blocks):
+        for j, tile in enumerate(tiles):
+            variance = (block.square() * tile.var(0, correction=0)).sum(-1) * scale**2
+            mass[i, j], spread[i, j] = weight[i][:, j].mean(), (weight[i][:, j] * variance).mean()
+            keys = slice(j * columns, j * columns + len(tile))
+            pooled = (q @ tile.mean(0) * scale - lse).exp()
+            error[i, j] = torch.stack([(exact[r, keys] - pooled[r]).norm() for r in sampled[i]]).mean()
+    return mass, spread, error
+
+
+def check(q: Tensor, k: Tensor, rows: int, columns: int, every: int, tolerance: float) -> None:
+    tokens, group = q.shape[2], q.shape[1] // k.shape[1]
+    number = [n * every + n * 5 % every for n in range(-(-rows // every))]
+    sampled = [[min(i * rows + min(n, rows - 1), tokens - 1) for n in number] for i in range(-(-tokens // rows))]
+    mass, spread = (mass_and_spread(q, k, rows, columns, spread=one) for one in (False, True))
+    error = pooling_error(q, k, rows, columns, every)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            expected = naive_scores(q[b, h], k[b, h // group], rows, columns, sampled)
+            for actual, one in zip((mass, spread, error), expected, strict=True):
+                assert actual.dtype == torch.float32
+                assert_near(actual[b, h], one, tolerance)
+    assert mass.sum(-1).allclose(torch.ones(()), atol=10 * tolerance)
+
+
+SHAPES = [  # tokens, rows, columns, every, arguments of qkv
+    (96, 32, 16, 8, dict(batch=2, dim=16)),
+    (75, 16, 7, 5, dict(batch=2, dim=24)),
+    (40, 64, 64, 64, dict(dim=8)),
+    (1300, 64, 16, 8, dict(heads=1, dim=64)),
+    (1100, 200, 3, 7, dict(heads=1, dim=16)),
+    (150, 16, 16, 16, dict(heads=4, key_heads=2, dim=80)),
+]
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns", "every", "options"), SHAPES)
+def test_scores_are_those_of_the_formulas(implementation, tokens, rows, columns, every, options):
+    """Also where blocks and tiles are cut off, for long blocks, several passes over the keys, and grouped heads."""
+    q, k, _ = qkv(tokens, **options)
+    check(q, k, rows, columns, every, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_other_dtypes_and_layouts(implementation, dtype):
+    q, k, _ = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(130, batch=2, dim=32, dtype=dtype))
+    check(q, k, 32, 8, 4, 2e-5)
+    check(q.mT.contiguous().mT, k.mT.contiguous().mT, 32, 8, 4, 2e-5)
+
+
+def test_large_scores_do_not_overflow(implementation):
+    q, k, _ = qkv(700, heads=1, dim=32)
+    k = k * torch.linspace(0.1, 4, 700)[:, None]  # the running maximum rises with every pass
+    check(8 * q, k, 64, 16, 8, 1e-3)
+
+
+def test_keys_that_are_alike_need_no_exact_tile(implementation):
+    """Equal keys within each tile: their pooled term is exact, so both scores vanish."""
+    q, k, _ = qkv(128, dim=16)
+    k = k[:, :, ::16].repeat_interleave(16, 2)
+    assert mass_and_spread(q, k, 64, 16).abs().max() < 1e-5 * mass_and_spread(q, k + torch.randn(k.shape), 64, 16).max()
+    assert pooling_error(q, k, 64, 16, 8).abs().max() < 1e-5
+
+
+def test_an_offset_of_all_keys_changes_no_score(implementation):
+    q, k, _ = qkv(150, dim=16)
+    offset = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    assert_near(mass_and_spread(q, k + offset, 32, 16), mass_and_spread(q, k, 32, 16), 1e-4)
+    assert_near(pooling_error(q, k + offset, 32, 16, 4), pooling_error(q, k, 32, 16, 4), 1e-4)
+
+
+def test_scores_do_not_depend_on_the_number_of_threads():
+    q, k, _ = qkv(700, dim=32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(torch.cat([mass_and_spread(q, k, 64, 16), pooling_error(q, k, 64, 16, 8)]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
