@@ -88,13 +88,13 @@ class Routed(Method):
     def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
         if memory.pop("residual is used", False):
             memory.pop("residual")
-        grid, order, block = site.grid, _order(site.grid, self.boxes, q.device), site.block
-        video = order[: grid.video]
+        grid, block = site.grid, site.block
+        queries, keys = _tiles(grid, self.boxes, block, self.key_tile, q.device)
+        video = keys.order[0, 0, : grid.video]
         q, k = (x.index_select(2, video) for x in (q, k))
         scores = self.score(q, k, block)
         density = 0.25 if self.density is None else self.density
         pairs = (density - text_density(grid)) * grid.tokens**2
-        queries, keys = (_tiles(order, grid, size) for size in (block, self.key_tile))
         sizes = (x.sizes[..., :n] for x, n in zip((queries, keys), scores.shape[2:], strict=True))
         best = F.one_hot(scores.argmax(-1), scores.shape[-1]).bool()
         ragged = grid.video % block > 0 or grid.video % self.key_tile > 0
@@ -128,14 +128,11 @@ class Routed(Method):
 
 
 @lru_cache(maxsize=16)
-def _order(grid: Grid, boxes: bool, device: torch.device) -> Tensor:
-    """Return the order of the video tokens, followed by the text, so that padding stays at the end."""
-    tokens = nested_boxes(grid) if boxes else torch.arange(grid.tokens)
-    text = grid.coordinates()[3]
-    return torch.cat([tokens[~text], tokens[text]]).to(device)
-
-
-def _tiles(order: Tensor, grid: Grid, size: int) -> Clusters:
-    """Return tiles of the video tokens in order, and one of all text."""
-    edges = [*range(0, grid.video, size), grid.video, grid.tokens][: None if grid.tokens > grid.video else -1]
-    return Clusters(order[None, None], torch.tensor(edges, dtype=torch.int32, device=order.device)[None, None])
+def _tiles(grid: Grid, boxes: bool, block: int, key_tile: int, device: torch.device) -> tuple[Clusters, Clusters]:
+    """Return the tiles of queries and of keys, cached on a device: those of the video tokens in order, and one of all
+    text, so that padding stays at the end."""
+    order, text = nested_boxes(grid) if boxes else torch.arange(grid.tokens), grid.coordinates()[3]
+    order = torch.cat([order[~text], order[text]])[None, None].to(device)
+    ends = [grid.video, grid.tokens] if text.any() else [grid.video]
+    edges = lambda size: torch.tensor([[[*range(0, grid.video, size), *ends]]], dtype=torch.int32, device=device)
+    return Clusters(order, edges(block)), Clusters(order, edges(key_tile))
