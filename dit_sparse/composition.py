@@ -276,5 +276,6 @@ class PerHead(Method):
 
     def _letters(self, q: Tensor, site: Site) -> str:
         """Return the letter of each head of the layer."""
-        self.check_model(site.layers, q.shape[1])
-        return self.layers[site.layer]
+        if site.first_head is None:
+            self.check_model(site.layers, q.shape[1])
+        return self.layers[site.layer][site.first_head or 0 :][: q.shape[1]]

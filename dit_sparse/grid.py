@@ -131,6 +131,7 @@ class Site:
         plan_group: name shared by the branches that may share a plan.
         both_branches: whether the batch holds both branches, the conditional one as its second half.
         needs_plan: whether the schedule asks for a new plan at this step.
+        first_head: number of the first head of the call, under context parallelism; None: the call has all heads.
         component: name of the transformer in its pipeline, which may have two.
         references: tokens outside the video that are no text, such as history frames: kept like text, but not counted
             in the density.
@@ -146,6 +147,7 @@ class Site:
     plan_group: str = ""
     both_branches: bool = False
     needs_plan: bool = True
+    first_head: int | None = None
     component: str = ""
     references: int = 0
 

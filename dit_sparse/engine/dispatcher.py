@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..plan import Plan
 from .executor_choice import ExecutorChoices
 from .forward import AttentionCall, AttentionSite, Forward, TokenLayout, why_dense
 from .guard import QualityGuard
+from .interception.parallel import arrange, joint_order
 from .padding import KeyPadding, PaddingCache
 from .plans import Plans
 from .report import RunCounters
@@ -94,6 +96,16 @@ class AttentionDispatcher:
             return self._dense(call, self._counters.warn(reason))
         site = self._forward.site(attention_site, grid)
         self._forward.count_call(attention_site)
+        if call.ranks is None:
+            return self._attend_at(call, site)
+        rank, ranks = call.ranks
+        site, order = replace(site, first_head=rank * call.q.shape[1]), joint_order(ranks, grid, layout, call.q.device)
+        if order is None:
+            return self._attend_at(call, site)
+        return self._attend_at(arrange(call, order), site).index_select(2, order.argsort())
+
+    def _attend_at(self, call: AttentionCall, site: Site) -> Tensor:
+        """Compute a call whose tokens fit the grid of the site."""
         self._begin_generation(call.q, site)
         if self._settings.schedule.is_dense(site):
             out = self._dense_step(call, site)
@@ -102,7 +114,7 @@ class AttentionDispatcher:
             return out
         if reason := self._why_site_is_dense(site):
             return self._dense(call, reason)
-        padding = self._padding.read(call, grid)
+        padding = self._padding.read(call, site.grid)
         if isinstance(padding, str):
             return self._dense(call, self._counters.warn(padding))
         if padding is None or padding.order is None:

@@ -44,7 +44,8 @@ class AttentionCall:
         is_causal, dropout_p, scale: as in ``scaled_dot_product_attention``.
         stock: computes the call as the model does, ``[B, H, N, D]``.
         backend: name of the attention backend that the user chose, or None.
-        is_parallel: whether the call belongs to diffusers' context parallelism.
+        is_parallel: whether the call belongs to a form of context parallelism that is not supported.
+        ranks: under context parallelism, the number of this rank and how many share the heads; else None.
     """
 
     q: Tensor
@@ -58,6 +59,11 @@ class AttentionCall:
     backend: str | None = None
     is_parallel: bool = False
     mask_source: Tensor | None = None
+    ranks: tuple[int, int] | None = None
+
+    @property
+    def needs_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
     @property
     def pairs(self) -> int:
@@ -123,10 +129,10 @@ def why_dense(layout: TokenLayout, grid: Grid | None, call: AttentionCall) -> st
         return "causal attention and dropout are not supported"
     if not (call.mask is None or isinstance(call.mask, Tensor)):
         return f"the model's attention mask is a {type(call.mask).__name__}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if call.needs_gradient:
         return "gradients are required, and the executors have no backward pass"
     if call.is_parallel:
-        return "context parallelism is not supported"
+        return "this form of context parallelism is not supported"
     return None
 
 

@@ -15,8 +15,9 @@ from ..methods import name_of
 from ..pipelines.family import Family
 from .dispatcher import AttentionDispatcher, Observer
 from .forward import AttentionCall, AttentionSite
-from .forward_hook import ForwardHook
-from .intercept import Interception, interception_of
+from .interception.forward_hook import ForwardHook
+from .interception.intercept import Interception, interception_of
+from .interception.parallel import refuse_ring
 from .report import Report, RunCounters
 from .settings import Settings
 
@@ -141,6 +142,7 @@ class Run:
             raise ValueError(f"{type(transformer).__name__} has no self-attention module that matches {family.sites!r}")
         if any(map(interception_of, modules)):
             raise ValueError("this transformer is already sparse: call disable() on the earlier run first")
+        refuse_ring(transformer)
         self._settings.method.check_model(len(modules), getattr(modules[0], "heads", 0))
         links = []
         for layer, module in enumerate(modules):
@@ -148,6 +150,7 @@ class Run:
             links.append((module, Interception(partial(self._attend, site), self._count_missed, family.mask)))
 
         def begin_forward(*arguments: Any) -> None:
+            refuse_ring(transformer)
             for module, link in links:
                 link.install(module)  # others may have replaced the processor, as fuse_qkv_projections does
             self._dispatcher.begin_forward(*arguments)

@@ -34,7 +34,8 @@ class RandomBlocks(Method):
         grid, block = site.grid, site.block
         blocks = num_blocks(grid.tokens, block)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)
-        scores = torch.rand(1, q.shape[1], blocks, blocks, generator=generator)
+        heads, first = q.shape[1], site.first_head or 0
+        scores = torch.rand(1, first + heads, blocks, blocks, generator=generator)[:, first:]
         video = video_blocks(grid, block, scores.device)
         pairs = video.pairs(0.25 if self.density is None else self.density)
         keep = video.choose(scores, lambda scores: video.keep_at(scores, pairs))

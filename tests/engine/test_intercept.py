@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 import tiny_pipelines as tiny
-from dit_sparse.engine.intercept import interception_of
+from dit_sparse.engine.interception.intercept import interception_of
 from sparse_pipelines import (
     STEPS,
     assert_near,

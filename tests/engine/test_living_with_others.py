@@ -19,7 +19,7 @@ from torch import nn
 
 import dit_sparse as ds
 import tiny_pipelines as tiny
-from dit_sparse.engine.intercept import interception_of
+from dit_sparse.engine.interception.intercept import interception_of
 from sparse_pipelines import (
     STEPS,
     cached_pipeline,

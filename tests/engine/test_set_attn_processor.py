@@ -15,7 +15,7 @@ import torch
 
 import dit_sparse as ds
 import tiny_pipelines as tiny
-from dit_sparse.engine.intercept import interception_of
+from dit_sparse.engine.interception.intercept import interception_of
 from dit_sparse.pipelines.family import FAMILIES
 from sparse_pipelines import (
     SETTINGS,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import dit_sparse as ds
 import tiny_pipelines as tiny
-from dit_sparse.engine.intercept import interception_of
+from dit_sparse.engine.interception.intercept import interception_of
 from dit_sparse.scoring import pool
 
 STEPS = 4

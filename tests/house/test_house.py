@@ -148,7 +148,7 @@ def test_import_reader_reads():
     assert ("pipelines.family", False) in imports("pipelines.wan")
     assert {("order", False), ("pattern", False), ("grid", False), ("torch", False)} <= imports("methods.window")
     assert ("diffusers", True) in imports("pipelines.family")
-    assert ("diffusers", True) in imports("engine.intercept")
+    assert ("diffusers", True) in imports("engine.interception.intercept")
     assert ("budget", False) in imports("package")
 
 

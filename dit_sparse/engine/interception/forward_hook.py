@@ -20,8 +20,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from ..pipelines.family import Family
-from .forward import TokenLayout
+from ...pipelines.family import Family
+from ..forward import TokenLayout
 
 
 class ForwardHook:

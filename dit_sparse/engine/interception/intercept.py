@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .forward import AttentionCall
+from ..forward import AttentionCall
 from .forward_hook import HookCallback
+from .parallel import attend_in_parallel
 
 
 class Interception:
@@ -199,16 +200,17 @@ def _intercepting_dispatcher(dispatch: Callable) -> Callable:
 
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if torch.compiler.is_compiling():
-            if parallel_config is not None or not (attn_mask is None or isinstance(attn_mask, Tensor)):
+            if not (attn_mask is None or isinstance(attn_mask, Tensor)):
                 return stock()
             name = None if backend is None else str(getattr(backend, "value", backend))
             call = (q, k, v, attn_mask, _traced.number, dropout_p, is_causal, scale, enable_gqa, name)
             return torch.ops.dit_sparse.attend(*call).transpose(1, 2)
         call = AttentionCall(
-            q, k, v, attn_mask, is_causal, dropout_p, scale, lambda: stock().transpose(1, 2), chosen_backend(backend),
-            parallel_config is not None,
-        )  # fmt: skip
-        return _compute_current(call).transpose(1, 2)
+            q, k, v, attn_mask, is_causal, dropout_p, scale, lambda: stock().transpose(1, 2), chosen_backend(backend)
+        )
+        if parallel_config is None:
+            return _compute_current(call).transpose(1, 2)
+        return attend_in_parallel(call, enable_gqa, parallel_config, _compute_current).transpose(1, 2)
 
     return dispatch_attention_fn
 
@@ -274,17 +276,19 @@ def _register_operator() -> None:
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, number: Tensor, dropout_p: float, is_causal: bool,
         scale: float | None, enable_gqa: bool, backend: str | None,
     ) -> Tensor:  # fmt: skip
+        interception = Interception._links.get(int(number))
+        parallel = getattr(getattr(interception, "stock_processor", None), "_parallel_config", None)
+
         def stock() -> Tensor:
             from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
             name = None if backend is None else AttentionBackendName(backend)
-            inputs = (x.transpose(1, 2) for x in (q, k, v))
-            out = dispatch_attention_fn(*inputs, mask, dropout_p, is_causal, scale, enable_gqa, backend=name)
-            return out.transpose(1, 2)
+            inputs = (*(x.transpose(1, 2) for x in (q, k, v)), mask, dropout_p, is_causal, scale, enable_gqa)
+            return dispatch_attention_fn(*inputs, backend=name, parallel_config=parallel).transpose(1, 2)
 
-        interception = Interception._links.get(int(number))
         call = AttentionCall(q, k, v, mask, is_causal, dropout_p, scale, stock, chosen_backend(backend))
-        out = stock() if interception is None else interception.compute(call)
+        compute = (lambda call: call.stock()) if interception is None else interception.compute
+        out = compute(call) if parallel is None else attend_in_parallel(call, enable_gqa, parallel, compute)
         return out.contiguous()
 
     @attend.register_fake

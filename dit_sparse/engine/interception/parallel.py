@@ -1,0 +1,90 @@
+"""Ulysses context parallelism: between two exchanges, each rank attends with some of the heads over all tokens.
+
+diffusers splits the tokens of a transformer over ranks, and its Ulysses attention exchanges them for heads. The call
+that is made between the exchanges is intercepted, so methods and executors see whole sequences of fewer heads. Ring
+attention, which never holds a whole sequence, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...grid import Grid
+from ..forward import AttentionCall, TokenLayout
+
+
+def refuse_ring(transformer: nn.Module) -> None:
+    """Raise ValueError if a transformer uses ring attention."""
+    config = _context_parallel(getattr(transformer, "_parallel_config", None))
+    if config is not None and config.ring_degree > 1:
+        raise ValueError(
+            "ring attention is not supported, because no rank holds a whole sequence: "
+            "use ContextParallelConfig(ulysses_degree=...), or disable sparse attention"
+        )
+
+
+def attend_in_parallel(
+    call: AttentionCall, enable_gqa: bool, parallel_config: Any, compute: Callable[[AttentionCall], Tensor]
+) -> Tensor:
+    """Return the output ``[B, H, N / ranks, D]`` of a call of one rank, which needs no gradient to be sparse.
+
+    Args:
+        call: with the tokens of this rank.
+        enable_gqa: as in ``scaled_dot_product_attention``; diffusers refuses it.
+        parallel_config: that of the processor.
+        compute: computes a call with the heads of this rank and all tokens.
+    """
+    config = _context_parallel(parallel_config)
+    if config is None or config.ulysses_degree == 1 or config.ring_degree > 1 or call.needs_gradient:
+        return compute(replace(call, is_parallel=True))
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+    from diffusers.models.attention_dispatch import _templated_context_parallel_attention as exchange
+
+    ranks = torch.distributed.get_rank(config._ulysses_mesh.get_group()), config.ulysses_degree
+    backend = None if call.backend is None else AttentionBackendName(call.backend)
+
+    def attend(_, query, key, value, mask, *options: Any, **names: Any) -> Tensor:
+        def stock() -> Tensor:
+            out = dispatch_attention_fn(query, key, value, mask, scale=call.scale, backend=backend)
+            return out.transpose(1, 2)
+
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return compute(replace(call, q=q, k=k, v=v, mask=mask, stock=stock, ranks=ranks)).transpose(1, 2)
+
+    inputs = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
+    settings = (call.mask, call.dropout_p, call.is_causal, call.scale, enable_gqa)
+    out = exchange(*inputs, *settings, forward_op=attend, backward_op=None, _parallel_config=parallel_config)
+    return out.transpose(1, 2)
+
+
+def joint_order(ranks: int, grid: Grid, layout: TokenLayout, device: torch.device) -> Tensor | None:
+    """Return the order ``[N]`` of a sequence whose text and video were split over the ranks one by one: token i of the
+    model's sequence is at ``order[i]`` after the exchange. None without text."""
+    before, after = grid.before - layout.references_before, grid.after - layout.references_after
+    if before == after == 0:
+        return None
+    lengths = before, grid.tokens - before - after, after
+    sizes = torch.tensor([[len(part) for part in torch.arange(n).tensor_split(ranks)] for n in lengths])
+    starts = (sizes.T.flatten().cumsum(0) - sizes.T.flatten()).view(ranks, 3).T
+    runs = zip(starts.flatten().tolist(), sizes.flatten().tolist(), strict=True)
+    return torch.cat([torch.arange(start, start + size) for start, size in runs]).to(device)
+
+
+def arrange(call: AttentionCall, order: Tensor) -> AttentionCall:
+    """Return a call with its tokens in an order ``[N]``."""
+    q, k, v = (x.index_select(2, order) for x in (call.q, call.k, call.v))
+    mask = call.mask
+    if isinstance(mask, Tensor) and mask.shape[-1] == len(order):
+        mask = mask.index_select(-1, order)
+        if mask.ndim > 2 and mask.shape[-2] == len(order):
+            mask = mask.index_select(-2, order)
+    return replace(call, q=q, k=k, v=v, mask=mask, stock=lambda: call.stock().index_select(2, order))
+
+
+def _context_parallel(parallel_config: Any) -> Any:
+    return getattr(parallel_config, "context_parallel_config", None)
