@@ -46,6 +46,7 @@ class _Row(_Strict):
     density_achieved: FiniteFloat | None
     density_hit: bool | None
     density_run: FiniteFloat
+    tail_density: FiniteFloat = 0.0
     retained: FiniteFloat | None
     mass: Annotated[list[Annotated[list[FiniteFloat], NonEmpty]], NonEmpty] | None
     error: FiniteFloat | None

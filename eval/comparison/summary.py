@@ -73,6 +73,7 @@ def _densities(spec: ClipSpec, runs: Sequence[dict], dense_runs: Sequence[dict])
         "density_achieved": mean,
         "density_hit": None if None in (mean, spec.density) else is_same_density(mean, spec.density),
         "density_run": fmean(of_dense),
+        "tail_density": fmean(run.get("tail_density") or 0.0 for run in runs),
         "retained": float(np.mean(tables)) if tables else None,
         "mass": tables,
     }

@@ -72,7 +72,7 @@ def _first_sentence(text: str) -> str:
     return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/models.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/models.md", "docs/routed.md")
 TABLES = {
     "methods": method_table,
     "models": model_tables.summary,
@@ -82,6 +82,8 @@ TABLES = {
     "demo": result_tables.demo_table,
     "compare": result_tables.compare_tables,
     "branches": result_tables.branches_tables,
+    "routed": result_tables.routed_tables,
+    "study": result_tables.study_tables,
     "executors": result_tables.executor_table,
     "transformers": result_tables.transformer_table,
     "scaling": result_tables.scaling_table,

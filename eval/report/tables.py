@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dit_sparse.eval.bench.attention import PATTERNS
+from dit_sparse.eval.study.report import to_markdown as study_to_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "eval" / "results"
@@ -42,6 +43,20 @@ def compare_tables() -> str:
         result = json.loads(path.read_text())
         tables.append(compare_table(result, min(result["densities"], key=lambda density: abs(density - 0.25))))
     return "\n\n".join(tables)
+
+
+def routed_tables() -> str:
+    """Return the table of every ``eval/results/*/compare-routed-*.json``."""
+    return "\n\n".join(compare_table(json.loads(path.read_text())) for path in _results("compare-routed-*.json"))
+
+
+def study_tables() -> str:
+    """Return the report of every ``eval/results/*/study-routed.json``."""
+    return "\n\n".join(study_to_markdown(json.loads(path.read_text())).rstrip() for path in _results("study-*.json"))
+
+
+def _results(pattern: str) -> list[Path]:
+    return sorted(RESULTS.glob(f"*/{pattern}"))
 
 
 def branches_tables() -> str:
@@ -94,7 +109,7 @@ def compare_table(result: dict, density: float | None = None) -> str:
     cells = [
         (
             ", ".join(filter(None, (f"`{r['name']}`", row_note(r, result["rows"])))),
-            number(r["density_achieved"], 2) + (" (!)" if r["density_hit"] is False else ""),
+            number(r["density_achieved"], 2) + _tail_note(r) + (" (!)" if r["density_hit"] is False else ""),
             number(r["density_run"], 2),
             number(r["error"], 2),
             number(r["retained"], 2),
@@ -111,6 +126,12 @@ def compare_table(result: dict, density: float | None = None) -> str:
     columns += ("SSIM", "denoising speedup", "attention speedup", "planning overhead")
     notes = (_compare_conditions(result), TIMING_NOTE, unfinished_note(result))
     return f"{markdown(columns, cells)}\n\n{' '.join(filter(None, notes))}"
+
+
+def _tail_note(row: dict) -> str:
+    """Return the pairs with pooled terms, which cost as much as others, for the density of a row."""
+    tail = row.get("tail_density") or 0.0
+    return f" + {tail:.2f}" if tail >= 0.005 else ""
 
 
 def row_note(row: dict, rows: Sequence[dict]) -> str:

@@ -228,3 +228,14 @@ def test_rows_name_the_settings_that_their_density_is_solved_to(result):
     }
     note = "solved to radial(decay=0.0001) on 8x16x16; refreshes compute all pairs"
     assert note in compare_table(result) and note in render_page(result)
+
+
+def test_pairs_with_pooled_terms_are_shown_next_to_the_density(result):
+    rows = [result["rows"][0], result["rows"][1] | {"tail_density": 0.047}, result["rows"][2] | {"tail_density": 0.0}]
+    _, _, _, tail, plain, *_ = compare_table(result | {"rows": rows}).splitlines()
+    assert {" + 0.05 |" in tail, " + 0.05 |" in plain} == {True, False}
+
+
+def test_seeds_after_the_first_are_named(result):
+    assert "2 seeds each (1 to 2)" in compare_table(result | {"seeds": 2, "first_seed": 1})
+    assert "2 seeds each," in compare_table(result | {"seeds": 2})
