@@ -15,8 +15,9 @@ Method = Annotated[
     typer.Option(
         "--method",
         "-m",
+        callback=lambda text: import_methods(text),
         help="Method, with settings and compositions: radial, 'radial(sink=true)', 'radial|sink', 'cached(svg2)', "
-        "profile:NAME. See `dit-sparse methods`.",
+        "profile:NAME, or module:Class of your own. See `dit-sparse methods`.",
     ),
 ]
 Methods = Annotated[
@@ -65,6 +66,18 @@ OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 OutJson = Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def import_methods(text: str) -> str:
+    """Import the modules of methods that are written ``module:Class``, and return the text."""
+    from .terminal import one_sentence
+
+    if ":" not in text:
+        return text
+    with one_sentence():
+        from dit_sparse.notation.external import import_modules
+
+        return import_modules(text)
 
 
 def call_arguments(
@@ -117,7 +130,7 @@ def method_list(text: str) -> list[str]:
     """Return the methods of a list separated by commas; commas in parentheses belong to the settings."""
     from dit_sparse.notation.syntax import split_list
 
-    return [part for part in split_list(text) if part]
+    return [import_methods(part) for part in split_list(text) if part]
 
 
 def read_prompts(text: str) -> list[str]:

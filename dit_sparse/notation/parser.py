@@ -6,7 +6,8 @@
     value     = NUMBER | STRING | "true" | "false" | "none" | "(" [ value { "," value } ] ")" | method
 
 Examples: ``radial(sink=true)|sink``, ``cached(svg2, replan_interval=3)``, ``asa(budget=mass(0.9, min_ratio=0.1))``,
-``neighborhood(stride=(1, 2, 2))``, ``profile:wan2.1-14b``, ``profile:"my profiles/a, b.json"``.
+``neighborhood(stride=(1, 2, 2))``, ``my_module:MyMethod(density=0.2)``, ``profile:wan2.1-14b``,
+``profile:"my profiles/a, b.json"``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _TOKEN = re.compile(
     |(?P<profile>profile:(?:\s*(?:{QUOTED})|{BARE_PATH})?)
     |(?P<string>{QUOTED})
     |(?P<number>[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf)(?![\w.]))
-    |(?P<name>[a-z_][\w.]*)
+    |(?P<name>[a-z_][\w.]*(?::[a-z_]\w*)?)
     |(?P<sign>[(),=|])""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )

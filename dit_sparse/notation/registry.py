@@ -11,6 +11,7 @@ from ..composition import PerHead
 from ..grid import short_repr
 from ..method import Method
 from ..pattern import Union
+from .external import external_name, find_method
 from .settings import alternatives_to, check_settings
 from .syntax import Call, Either, Node, ProfileName, write
 
@@ -78,7 +79,7 @@ class Registry:
         positional = [changed.pop(name) for name in _positional(type(value))[:1] if name in changed]
         names = {cls: name for name, cls in (self.methods | self.parts | UNION | BUDGETS).items()}
         return Call(
-            names.get(type(value), type(value).__name__),
+            names.get(type(value)) or external_name(type(value)),
             tuple(self.node(one, with_density=False) for one in positional),
             tuple((name, self.node(one)) for name, one in changed.items()),
         )
@@ -87,10 +88,11 @@ class Registry:
         self, node: Call, settings: dict[str, Any], classes: dict[str, type], load_profile: LoadProfile | None = None
     ) -> Any:
         name = node.name
-        if name not in classes:
+        external = find_method(name) if classes is not BUDGETS and name not in classes else None
+        if external is None and name not in classes:
             kind, listed = ("budget", classes) if classes is BUDGETS else ("method", self.methods)
             raise ValueError(f"there is no {kind} {name[:60]!r}; {alternatives_to(name, classes, listed)}")
-        cls = classes[name]
+        cls = external or classes[name]
         positional = _positional(cls)
         if len(node.positional) > len(positional):
             text = write(node.positional[len(positional)])[:60]
