@@ -11,7 +11,7 @@ Differs from the authors:
   are made from queries and keys alone.
 - Queries are sampled from the whole sequence; their code samples the first 10,000 tokens.
 - Patterns are compared at the width that is then computed; their code compares at a fixed width.
-- The density is met to a block pair, including text.
+- The density is met to half a pair of blocks, including text.
 - No sink: the first frame that their code keeps for Wan is the first frame only in the spatial order.
 """
 
