@@ -49,6 +49,17 @@ def family_table() -> str:
     return f"{table}\n\ntorch {versions['torch']}, diffusers {versions['diffusers']}, commit {result['commit']}."
 
 
+def feature_table() -> str:
+    """Return a row for every feature of diffusers and a column for every tested class, and what happens together."""
+    result = json.loads((RESULTS / "cpu" / "features.json").read_text())
+    names = list(next(iter(result["cells"].values())))
+    short = lambda name: name.removesuffix("Model").removesuffix("2D").removesuffix("3D").removesuffix("Transformer")
+    rows = ((feature, *(cells[name] for name in names)) for feature, cells in result["cells"].items())
+    versions = result["versions"]
+    table = markdown(("feature", *map(short, names)), rows)
+    return f"{table}\n\ntorch {versions['torch']}, diffusers {versions['diffusers']}, commit {result['commit']}."
+
+
 def _verdict(row: dict) -> tuple[str, ...]:
     yes = lambda value: "yes" if value else "no"
     return yes(row["dense_equal"]), f"{row['difference']:.0e}", f"{row['density']:.3f}", yes(row["compiles"])

@@ -77,6 +77,7 @@ TABLES = {
     "methods": method_table,
     "models": model_tables.summary,
     "families": model_tables.family_table,
+    "features": model_tables.feature_table,
     "pipelines": model_tables.pipeline_table,
     "unsupported": model_tables.unsupported_table,
     "demo": result_tables.demo_table,
