@@ -13,7 +13,7 @@ from dit_sparse import ClusterPlan, Clusters, Plan
 from dit_sparse.kernels import permute
 from dit_sparse.kernels.executors import block_ragged, block_sparse
 from dit_sparse.kernels.gpu.architectures import Architecture
-from dit_sparse.kernels.planning import block_mass, cluster, selection
+from dit_sparse.kernels.planning import block_mass, cluster, pooling_error, selection
 
 DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (64, 128)
@@ -47,6 +47,7 @@ def kernel_launches(architecture: Architecture) -> Iterator[KernelLaunch]:
     yield from _block_sparse_launches(architecture)
     yield from _block_ragged_launches(architecture)
     yield from _block_mass_launches(architecture)
+    yield from _pooling_error_launches()
     yield from _kmeans_launches()
     yield from _permute_launches()
     yield from _selection_launches()
@@ -93,6 +94,17 @@ def _block_mass_launches(architecture: Architecture) -> Iterator[KernelLaunch]:
         arguments, _ = block_mass.launch_arguments(q, q, torch.empty(1, 2, TOKENS), block, *layout, architecture)
         features = f"{queries} queries a block" if queries else "kept blocks" if kept_only else ""
         yield KernelLaunch("block_mass", block, dim, features, block_mass_kernel, arguments)
+
+
+def _pooling_error_launches() -> Iterator[KernelLaunch]:
+    from dit_sparse.kernels.gpu.pooling_error import mass_and_spread_kernel, pooling_error_kernel
+
+    for block, dim in product(BLOCKS, (64, 80, 128)):
+        q = _empty(dim)
+        arguments, _ = pooling_error.spread_arguments(q, q, block, 16, True)
+        yield KernelLaunch("mass_and_spread", block, dim, "", mass_and_spread_kernel, arguments)
+        arguments, _ = pooling_error.error_arguments(q, q, block, 16, torch.arange(0, block, 8))
+        yield KernelLaunch("pooling_error", block, dim, "", pooling_error_kernel, arguments)
 
 
 def _kmeans_launches() -> Iterator[KernelLaunch]:

@@ -13,8 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels import cpu_library
+from dit_sparse.kernels.executors import block_sparse
 from dit_sparse.kernels.gpu import launching
+from dit_sparse.kernels.gpu.architectures import split_head_dim
 from dit_sparse.plan import num_blocks
+
+KEYS = 64  # pooled terms or keys of one step of a Triton kernel
+QUERIES = 128  # sampled queries of one program
+MAX_HEAD_DIM = 128  # of the Triton kernels
 
 
 def mass_and_spread(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool = True) -> Tensor:
@@ -29,6 +35,8 @@ def mass_and_spread(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool 
     Returns:
         float32 ``[B, H, ceil(N / rows), ceil(N / columns)]``.
     """
+    if _supports_triton(q, k, rows, columns):
+        return _mass_and_spread_triton(q, k, rows, columns, spread)
     if _uses_cpu_operators(q):
         q, k = _for_cpu_operators(q, k)
         return torch.ops.dit_sparse_pooling_error.mass_and_spread(q, k, rows, columns, spread, q.shape[-1] ** -0.5)
@@ -37,8 +45,7 @@ def mass_and_spread(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool 
 
 def _mass_and_spread_torch(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool) -> Tensor:
     scale = q.shape[-1] ** -0.5
-    mean, size = _tile_means(k, columns), _tile_sizes(k, columns)
-    variance = (_tile_means(k.square(), columns) - mean.square()).clamp(min=0)
+    (mean, variance), size = _tile_statistics(k, columns), _tile_sizes(k, columns)
     count = _tile_sizes(q, rows)
 
     def score(blocks: slice) -> Tensor:
@@ -66,10 +73,97 @@ def pooling_error(q: Tensor, k: Tensor, rows: int, columns: int, every: int) -> 
     """
     number = torch.arange(num_blocks(rows, every), device=q.device)
     sampled = (number * every + number * 5 % every).clamp(max=rows - 1)
+    if _supports_triton(q, k, rows, columns):
+        return _pooling_error_triton(q, k, rows, columns, sampled)
     if _uses_cpu_operators(q):
         q, k = _for_cpu_operators(q, k)
         return torch.ops.dit_sparse_pooling_error.pooling_error(q, k, rows, columns, sampled, q.shape[-1] ** -0.5)
     return _pooling_error_torch(*_for_torch(q, k), rows, columns, sampled)
+
+
+def _supports_triton(q: Tensor, k: Tensor, rows: int, columns: int) -> bool:
+    """Return whether the Triton kernels compute the scores: for query blocks and key tiles of powers of two."""
+    fits = rows in block_sparse.BLOCKS and KEYS % columns == 0 and q.shape[-1] <= MAX_HEAD_DIM
+    return launching.prefers_triton(q) and fits and launching.why_not(q.detach(), k.detach()) is None
+
+
+def _mass_and_spread_triton(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool) -> Tensor:
+    from dit_sparse.kernels.gpu.pooling_error import mass_and_spread_kernel
+
+    arguments, out = spread_arguments(q, k, rows, columns, spread)
+    with torch.cuda.device_of(q):
+        mass_and_spread_kernel[(out.shape[:3].numel(),)](**arguments)
+    return out
+
+
+def spread_arguments(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool) -> tuple[dict, Tensor]:
+    """Return the arguments of `mass_and_spread_kernel`, and its output."""
+    (q,), dim = launching.with_contiguous_rows(q), q.shape[-1]
+    means, variances = (x.to(q.dtype) for x in _tile_statistics(k.float(), columns))
+    out = torch.empty(*q.shape[:2], num_blocks(q.shape[2], rows), means.shape[2], device=q.device)
+    arguments = dict(
+        q=q,
+        means=means,
+        variances=variances,
+        log_sizes=_tile_sizes(k, columns).log2(),
+        out=out,
+        q_strides=q.stride()[:3],
+        means_strides=means.stride()[:3],
+        heads=q.shape[1],
+        group_size=q.shape[1] // k.shape[1],
+        tokens=q.shape[2],
+        terms=means.shape[2],
+        scale=launching.base_2_scale(None, dim),
+        square_scale=1 / dim,
+        BLOCK=rows,
+        KEYS=KEYS // 2 if rows == 128 and dim > 64 else KEYS,  # as much as fits in the shared memory of sm89 and sm120
+        WIDTHS=split_head_dim(dim, 64),
+        SPREAD=spread,
+        num_warps=8 if rows == 128 else 4,
+        num_stages=3,
+    )
+    return arguments, out
+
+
+def _pooling_error_triton(q: Tensor, k: Tensor, rows: int, columns: int, sampled: Tensor) -> Tensor:
+    from dit_sparse.kernels.gpu.pooling_error import pooling_error_kernel
+
+    arguments, out = error_arguments(q, k, rows, columns, sampled)
+    groups = num_blocks(out.shape[2], arguments["BLOCKS"])
+    with torch.cuda.device_of(q):
+        pooling_error_kernel[(out.shape[:2].numel() * groups,)](**arguments)
+    return out
+
+
+def error_arguments(q: Tensor, k: Tensor, rows: int, columns: int, sampled: Tensor) -> tuple[dict, Tensor]:
+    """Return the arguments of `pooling_error_kernel`, and its output."""
+    (q, k), dim = launching.with_contiguous_rows(q, k), q.shape[-1]
+    blocks, tiles = num_blocks(q.shape[2], rows), num_blocks(k.shape[2], columns)
+    samples = 1 << (len(sampled) - 1).bit_length()
+    out = torch.empty(*q.shape[:2], blocks, tiles, device=q.device)
+    arguments = dict(
+        q=q,
+        k=k,
+        sampled=sampled.int(),
+        out=out,
+        q_strides=q.stride()[:3],
+        k_strides=k.stride()[:3],
+        heads=q.shape[1],
+        group_size=q.shape[1] // k.shape[1],
+        tokens=q.shape[2],
+        block=rows,
+        samples=len(sampled),
+        tiles=tiles,
+        scale=launching.base_2_scale(None, dim),
+        BLOCKS=max(1, QUERIES // samples),
+        SAMPLES=samples,
+        COLUMNS=columns,
+        KEYS=KEYS,
+        WIDTHS=split_head_dim(dim, 64),
+        num_warps=8,
+        num_stages=3,
+    )
+    return arguments, out
 
 
 def _uses_cpu_operators(q: Tensor) -> bool:
@@ -105,6 +199,13 @@ def _pooling_error_torch(q: Tensor, k: Tensor, rows: int, columns: int, sampled:
 def _tile_sizes(x: Tensor, size: int) -> Tensor:
     starts = torch.arange(num_blocks(x.shape[2], size), device=x.device) * size
     return (x.shape[2] - starts).clamp(max=size).float()
+
+
+def _tile_statistics(k: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance of every channel of the keys of every tile, ``[B, H, T, D]`` each."""
+    mean = _tile_means(k, size)
+    centred = k - mean.repeat_interleave(size, 2)[:, :, : k.shape[2]]
+    return mean, _tile_means(centred.square(), size)
 
 
 def _tile_means(x: Tensor, size: int) -> Tensor:

@@ -32,6 +32,7 @@ KERNELS = {
     "block_sparse": ("block_sparse_kernel",),
     "block_ragged": ("block_ragged_kernel",),
     "block_mass": ("block_mass_kernel",),
+    "pooling_error": ("mass_and_spread_kernel", "pooling_error_kernel"),
     "cluster": ("nearest_centroid_kernel", "cluster_mean_kernel"),
     "permute": ("permute_rows_kernel",),
     "selection": ("select_top_kernel",),

@@ -6,18 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_cases import assert_near, qkv
+from attention_cases import TOLERANCE, assert_near, qkv
 from dit_sparse.kernels import cpu_library
 from dit_sparse.kernels.planning import pooling_error as planning
 from dit_sparse.kernels.planning.pooling_error import mass_and_spread, pooling_error
 
 
-@pytest.fixture(params=["torch", "cpu"])
+@pytest.fixture(params=["torch", "cpu", "triton"])
 def implementation(request, monkeypatch) -> str:
+    """Compute scores by one implementation; the Triton kernels compute what they support."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_preferred")
+    else:
+        monkeypatch.setattr(planning, "_supports_triton", lambda *_: False)
     if request.param == "torch":  # a chunk holds one block
         monkeypatch.setattr(planning, "_uses_cpu_operators", lambda q: False)
         monkeypatch.setattr(planning.launching, "chunk_elements", lambda x: 1)
-    elif reason := cpu_library.why_not("pooling_error"):
+    elif request.param == "cpu" and (reason := cpu_library.why_not("pooling_error")):
         pytest.skip(reason)
     return request.param
 
@@ -75,8 +80,9 @@ def test_scores_are_those_of_the_formulas(implementation, tokens, rows, columns,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes_and_layouts(implementation, dtype):
     q, k, _ = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(130, batch=2, dim=32, dtype=dtype))
-    check(q, k, 32, 8, 4, 2e-5)
-    check(q.mT.contiguous().mT, k.mT.contiguous().mT, 32, 8, 4, 2e-5)
+    tolerance = max(2e-5, TOLERANCE.get(dtype, 0) if implementation == "triton" else 0)
+    check(q, k, 32, 8, 4, tolerance)
+    check(q.mT.contiguous().mT, k.mT.contiguous().mT, 32, 8, 4, tolerance)
 
 
 def test_large_scores_do_not_overflow(implementation):
@@ -100,7 +106,14 @@ def test_an_offset_of_all_keys_changes_no_score(implementation):
     assert_near(pooling_error(q, k + offset, 32, 16, 4), pooling_error(q, k, 32, 16, 4), 1e-4)
 
 
-def test_scores_do_not_depend_on_the_number_of_threads():
+def test_triton_supports_query_blocks_and_key_tiles_of_powers_of_two(implementation):
+    q, k, _ = qkv(100, dim=16)
+    supported = [planning._supports_triton(q, k, rows, columns) for rows, columns in ((64, 16), (48, 16), (64, 12))]
+    assert supported == [implementation == "triton", False, False]
+
+
+def test_scores_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(planning, "_supports_triton", lambda *_: False)
     q, k, _ = qkv(700, dim=32)
     threads, results = torch.get_num_threads(), []
     try:
