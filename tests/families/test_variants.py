@@ -139,3 +139,22 @@ def test_variant_is_exact_and_sparse_or_dense_with_a_reason(name):
     if variant.grids:
         assert report.density_achieved == pytest.approx(0.5, abs=0.01)
     assert compute().equal(stock)
+
+
+def test_nabla_of_kandinsky_stays_as_it_is():
+    """The model's own sparse attention, a mask of FlexAttention, is left alone and counted."""
+    tiny, grid = tiny_models()["Kandinsky5Transformer3DModel"], (2, 8, 8)
+    blocks = 2 * 8 * 8 // 64
+    torch.manual_seed(0)
+    model = diffusers.Kandinsky5Transformer3DModel(**tiny.config | dict(attention_type="nabla"))
+    model.eval().requires_grad_(False)
+    sparse = dict(sta_mask=torch.ones(1, 1, blocks, blocks, dtype=torch.bool), to_fractal=True, P=0.9)
+    compute = lambda: first_output(model(**tiny.arguments(Call(grid)), sparse_params=sparse, return_dict=False))
+    model.set_attention_backend("flex")
+    try:
+        stock = compute()
+        with ds.enable(model, "random_blocks", density=0.5, **SETTINGS) as run:
+            assert compute().equal(stock)
+    finally:
+        model.reset_attention_backend()
+    assert run.report().dense_calls == {"the model's attention mask is a BlockMask": tiny.sites}
