@@ -68,6 +68,7 @@ def transformer(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Forward passes of each kind. Default: 2 on a GPU, 3 on a CPU.")
     ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks, dense and sparse.")] = False,
 ) -> None:
     """Time a forward pass of full-size models with random weights; on a CPU, of scaled-down models."""
     with one_sentence():
@@ -90,11 +91,13 @@ def transformer(
             for name in models:
                 progress = stage(name)
                 progress(0, len(densities))
-                for number, row in enumerate(benchmark.measure_model(name, device, densities, method, rounds), 1):
+                measured = benchmark.measure_model(name, device, densities, method, rounds, compiled)
+                for number, row in enumerate(measured, 1):
                     rows.append(row)
                     progress(number, len(densities))
         scaled = "" if device == "cuda" else "one layer, 256 channels and tokens in proportion, "
         note = f"{scaled}random weights, medians of {rounds} forward passes, dense and sparse interleaved"
+        note += ", compiled blocks" if compiled else ""
         save_json(out, {"rows": rows, "note": note} | conditions(device))
     _print_transformers(rows)
     console.print(f"{len(rows)} rows: {escape(str(out))}", soft_wrap=True)

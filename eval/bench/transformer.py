@@ -131,7 +131,12 @@ MODELS = {
 
 @torch.no_grad()
 def measure_model(
-    name: str, device: str, densities: Sequence[float] = DENSITIES, method: str = "radial", rounds: int = 2
+    name: str,
+    device: str,
+    densities: Sequence[float] = DENSITIES,
+    method: str = "radial",
+    rounds: int = 2,
+    compiled: bool = False,
 ) -> Iterator[dict]:
     """Yield one row per density, with the dense time measured right before the sparse one.
 
@@ -141,6 +146,7 @@ def measure_model(
         densities: requested densities.
         method: name of a sparse method.
         rounds: forward passes that a median is taken of.
+        compiled: whether ``torch.compile`` compiles the blocks, for the dense and the sparse passes.
     """
     model = MODELS[name]
     size, dtype = (model.full, torch.bfloat16) if device == "cuda" else (model.small, torch.float32)
@@ -150,6 +156,8 @@ def measure_model(
     with _default_tensors(dtype, device):
         transformer = model.make(size).eval()
         inputs = model.inputs(size, torch.randn)
+    if compiled:
+        _compile_blocks(transformer)
     forward = lambda: transformer(**inputs, return_dict=False)
     forward()
     for density in densities:
@@ -165,6 +173,7 @@ def measure_model(
             "grid": str(size.grid),
             "tokens": size.grid.tokens,
             "dtype": str(dtype).removeprefix("torch."),
+            "compiled": compiled,
             "method": method,
             "density_asked": density,
             "density": round(report.density_achieved, 4),
@@ -173,6 +182,14 @@ def measure_model(
             "seconds_sparse": sparse,
             "speedup": dense / sparse,
         }
+
+
+def _compile_blocks(transformer: nn.Module) -> None:
+    """Compile the modules of every list of blocks, each as one graph."""
+    for blocks in transformer.children():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                block.compile(fullgraph=True)
 
 
 @contextmanager

@@ -46,6 +46,16 @@ def test_forward_passes_are_timed_dense_and_sparse(name, monkeypatch):
         assert row["speedup"] == pytest.approx(row["seconds_dense"] / row["seconds_sparse"])
 
 
+@pytest.mark.slow
+def test_compiled_blocks_are_timed(monkeypatch):
+    published = bench.MODELS["wan2.1-1.3b"]
+    small = replace(published.small, heads=1, grid=replace(published.small.grid, frames=2, height=4, width=6))
+    monkeypatch.setitem(bench.MODELS, "wan2.1-1.3b", replace(published, small=small))
+    torch._dynamo.reset()
+    (row,) = bench.measure_model("wan2.1-1.3b", "cpu", (0.5,), "random_blocks", rounds=1, compiled=True)
+    assert row["compiled"] and row["seconds_dense"] > 0 and torch._dynamo.utils.counters["graph_break"] == {}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

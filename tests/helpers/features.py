@@ -50,7 +50,7 @@ def cache(name: str, **settings) -> Callable[[nn.Module], None]:
 def add_lora(transformer: nn.Module) -> None:
     from peft import LoraConfig
 
-    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]))
+    transformer.add_adapter(LoraConfig(r=2, target_modules=r".*\.(to_q|to_k|to_v|to_query|to_key|to_value)"))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
