@@ -144,6 +144,37 @@ def scaling(
     console.print(f"{len(result['rows'])} rows and two plots: {escape(str(out))}", soft_wrap=True)
 
 
+@bench.command(epilog="Example: dit-sparse bench tail --tokens 8192 --threads 1,2")
+def tail(
+    out: OutJson = Path("out/tail.json"),
+    tokens: Annotated[int, typer.Option(min=64, help="Length of the sequence.")] = 8192,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(min=8, help="Head dimension.")] = 64,
+    density: Annotated[float, typer.Option("--density", "-d", min=0.01, max=1.0, help="Density of the plans.")] = 0.25,
+    threads: Annotated[str, typer.Option(help="Numbers of CPU threads, separated by commas.")] = "1,2",
+    seconds: Annotated[float, typer.Option(help="Approximate duration of the benchmark.")] = 60.0,
+) -> None:
+    """Measure the cost of pooled tails and of the scores of routed, relative to a dense call."""
+    with one_sentence():
+        import torch
+
+        from dit_sparse.eval.bench import pooled_tail as benchmark
+        from dit_sparse.output.environment import conditions
+        from dit_sparse.output.files import save_json, writable_file
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        counts = threads.split(",")
+        if not all(count.isdecimal() and int(count) for count in counts):
+            raise ValueError(f"--threads must be numbers separated by commas, such as 1,2, got {threads[:60]!r}")
+        writable_file(out)
+        problem = benchmark.Problem(tokens, heads, head_dim, density)
+        rows = list(benchmark.measure(problem, [int(count) for count in counts], seconds, device))
+        note = "shares of a dense call, medians over interleaved rounds"
+        save_json(out, {"rows": rows, "note": note} | conditions(device))
+    _print_shares(rows)
+    console.print(f"{len(rows)} rows: {escape(str(out))}")
+
+
 def _check_known(kind: str, names: tuple, known: object) -> None:
     if unknown := next((name for name in names if name not in known), None):
         raise ValueError(f"there is no {kind} {unknown[:60]!r}; there are {', '.join(known)}")
@@ -177,6 +208,15 @@ def _print_transformers(rows: list[dict]) -> None:
         shape = (row["model"], str(row["layers"]), str(row["tokens"]), f"{row['density']:.2f}")
         seconds = (f"{row['seconds_dense']:.2f}", f"{row['seconds_sparse']:.2f}")
         table.add_row(*shape, *seconds, f"{row['speedup']:.2f}x")
+    console.print(table)
+
+
+def _print_shares(rows: list[dict]) -> None:
+    table = make_table("part", "threads", "key tile", "tail or every", "share of dense", "per call")
+    for row in rows:
+        sizes = (str(row.get("key_tile", "-")), str(row.get("tail", row.get("every", "-"))))
+        per_call = row.get("share_per_call", row["share"])
+        table.add_row(row["part"], str(row["threads"]), *sizes, f"{row['share']:.1%}", f"{per_call:.1%}")
     console.print(table)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -31,7 +32,13 @@ def median_seconds(function: Callable, device: str, repeats: int) -> float:
 
 
 def interleaved_medians(functions: Mapping[str, Callable], seconds: float, device: str) -> dict[str, float]:
-    """Return the median seconds of functions that take turns, so that a busy machine slows all of them alike.
+    """Return the medians of `interleaved_durations`."""
+    durations = interleaved_durations(functions, seconds, device)
+    return {name: statistics.median(values) for name, values in durations.items()}
+
+
+def interleaved_durations(functions: Mapping[Any, Callable], seconds: float, device: str) -> dict[Any, list[float]]:
+    """Return the seconds of functions that take turns, in every round, so that a busy machine slows all of them alike.
 
     Args:
         functions: by name. Each is called once before the first timed round.
@@ -40,14 +47,14 @@ def interleaved_medians(functions: Mapping[str, Callable], seconds: float, devic
     """
     for function in functions.values():
         function()
-    durations: dict[str, list[float]] = {name: [] for name in functions}
+    durations: dict[Any, list[float]] = {name: [] for name in functions}
     end = time.perf_counter() + seconds
     for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() > end:
             break
         for name, function in functions.items():
             durations[name].append(time_call(function, device))
-    return {name: statistics.median(values) for name, values in durations.items()}
+    return durations
 
 
 def synchronize(device: str) -> None:

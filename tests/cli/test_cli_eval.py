@@ -250,6 +250,8 @@ def test_invalid_prompt_files_are_refused(tmp_path, name, content, words):
         (["bench", "scaling", "--out", "."], "--out must be a file, got the folder ."),
         (["bench", "attention", "--out", "."], "--out must be a file"),
         (["bench", "transformer", "--out", "."], "--out must be a file"),
+        (["bench", "tail", "--out", "."], "--out must be a file"),
+        (["bench", "tail", "--threads", "1,no"], "--threads must be numbers separated by commas"),
         (["bench", "scaling", "--methods", "svg", "--most-tokens", "1"], "nothing is measured"),
         (["eval", "video", "a.mp4", "--json", "."], "--json must be a file"),
     ],
@@ -257,6 +259,7 @@ def test_invalid_prompt_files_are_refused(tmp_path, name, content, words):
 def test_unwritable_files_are_refused_before_the_work(command, words, videos, monkeypatch):
     monkeypatch.chdir(videos)
     work = ("bench.scaling.Scaling.run", "bench.attention.measure_case", "bench.transformer.measure_model")
+    work += ("bench.pooled_tail.measure",)
     for name in (*work, "quality.vbench_style.quality"):
         monkeypatch.setattr(f"dit_sparse.eval.{name}", lambda *_: pytest.fail("work began"))
     refused = run(*command)
