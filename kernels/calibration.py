@@ -97,15 +97,19 @@ class Measurement(NamedTuple):
 
 
 def self_check(name: str, signature: CallSignature) -> str | None:
-    """Return None if the executor agrees with the reference on two small problems, otherwise what is wrong."""
+    """Return None if the executor agrees with the reference on small problems, with a pooled tail and without,
+    otherwise what is wrong."""
     return _self_check(name, replace(signature, reorders=True))
 
 
 @cache
 def _self_check(name: str, signature: CallSignature) -> str | None:
     attend, group_size = executor(name).attend, signature.group_size
-    for tokens in (4 * group_size, 3 * group_size + group_size // 2 + 1):
+    ragged = 3 * group_size + group_size // 2 + 1
+    tails = (None, max(1, group_size // 4)) if executor(name).LSE else (None,)
+    for tokens, tail in ((4 * group_size, None), *((ragged, tail) for tail in tails)):
         q, k, v, plan = _random_problem(signature, tokens, heads=2, density=0.5)
+        plan = plan.with_tail(tail)
         try:
             out, lse = attend(q, k, v, plan)
         except Exception as error:

@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
     "kernels/test_triton.py",
     "kernels/test_cluster_plans.py",
+    "kernels/test_tail.py",
+    "kernels/test_pooling_error.py",
     "kernels/test_kmeans.py",
     "kernels/test_selection.py",
     "eval/test_attention_bench.py",
@@ -79,6 +81,7 @@ def stages(out: Path, training_minutes: float) -> list[Stage]:
     return [
         Stage("tests", python("pytest", "-q", *(ROOT / "tests" / name for name in TESTS)), 6),
         Stage("attention", bench("attention"), 9),
+        Stage("tail", bench("tail"), 3),
         Stage("transformer", bench("transformer"), 9),
         Stage("tilings", python("dit_sparse.eval.bench.tiling_sweep", "--out", out / "tilings.json"), 6),
         Stage("training", python("dit_sparse.bundled.shapes_wan.train", *training), 8),

@@ -47,12 +47,19 @@ struct Lanes {
     pass_maximum.clear();
   }
 
-  // Raises the maximum to those of rows [rows, count], and makes the sum relative to it.
-  void begin_pass(const float* rows, int64_t num_rows) {
+  // Raises the maximum to those of rows [num_rows, count], plus a bias of each row if there is one, and makes the sum
+  // relative to it.
+  void begin_pass(const float* rows, int64_t num_rows, const float* bias) {
     float* m = maximum.data();
     std::vector<float> before(maximum);
-    for (int64_t i = 0; i < num_rows; ++i)
-      for (int64_t lane = 0; lane < count; ++lane) m[lane] = std::max(m[lane], rows[i * count + lane]);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const float added = bias ? bias[i] : 0.0f;
+#pragma omp simd
+      for (int64_t lane = 0; lane < count; ++lane) {
+        const float logit = rows[i * count + lane] + added;
+        m[lane] = logit > m[lane] ? logit : m[lane];  // GCC vectorizes ?: but not std::max
+      }
+    }
     for (int64_t lane = 0; lane < count; ++lane) sum[lane] *= exp2_nonpositive(before[lane] - m[lane]);
     pass_maximum.insert(pass_maximum.end(), maximum.begin(), maximum.end());
   }
@@ -64,13 +71,13 @@ struct Lanes {
   }
 };
 
-// Copies rows of queries, multiplied by a factor and squared if asked, to columns of target [dim, lanes].
+// Copies rows of queries, multiplied by a factor, to columns of target [dim, lanes].
 void transpose_queries(const Input& q, int64_t b, int64_t h, const std::vector<int64_t>& tokens, int64_t dim,
-                       int64_t lanes, float factor, bool square, float* target) {
+                       int64_t lanes, float factor, float* target) {
   std::fill(target, target + dim * lanes, 0.0f);
   for (size_t lane = 0; lane < tokens.size(); ++lane) {
     const float* row = q.row(b, h, tokens[lane]);
-    for (int64_t d = 0; d < dim; ++d) target[d * lanes + lane] = factor * (square ? row[d] * row[d] : row[d]);
+    for (int64_t d = 0; d < dim; ++d) target[d * lanes + lane] = factor * row[d];
   }
 }
 
@@ -87,14 +94,17 @@ struct TileStatistics {
         const int64_t size = shape.tile_size(j);
         float *m = mean.data + i * shape.dim, *s = variance.data + i * shape.dim;
         std::fill(m, m + shape.dim, 0.0f), std::fill(s, s + shape.dim, 0.0f);
-        auto for_keys = [&](auto add) {
-          for (int64_t n = 0; n < size; ++n) {
-            const float* row = k.row(b, head, j * shape.tile + n);
-            for (int64_t d = 0; d < shape.dim; ++d) add(d, row[d]);
-          }
-        };
-        for_keys([&](int64_t d, float x) { m[d] += x / size; });
-        for_keys([&](int64_t d, float x) { s[d] += (x - m[d]) * (x - m[d]) / size; });
+        const float share = 1.0f / size;
+        for (int64_t n = 0; n < size; ++n) {
+          const float* row = k.row(b, head, j * shape.tile + n);
+#pragma omp simd
+          for (int64_t d = 0; d < shape.dim; ++d) m[d] += row[d] * share;
+        }
+        for (int64_t n = 0; n < size; ++n) {
+          const float* row = k.row(b, head, j * shape.tile + n);
+#pragma omp simd
+          for (int64_t d = 0; d < shape.dim; ++d) s[d] += (row[d] - m[d]) * (row[d] - m[d]) * share;
+        }
       }
     });
   }
@@ -118,8 +128,10 @@ class SpreadWorker {
     for (int64_t first = begin; first < end; first += lanes_) {
       tokens_.clear();
       for (int64_t token = first; token < std::min(first + lanes_, end); ++token) tokens_.push_back(token);
-      transpose_queries(q_, b, h, tokens_, shape_.dim, lanes_, scale_ * kLog2E, false, queries_.data);
-      transpose_queries(q_, b, h, tokens_, shape_.dim, lanes_, scale_ * scale_, true, squares_.data);
+      transpose_queries(q_, b, h, tokens_, shape_.dim, lanes_, scale_ * kLog2E, queries_.data);
+#pragma omp simd
+      for (int64_t i = 0; i < shape_.dim * lanes_; ++i)
+        squares_.data[i] = queries_.data[i] * queries_.data[i] * (kLn2 * kLn2);  // variances are of natural logits
       softmax_.reset();
       for (int64_t from = 0; from < shape_.tiles; from += kPassRows)
         compute_pass(shape_.first_tile(b, h) + from, from, std::min(kPassRows, shape_.tiles - from));
@@ -133,21 +145,23 @@ class SpreadWorker {
     float* pass = terms_.data + from * lanes_;
     multiply<float>(rows, lanes_, shape_.dim, statistics_.mean.data + statistics_row * shape_.dim, shape_.dim,
                     queries_.data, lanes_, pass, lanes_, false);
-    for (int64_t j = 0; j < rows; ++j)
-      for (int64_t lane = 0; lane < lanes_; ++lane) pass[j * lanes_ + lane] += log_sizes_[from + j];
-    softmax_.begin_pass(pass, rows);
+    softmax_.begin_pass(pass, rows, log_sizes_.data() + from);
     if (spread_)
       multiply<float>(rows, lanes_, shape_.dim, statistics_.variance.data + statistics_row * shape_.dim, shape_.dim,
                       squares_.data, lanes_, variances_.data, lanes_, false);
+    for (int64_t j = 0; j < rows; ++j) compute_weights(pass + j * lanes_, log_sizes_[from + j]);
+    if (spread_)
+      for (int64_t i = 0; i < rows * lanes_; ++i) pass[i] *= variances_.data[i];
+  }
+
+  void compute_weights(float* row, float log_size) {
     const float* maximum = softmax_.maximum.data();
     float* sum = softmax_.sum.data();
-    for (int64_t j = 0; j < rows; ++j)
-      for (int64_t lane = 0; lane < lanes_; ++lane) {
-        const int64_t at = j * lanes_ + lane;
-        const float weight = exp2_nonpositive(pass[at] - maximum[lane]);
-        sum[lane] += weight;
-        pass[at] = spread_ ? weight * variances_.data[at] : weight;
-      }
+#pragma omp simd
+    for (int64_t lane = 0; lane < lanes_; ++lane) {
+      row[lane] = exp2_nonpositive(row[lane] + log_size - maximum[lane]);
+      sum[lane] += row[lane];
+    }
   }
 
   void add_weights(float* scores, float share) {
@@ -195,13 +209,13 @@ class ErrorWorker {
     for (int64_t block = first; block < stop; ++block)
       for (int64_t i = 0; i < samples_; ++i)
         tokens_.push_back(std::min(block * shape_.block + positions_[i], shape_.tokens - 1));
-    transpose_queries(q_, b, h, tokens_, shape_.dim, lanes_, to_log2_, false, queries_.data);
+    transpose_queries(q_, b, h, tokens_, shape_.dim, lanes_, to_log2_, queries_.data);
     softmax_.reset();
     for (int64_t from = 0; from < shape_.tiles; from += pass_tiles_) {
       const int64_t begin = from * shape_.tile, rows = std::min(pass_tiles_ * shape_.tile, shape_.tokens - begin);
       multiply<float>(rows, lanes_, shape_.dim, k_.row(b, kv_head, begin), k_.token_stride, queries_.data, lanes_,
                       pass_.data, lanes_, false);
-      softmax_.begin_pass(pass_.data, rows);
+      softmax_.begin_pass(pass_.data, rows, nullptr);
       for (int64_t j = from; j < std::min(from + pass_tiles_, shape_.tiles); ++j)
         compute_distance(pass_.data + (j - from) * shape_.tile * lanes_, shape_.tile_size(j),
                          distances_.data + j * lanes_);
@@ -219,6 +233,7 @@ class ErrorWorker {
       for (int64_t lane = 0; lane < lanes_; ++lane) pooled[lane] += logits[n * lanes_ + lane];
     for (int64_t lane = 0; lane < lanes_; ++lane) pooled[lane] = exp2_nonpositive(pooled[lane] / size - maximum[lane]);
     for (int64_t n = 0; n < size; ++n)
+#pragma omp simd
       for (int64_t lane = 0; lane < lanes_; ++lane) {
         const float weight = exp2_nonpositive(logits[n * lanes_ + lane] - maximum[lane]);
         sum[lane] += weight;

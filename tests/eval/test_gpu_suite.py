@@ -92,14 +92,14 @@ def test_unstarted_stages_come_first_and_dependencies_hold(tmp_path):
 
 def test_commands_of_the_stages_are_valid(tmp_path):
     todo = {stage.name: list(stage.command[2:]) for stage in gpu_suite.stages(tmp_path, 22)}
-    assert list(todo) == ["tests", "attention", "transformer", "tilings", "training", "compare"]
+    assert list(todo) == ["tests", "attention", "tail", "transformer", "tilings", "training", "compare"]
     device_tests = {
         path.relative_to(gpu_suite.ROOT / "tests").as_posix()
         for path in (gpu_suite.ROOT / "tests").rglob("test_*.py")
         if '\nDEVICE = "cuda"' in path.read_text()
     }
     assert set(gpu_suite.TESTS) == device_tests
-    for name in ("attention", "transformer", "compare"):
+    for name in ("attention", "tail", "transformer", "compare"):
         module, *arguments = todo[name]
         assert module == "dit_sparse.cli"
         command = typer.main.get_command(cli.app)

@@ -55,6 +55,10 @@ def ignores_plan(q, k, v, plan, scale=None):
     return F.scaled_dot_product_attention(q, k, v), None
 
 
+def ignores_tail(q, k, v, plan, scale=None):
+    return reference.attend(q, k, v, plan.with_tail(None), scale)
+
+
 def returns_wrong_lse(q, k, v, plan, scale=None):
     out, lse = reference.attend(q, k, v, plan, scale)
     return out, lse * 1.4427
@@ -75,6 +79,7 @@ WRONG_EXECUTORS = {
     returns_wrong_lse: "the log-sum-exp differs from the reference",
     returns_nan: "the output has a relative RMS error of nan%",
     ignores_order: "the output has a relative RMS error",
+    ignores_tail: "the output has a relative RMS error",
 }
 
 

@@ -11,6 +11,8 @@ from dit_sparse.kernels import cpu_library
 from dit_sparse.kernels.planning import pooling_error as planning
 from dit_sparse.kernels.planning.pooling_error import mass_and_spread, pooling_error
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @pytest.fixture(params=["torch", "cpu", "triton"])
 def implementation(request, monkeypatch) -> str:
@@ -22,9 +24,18 @@ def implementation(request, monkeypatch) -> str:
     if request.param == "torch":  # a chunk holds one block
         monkeypatch.setattr(planning, "_uses_cpu_operators", lambda q: False)
         monkeypatch.setattr(planning.launching, "chunk_elements", lambda x: 1)
+    elif request.param == "cpu" and DEVICE == "cuda":
+        pytest.skip("tensors are on the GPU")
     elif request.param == "cpu" and (reason := cpu_library.why_not("pooling_error")):
         pytest.skip(reason)
     return request.param
+
+
+def scores(q: Tensor, k: Tensor, rows: int, columns: int, every: int) -> list[Tensor]:
+    """Return mass, mass x spread and error, computed on the GPU if there is one."""
+    q, k = (x.to(DEVICE) for x in (q, k))
+    mass, spread = (mass_and_spread(q, k, rows, columns, spread=one) for one in (False, True))
+    return [x.cpu() for x in (mass, spread, pooling_error(q, k, rows, columns, every))]
 
 
 def naive_scores(q: Tensor, k: Tensor, rows: int, columns: int, sampled: list[list[int]]) -> tuple[Tensor, ...]:
@@ -49,8 +60,7 @@ def check(q: Tensor, k: Tensor, rows: int, columns: int, every: int, tolerance: 
     tokens, group = q.shape[2], q.shape[1] // k.shape[1]
     number = [n * every + n * 5 % every for n in range(-(-rows // every))]
     sampled = [[min(i * rows + min(n, rows - 1), tokens - 1) for n in number] for i in range(-(-tokens // rows))]
-    mass, spread = (mass_and_spread(q, k, rows, columns, spread=one) for one in (False, True))
-    error = pooling_error(q, k, rows, columns, every)
+    mass, spread, error = scores(q, k, rows, columns, every)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             expected = naive_scores(q[b, h], k[b, h // group], rows, columns, sampled)
@@ -95,19 +105,20 @@ def test_keys_that_are_alike_need_no_exact_tile(implementation):
     """Equal keys within each tile: their pooled term is exact, so both scores vanish."""
     q, k, _ = qkv(128, dim=16)
     k = k[:, :, ::16].repeat_interleave(16, 2)
-    assert mass_and_spread(q, k, 64, 16).abs().max() < 1e-5 * mass_and_spread(q, k + torch.randn(k.shape), 64, 16).max()
-    assert pooling_error(q, k, 64, 16, 8).abs().max() < 1e-5
+    _, spread, error = scores(q, k, 64, 16, 8)
+    _, other_spread, other_error = scores(q, k + torch.randn(k.shape), 64, 16, 8)
+    assert spread.abs().max() < 1e-5 * other_spread.max() and error.abs().max() < 1e-4 * other_error.max()
 
 
 def test_an_offset_of_all_keys_changes_no_score(implementation):
     q, k, _ = qkv(150, dim=16)
     offset = torch.randn(16, generator=torch.Generator().manual_seed(1))
-    assert_near(mass_and_spread(q, k + offset, 32, 16), mass_and_spread(q, k, 32, 16), 1e-4)
-    assert_near(pooling_error(q, k + offset, 32, 16, 4), pooling_error(q, k, 32, 16, 4), 1e-4)
+    for actual, expected in zip(scores(q, k + offset, 32, 16, 4), scores(q, k, 32, 16, 4), strict=True):
+        assert_near(actual, expected, 1e-4)
 
 
 def test_triton_supports_query_blocks_and_key_tiles_of_powers_of_two(implementation):
-    q, k, _ = qkv(100, dim=16)
+    q, k, _ = (x.to(DEVICE) for x in qkv(100, dim=16, dtype=torch.float16))
     supported = [planning._supports_triton(q, k, rows, columns) for rows, columns in ((64, 16), (48, 16), (64, 12))]
     assert supported == [implementation == "triton", False, False]
 
