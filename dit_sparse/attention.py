@@ -67,7 +67,9 @@ def attention(
     block, memory = int(block), {}
     site = Site(grid, block)
     method.begin_generation(q, site)
-    visible = (q, k) if lengths is None else (without_padding(x, lengths) for x in (q, k))
+    visible = [q, k, v if method.needs_values else None]
+    if lengths is not None:
+        visible = [None if x is None else without_padding(x, lengths) for x in visible]
     plan = method.plan(*visible, site, memory) or Plan.dense(grid.tokens, block, q.device)
     if lengths is not None and plan.order is not None and lengths.min() < grid.tokens - grid.after:
         raise ValueError("padding must be text at the end of the sequence, because this method reorders video tokens")

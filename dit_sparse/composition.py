@@ -58,6 +58,10 @@ class Wrapper(Method):
         return self.inner.makes_cluster_plans
 
     @property
+    def needs_values(self) -> bool:
+        return self.inner.needs_values
+
+    @property
     def needs_lse(self) -> bool:
         return self.inner.needs_lse
 
@@ -92,8 +96,8 @@ class Wrapper(Method):
     def order(self, grid: Grid, block: int) -> Tensor | None:
         return self.inner.order(grid, block)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
-        return self.inner.plan(q, k, site, memory.setdefault("inner", {}))
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan | None:
+        return self.inner.plan(q, k, v, site, memory.setdefault("inner", {}))
 
     def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         return self.inner.correct(result, site, memory.setdefault("inner", {}))
@@ -164,10 +168,10 @@ class Cached(Wrapper):
     replan_interval: int | None = within("[1, 10000]", None)
     drift: float | None = within("[0, 2]", None)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan | None:
         means = None if self.drift is None else pool(q, site.block)
         if "plan" not in memory or self._is_stale(means, site, memory):
-            memory.update(plan=super().plan(q, k, site, memory), step=site.step, means=means)
+            memory.update(plan=super().plan(q, k, v, site, memory), step=site.step, means=means)
         return memory["plan"]
 
     def _is_stale(self, means: Tensor | None, site: Site, memory: dict) -> bool:
@@ -215,6 +219,10 @@ class PerHead(Method):
         return any(method.manages_own_plans for _, method in self.methods)
 
     @property
+    def needs_values(self) -> bool:
+        return any(method.needs_values for _, method in self.methods)
+
+    @property
     def needs_lse(self) -> bool:
         return any(method.needs_lse for _, method in self.methods)
 
@@ -232,13 +240,14 @@ class PerHead(Method):
             own_bytes += method.begin_generation(q, site, reserved_bytes + own_bytes)
         return own_bytes
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         letters = self._letters(q, site)
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        k, v = (None if x is None else x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         plans, choice = [], torch.zeros(1, len(letters), dtype=torch.long, device=q.device)
         for letter, method in self._methods_in(letters):
             heads = torch.tensor([head for head, own in enumerate(letters) if own == letter], device=q.device)
-            plan = self._plan_heads(method, q[:, heads], k[:, heads], site, memory.setdefault(letter, {}))
+            own = (None if x is None else x[:, heads] for x in (q, k, v))
+            plan = self._plan_heads(method, *own, site, memory.setdefault(letter, {}))
             choice[:, heads] = len(plans)
             plans.append(plan.expand_heads(heads, len(letters)))
         return Plan.by_head(plans, choice)
@@ -264,10 +273,10 @@ class PerHead(Method):
         out, lse = add_tail(result.out, result.lse, *tensors)
         return replace(result, out=out, lse=lse)
 
-    def _plan_heads(self, method: Method, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def _plan_heads(self, method: Method, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         """Return the plan of the heads of one letter, a new one if the schedule asks for it."""
         if "part" not in memory or method.manages_own_plans or site.needs_plan:
-            plan = method.plan(q, k, site, memory)
+            plan = method.plan(q, k, v if method.needs_values else None, site, memory)
             memory["part"] = Plan.dense(site.grid.tokens, site.block, q.device) if plan is None else plan
         return memory["part"]
 

@@ -65,6 +65,7 @@ class Method:
             plan, and decides itself when to make a new one.
         makes_cluster_plans: whether plans are a ``ClusterPlan``.
         keeps_model_attention: whether the model's own attention call runs in all steps.
+        needs_values: whether :meth:`plan` reads the values; otherwise it gets None in their place.
         needs_lse: whether :meth:`correct` reads the log-sum-exp, which not all executors return.
         observes_dense: whether :meth:`observe_dense` is called in the last dense step, which costs one more plan and
             one sparse call for each layer and branch, once.
@@ -79,6 +80,7 @@ class Method:
     manages_own_plans: ClassVar[bool] = False
     makes_cluster_plans: ClassVar[bool] = False
     keeps_model_attention: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
     needs_lse: ClassVar[bool] = False
     observes_dense: ClassVar[bool] = False
     density_ramp: ClassVar[tuple[float, float] | None] = None
@@ -145,8 +147,11 @@ class Method:
         """
         return 0
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | ClusterPlan | None:
-        """Return the plan for ``q, k [B, H, N, D]`` (after RoPE), or None to compute all pairs."""
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan | ClusterPlan | None:
+        """Return the plan for ``q, k, v [B, H, N, D]`` (q and k after RoPE), or None to compute all pairs.
+
+        ``v`` is None unless the method ``needs_values``.
+        """
         raise NotImplementedError
 
     def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
@@ -205,18 +210,20 @@ class Scorer(Method):
         if self.density is not None and self.budget is not None:
             raise ValueError("give a density or a budget, not both")
 
-    def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
-        """Return float32 scores ``[B, H, Qb, Qb]`` of ``q, k [B, H, N, D]``, which are in the method's order.
+    def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
+        """Return float32 scores ``[B, H, Qb, Qb]`` of ``q, k, v [B, H, N, D]``, which are in the method's order.
 
         Scores are logits, because ``Mass`` takes their softmax. Blocks of +inf are kept in addition to the budget.
         """
         raise NotImplementedError
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         order, blocks = _cached_order(self, site.grid, site.block, q.device)
         if order is not None:
-            q, k = (x.index_select(2, order) for x in (q, k))
-        scores = self.score(q, k.repeat_interleave(q.shape[1] // k.shape[1], 1), site, memory).float()
+            q, k, v = (None if x is None else x.index_select(2, order) for x in (q, k, v))
+        groups = q.shape[1] // k.shape[1]
+        k, v = (None if x is None else x.repeat_interleave(groups, 1) for x in (k, v))
+        scores = self.score(q, k, v, site, memory).float()
         if self.density is None:
             budget = self.budget or self.default_budget
             keep = blocks.choose(scores, lambda scores: budget.keep(scores, blocks.own))

@@ -39,7 +39,7 @@ class Pattern(Method):
         """Return which key blocks each query block attends to, bool ``[Qb, Qb]``."""
         raise NotImplementedError
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         return _cached_plan(self, site.grid, site.block).to(q.device)
 
     def block_mask(self, grid: Grid, block: int) -> Tensor:

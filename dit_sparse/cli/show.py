@@ -65,7 +65,8 @@ def show(
         if png:
             writable_figure(png, "--png")
         unused = torch.zeros(1, 1, token_grid.tokens, 8)  # static methods read the shape only
-        plan = sparse_method.plan(unused, unused, Site(token_grid, block), {}) or Plan.dense(token_grid.tokens, block)
+        planned = sparse_method.plan(unused, unused, None, Site(token_grid, block), {})
+        plan = planned or Plan.dense(token_grid.tokens, block)
         if png:
             save_figure(png, plot_plan(plan, token_grid, name_of(sparse_method)))
     console.print(terminal_map(plan), highlight=False, markup=False)

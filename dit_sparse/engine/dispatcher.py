@@ -132,7 +132,7 @@ class AttentionDispatcher:
         """Compute a call whose padding is at the end by the method's plan, if it makes one that is faster."""
         q, k, lengths = call.q, call.k, padding and padding.lengths
         with self._counters.attention.timing(q.device):
-            plan = self._plans.plan(q, k, site, lengths)
+            plan = self._plans.plan(q, k, site, lengths, call.v)
         if plan is None:
             return self._dense(call, "the method")
         plan = plan.with_lengths(lengths)
@@ -181,7 +181,7 @@ class AttentionDispatcher:
             call, site, out = padding.arrange_call(call), padding.arrange_site(site), padding.arrange(out)
         q, k, v, lengths = call.q, call.k, call.v, padding and padding.lengths
         with counters.attention.timing(q.device):
-            plan = self._plans.preview(q, k, site, lengths)
+            plan = self._plans.preview(q, k, site, lengths, v)
             if plan is None:
                 return
             plan = plan.with_lengths(lengths)

@@ -63,7 +63,9 @@ class Plans:
         self._methods: dict[tuple, Method] = {}  # by what their density depends on
         self._memory: dict[tuple, dict] = defaultdict(dict)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None) -> Plan | ClusterPlan | None:
+    def plan(
+        self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None, v: Tensor | None = None
+    ) -> Plan | ClusterPlan | None:
         """Return the plan for ``q, k [B, H, N, D]``, a new one if there is none or the schedule asks for it. It does
         not depend on tokens after the ``lengths [B]``."""
         method = self._method_at(site)
@@ -80,20 +82,22 @@ class Plans:
         may_be_stale = not method.static and (method.manages_own_plans or site.needs_plan)
         if cached is None or (may_be_stale and not cached.is_shared_by(site)):
             with self._stopwatch.timing(q.device):
-                plan = self._make_plan(method, q, k, site, lengths)
+                plan = self._make_plan(method, q, k, v, site, lengths)
             stored = plan.to("cpu") if self._offload and plan is not None else plan
             renewed = site.step if site.needs_plan else cached.renewed
             self._cache[key] = CachedPlan(stored, site.step, site.branch, method, renewed)
             return plan
         return cached.plan.to(q.device) if self._offload and cached.plan is not None else cached.plan
 
-    def preview(self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None) -> Plan | ClusterPlan | None:
+    def preview(
+        self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None, v: Tensor | None = None
+    ) -> Plan | ClusterPlan | None:
         """Return the plan that the first sparse step would make of a call of the last dense step, for both branches."""
         key, method = (*self._key(q, site), len(q), q.device), self._method_at(site)
         cached = self._previews.get(key)
         if cached is None or not cached.is_shared_by(site):
             with self._stopwatch.timing(q.device):
-                plan = self._make_plan(method, q, k, replace(site, needs_plan=True), lengths)
+                plan = self._make_plan(method, q, k, v, replace(site, needs_plan=True), lengths)
             cached = self._previews[key] = CachedPlan(plan, site.step, site.branch, method, site.step)
         return cached.plan
 
@@ -130,16 +134,17 @@ class Plans:
         return 1 - (1 - density) * video**2 if site.references else density
 
     def _make_plan(
-        self, method: Method, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None
+        self, method: Method, q: Tensor, k: Tensor, v: Tensor | None, site: Site, lengths: Tensor | None
     ) -> Plan | ClusterPlan | None:
         """Make a plan; if the batch holds both branches, from its second half, which is conditional."""
         memory, splits = self.memory(q, site), self._splits_batch(q, site)
+        tensors = [q, k, v if method.needs_values else None]
         if splits:
             half = len(q) // 2
-            q, k, lengths = q[half:], k[half:], None if lengths is None else lengths[half:]
+            *tensors, lengths = (None if x is None else x[half:] for x in (*tensors, lengths))
         if lengths is not None and not method.static:
-            q, k = without_padding(q, lengths), without_padding(k, lengths)
-        plan = method.plan(q, k, site, memory)
+            tensors = [None if x is None else without_padding(x, lengths) for x in tensors]
+        plan = method.plan(*tensors, site, memory)
         return plan.repeat_batch() if splits and plan is not None else plan
 
     def _splits_batch(self, q: Tensor, site: Site) -> bool:

@@ -62,7 +62,7 @@ class AdaSpa(Method):
             raise ValueError(f"queries_per_block must divide the block of {site.block}, got {self.queries_per_block}")
         return 0
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         interval = self.search_interval
         interval = max(1, int(interval * (site.steps or 50) if isinstance(interval, float) else interval))
         if "plan" not in memory or site.step - memory["step"] >= interval:

@@ -50,7 +50,7 @@ class ASA(Scorer):
     def order(self, grid: Grid, block: int) -> Tensor:
         return order.gilbert(grid)
 
-    def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
         tokens, dim = q.shape[2:]
         blocks, samples = num_blocks(tokens, site.block), min(self.samples, site.block)
         within = torch.randperm(site.block, generator=torch.Generator().manual_seed(self.seed))[:samples]

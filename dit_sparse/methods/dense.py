@@ -21,5 +21,5 @@ class Dense(Method):
     static: ClassVar[bool] = True
     keeps_model_attention: ClassVar[bool] = True
 
-    def plan(self, q, k, site, memory) -> None:
+    def plan(self, q, k, v, site, memory) -> None:
         return None

@@ -59,7 +59,7 @@ class PBS(Method):
         own = grid.video // segment * segment**2 + (grid.video % segment) ** 2
         return text_density(grid) + own / grid.tokens**2
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> ClusterPlan:
         grid, block, scale = site.grid, site.block, q.shape[-1] ** -0.5
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         q, k = (x[:, :, grid.before : grid.before + grid.video].float() for x in (q, k))

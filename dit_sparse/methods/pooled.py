@@ -47,6 +47,6 @@ class Pooled(Correction):
     inner: Method = DEFAULT_INNER
     group: int | None = within("[1, inf)", None)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | ClusterPlan | None:
-        plan = super().plan(q, k, site, memory)
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan | ClusterPlan | None:
+        plan = super().plan(q, k, v, site, memory)
         return plan if plan is None else plan.with_tail(self.group or plan.tokens)

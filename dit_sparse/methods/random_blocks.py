@@ -30,7 +30,7 @@ class RandomBlocks(Method):
 
     seed: int = within("[0, 4294967296)", 0)
 
-    def plan(self, q, k, site: Site, memory: dict) -> Plan:
+    def plan(self, q, k, v, site: Site, memory: dict) -> Plan:
         grid, block = site.grid, site.block
         blocks = num_blocks(grid.tokens, block)
         generator = torch.Generator().manual_seed(self.seed * 100_003 + site.layer)

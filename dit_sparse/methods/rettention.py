@@ -74,9 +74,9 @@ class Rettention(Correction):
         require_memory(f"Re-ttention of {site.layers} layers of one branch", need, reserved_bytes, device, advice)
         return need
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan | None:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan | None:
         if "plan" not in memory or site.step - memory["step"] >= self.refresh_interval:
-            memory.update(plan=super().plan(q, k, site, memory), step=site.step)
+            memory.update(plan=super().plan(q, k, v, site, memory), step=site.step)
         return memory["plan"]
 
     def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor]:

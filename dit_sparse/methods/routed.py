@@ -85,7 +85,7 @@ class Routed(Method):
         require_memory(what, need, reserved_bytes, q.device, advice)
         return need
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> ClusterPlan:
         if memory.pop("residual is used", False):
             memory.pop("residual")
         grid, block = site.grid, site.block

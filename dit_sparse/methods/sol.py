@@ -46,7 +46,7 @@ class Sol(Scorer):
         position = torch.arange(num_blocks(grid.tokens, block))
         return super().required(grid, block) | _adjacent(position)
 
-    def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
         queries, keys = pool(q, site.block), pool(k, site.block)
         keys = keys - keys.mean(2, keepdim=True)
         deviation = (queries.square() @ keys.square().mean(2)[..., None]).sqrt()

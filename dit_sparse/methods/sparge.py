@@ -53,7 +53,7 @@ class Sparge(Scorer):
     def order(self, grid: Grid, block: int) -> Tensor | None:
         return order.hilbert(grid) if self.hilbert else None
 
-    def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
         scores = pool(q, site.block) @ pool(k, site.block).mT * q.shape[-1] ** -0.5
         k = k - k.mean(2, keepdim=True)
         rows, columns = (self_similarity(x, site.block) < self.similarity_threshold for x in (q, k))

@@ -50,7 +50,7 @@ class SparseD(Method):
             raise ValueError(f"queries_per_block must divide the block of {site.block}, got {self.queries_per_block}")
         return 0
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         if "plan" not in memory:
             rows = min(self.queries_per_block or site.block, site.block)
             mass, _ = block_mass_and_lse(q, k, site.block, rows=rows)

@@ -35,7 +35,7 @@ class SubBlock(Scorer):
 
     subblocks: int = within(POWER_OF_TWO, 4)
 
-    def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
         (tokens, dim), n = q.shape[2:], self.subblocks
         if site.block % n:
             raise ValueError(f"subblocks must divide the block of {site.block}, got {n}")

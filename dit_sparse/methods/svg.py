@@ -75,7 +75,7 @@ class SVG(Method):
     samples: int = within("[1, 10000]", 64)
     seed: int = within("[0, 4294967296)", 0)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         grid, block = site.grid, site.block
         plan = _band_plan(0.25 if self.density is None else self.density, grid, block).to(q.device)
         orders = torch.stack([order.row_major(grid), order.frame_last(grid)]).to(q.device)

@@ -63,7 +63,7 @@ class SVG2(Method):
     def least_density(self, grid: Grid, block: int) -> float:
         return text_density(grid)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> ClusterPlan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> ClusterPlan:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         queries, query_centroids = self._cluster(q, self.query_clusters, site.grid, memory, "query centroids")
         keys, key_centroids = self._cluster(k, self.key_clusters, site.grid, memory, "key centroids")

@@ -48,7 +48,7 @@ class Vertical(Scorer):
     samples: int = within("[1, 10000]", 64)
     seed: int = within("[0, 4294967296)", 0)
 
-    def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
         _, weights = sampled_attention(q, k, site.grid, self.samples, self.seed)
         weights = F.pad(weights.sum(2), (0, -weights.shape[-1] % site.block))
         columns = weights.unflatten(-1, (-1, site.block)).sum(-1).log()
@@ -61,8 +61,8 @@ class Skip(Method):
 
     density_exception: ClassVar[str] = "skipped heads compute only text and the diagonal"
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
-        return Band(width=1e-6).plan(q, k, site, memory)
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
+        return Band(width=1e-6).plan(q, k, v, site, memory)
 
     def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
         return torch.zeros_like(result.out), result.lse
@@ -83,12 +83,12 @@ class VDiT(Method):
     samples: int = within("[1, 10000]", 64)
     seed: int = within("[0, 4294967296)", 0)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         if "plan" not in memory:
             density = 0.25 if self.density is None else self.density
             vertical = Vertical(density=density, samples=self.samples, seed=self.seed)
             modes = (Band(density=density), Temporal(density=density), vertical)
-            plans = [mode.plan(q, k, site, memory) for mode in modes]
+            plans = [mode.plan(q, k, v, site, memory) for mode in modes]
             rows, weights = sampled_attention(q, k, site.grid, self.samples, self.seed)
             mass = torch.stack([(weights * plan.token_mask(rows)).sum((-2, -1)) for plan in plans])
             memory["plan"] = Plan.by_head(plans, mass.argmax(0))

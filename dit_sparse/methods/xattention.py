@@ -40,7 +40,7 @@ class XAttention(Scorer):
     default_budget: ClassVar[Budget] = Mass(0.9)
     stride: int = within(POWER_OF_TWO, 8)
 
-    def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
         tokens, dim = q.shape[2:]
         if site.block % self.stride:
             raise ValueError(f"stride must divide the block of {site.block}, got {self.stride}")

@@ -158,7 +158,7 @@ class Probe(Method):
         for method in self.methods:
             method.check_model(layers, heads)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         return Plan.dense(site.grid.tokens, site.block, q.device)
 
     def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
@@ -172,7 +172,7 @@ class Probe(Method):
 def _measure(plans: Plans, dense: AttentionOutput, site: Site) -> Tensor:
     """Return squared relative error, density and estimated seconds of every head, ``[3, H]``."""
     heads, tokens = dense.q.shape[1:3]
-    plan = plans.plan(dense.q, dense.k, site, dense.plan.lengths)
+    plan = plans.plan(dense.q, dense.k, site, dense.plan.lengths, dense.v)
     if plan is None:
         seconds = cost_model("dense", CallSignature.from_call(dense.q, dense.plan)).seconds(tokens, tokens**2)
         return torch.stack([torch.zeros(heads), torch.ones(heads), torch.full((heads,), seconds)])

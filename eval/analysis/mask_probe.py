@@ -37,7 +37,7 @@ def measure_mask(plans: Plans, dense: AttentionOutput, site: Site, row_major_mas
         The metrics by name; ``error`` is the squared relative error of the output. A method without a plan, such as
         ``dense``, has error 0 and 1 for all others.
     """
-    method, plan = plans.method, plans.plan(dense.q, dense.k, site, dense.plan.lengths)
+    method, plan = plans.method, plans.plan(dense.q, dense.k, site, dense.plan.lengths, dense.v)
     heads = dense.q.shape[1]
     if plan is None:
         return {name: torch.full((heads,), float(name != "error"), dtype=torch.float64) for name in METRICS}
@@ -100,7 +100,7 @@ class MaskProbe(Method):
         for method in self.methods:
             method.check_model(layers, heads)
 
-    def plan(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Plan:
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         return Plan.dense(site.grid.tokens, site.block, q.device)
 
     def correct(self, dense: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:

@@ -83,7 +83,7 @@ class Case:
         """Return the plan of the case's pattern at its density."""
         if self.pattern == "clusters":
             return cluster_plan(q, k, self.density)
-        return method(self.pattern, density=self.density).plan(q, k, Site(self.grid, self.block), {})
+        return method(self.pattern, density=self.density).plan(q, k, None, Site(self.grid, self.block), {})
 
     def flops(self, density: float) -> float:
         """Return the floating-point operations of the two matrix products at a density."""

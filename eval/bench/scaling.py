@@ -151,10 +151,10 @@ class Scaling:
 
     @torch.no_grad()
     def _measure(self, method: Method, grid: Grid, tensors: list[Tensor], rate: float) -> dict:
-        (q, k, _), site, memory = tensors, Site(grid, self.block), {}
+        (q, k, v), site, memory = tensors, Site(grid, self.block), {}
         synchronize(q.device.type)
         begin = time.perf_counter()
-        plan = method.plan(q, k, site, memory)
+        plan = method.plan(q, k, v, site, memory)
         synchronize(q.device.type)
         planning = 0.0 if plan is None else time.perf_counter() - begin
         density = 1.0 if plan is None else plan.density

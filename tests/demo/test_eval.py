@@ -76,7 +76,7 @@ def test_videos_are_saved_large_enough_and_even(tmp_path, shape):
 def test_retained_mass_is_the_ratio_of_partition_functions(name):
     grid = Grid(3, 5, 7, after=9)
     q, k = torch.randn(2, 2, 4, grid.tokens, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
-    plan = method(name, density=0.5).plan(q, k, Site(grid, 16), {}).with_lengths(torch.tensor([114, 108]))
+    plan = method(name, density=0.5).plan(q, k, k, Site(grid, 16), {}).with_lengths(torch.tensor([114, 108]))
     everything = Plan.dense(grid.tokens, 16).with_lengths(plan.lengths)
     kept, total = (reference.attend(q, k, k, p)[1] for p in (plan, everything))
     mass = retained_mass(q, k, plan, rows=grid.tokens)

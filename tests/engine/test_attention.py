@@ -20,7 +20,7 @@ Q, K, V = qkv(GRID.tokens, batch=2, heads=4)
 class Untouchable(Method):
     """Fails when it is asked for a plan: a bad call has to be refused before."""
 
-    def plan(self, q, k, site, memory):
+    def plan(self, q, k, v, site, memory):
         raise AssertionError("work was done before the inputs were checked")
 
 
@@ -186,7 +186,7 @@ def test_gradients_may_be_wanted_elsewhere():
 class Remembering(Method):
     """Notes something while it plans and uses it in the correction."""
 
-    def plan(self, q, k, site, memory):
+    def plan(self, q, k, v, site, memory):
         memory["heads"] = q.shape[1]
         return Plan.dense(site.grid.tokens, site.block)
 

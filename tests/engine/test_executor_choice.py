@@ -65,8 +65,8 @@ class VaryingDensity(ds.Method):
 
     densities: list = field(default_factory=list, compare=False)
 
-    def plan(self, q: Tensor, k: Tensor, site: ds.Site, memory: dict) -> ds.Plan:
-        return ds.methods.method("random_blocks", density=self.densities[-1]).plan(q, k, site, memory)
+    def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: ds.Site, memory: dict) -> ds.Plan:
+        return ds.methods.method("random_blocks", density=self.densities[-1]).plan(q, k, k, site, memory)
 
 
 def test_auto_does_not_depend_on_the_previous_clip(executor_costs):

@@ -28,7 +28,7 @@ def test_retained_mass_is_that_of_all_queries(name, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, GRID.tokens, 16, generator=generator) for heads in (4, 2))
     site, lengths = ds.Site(GRID, block=16), torch.tensor([GRID.tokens, GRID.tokens - 7])
-    plan = method(name, density=0.4).plan(q, k, site, {}).with_lengths(lengths)
+    plan = method(name, density=0.4).plan(q, k, k, site, {}).with_lengths(lengths)
     k[1, :, -7:] = torch.nan
     weights = (q.double() @ k.double().nan_to_num().repeat_interleave(2, 1).mT / 4).masked_fill(
         (torch.arange(GRID.tokens) >= lengths[:, None])[:, None, None], -torch.inf

@@ -62,7 +62,7 @@ def test_padding_is_read_from_every_form_of_a_mask(grid, text, form):
 
     site = padding.arrange_site(ds.Site(grid, block=16)) if padding.order is not None else ds.Site(grid, block=16)
     moved = padding.arrange_call(call)
-    plan = method("svg2", density=1.0).plan(moved.q, moved.k, site, {}).with_lengths(padding.lengths)
+    plan = method("svg2", density=1.0).plan(moved.q, moved.k, moved.k, site, {}).with_lengths(padding.lengths)
     assert site.grid.tokens == grid.tokens and site.grid.video == grid.video
     out = executor("reference").attend(moved.q, moved.k, moved.v, plan)[0]
     torch.testing.assert_close(padding.restore(out) * rows, stock * rows)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from dit_sparse.method import AttentionOutput, Method
 from dit_sparse.methods import method
 from dit_sparse.methods.rettention import Rettention
 from dit_sparse.plan import Plan
-from sparse_pipelines import assert_near
+from dit_sparse.scoring import pool
+from sparse_pipelines import assert_near, cached_pipeline, count_layers, enable_sparse, generate
 
 
 def recorder(record: Callable) -> Method:
@@ -41,7 +43,7 @@ def test_second_call_of_a_branch_in_a_step_gets_a_new_plan():
     calls = []
 
     class Recorder(Method):
-        def plan(self, q, k, site, memory):
+        def plan(self, q, k, v, site, memory):
             calls.append((float(q[0, 0, 0, 0]), memory.setdefault("steps", []).copy()))
             memory["steps"].append(site.step)
 
@@ -171,3 +173,38 @@ def test_static_plans_are_solved_once_per_density():
     assert len(made) == 3
     plans.end_generation()
     assert id(plans.plan(q, q, site(1, 0))) in made
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputError(ds.Scorer):
+    """Ranks blocks by the norm of what they add to the output, which needs the values."""
+
+    needs_values: ClassVar[bool] = True
+
+    def score(self, q, k, v, site, memory):
+        means = [pool(x, site.block) for x in (q, k, v)]
+        return means[0] @ means[1].mT + means[2].norm(dim=-1).log()[:, :, None]
+
+
+@pytest.mark.parametrize("wrap", [lambda one: one, lambda one: ds.Cached(inner=one), lambda one: per_head(one)])
+def test_methods_that_ask_for_values_get_them(wrap):
+    """In a pipeline, wrapped and head by head; padding is zero and other methods get None."""
+    stock = cached_pipeline("hunyuan_video")
+    with enable_sparse(stock, wrap(OutputError(density=0.4)), density=None) as run:
+        generate(stock)
+    assert run.report().sparse_calls > 0
+    seen = []
+    q, v = torch.randn(2, 2, 48, 8), torch.randn(2, 2, 48, 8)
+    site, lengths = ds.Site(ds.Grid(1, 4, 8, after=16), block=16), torch.tensor([48, 40])
+    for values in (True, False):
+        one = recorder(lambda q, k, v, *_: seen.append(v))
+        type(one).needs_values = values
+        Plans(one).plan(q, q, site, lengths, v)
+    assert seen[1] is None and seen[0][1, :, 40:].eq(0).all() and seen[0][0].equal(v[0])
+
+
+def per_head(one: ds.Method) -> ds.Method:
+    other = method("radial", density=0.4)
+    return ds.PerHead(
+        methods=(("a", one), ("b", other)), layers=("ab",) * count_layers(cached_pipeline("hunyuan_video"))
+    )

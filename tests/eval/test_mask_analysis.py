@@ -90,7 +90,7 @@ def all_masks(blocks: int) -> Tensor:
 def test_bounds_equal_the_best_mask_by_brute_force(grid):
     """They are equal if no block is ragged; otherwise no mask exceeds them, and the best is within one block."""
     dense, site, row_major = dense_call(grid, BLOCK, heads=2, key_heads=2)
-    plan = method("random_blocks", density=0.4, seed=3).plan(dense.q, dense.k, site, {})
+    plan = method("random_blocks", density=0.4, seed=3).plan(dense.q, dense.k, dense.k, site, {})
     bounds, attention, blocks = retained_and_bounds(dense, plan, site, row_major), weights(dense), plan.blocks
     group = torch.arange(grid.tokens) // BLOCK
     size = torch.bincount(group).double()
@@ -170,7 +170,7 @@ def test_an_oracle_reaches_the_bound_by_row():
 def test_error_is_the_relative_error_of_the_output(name, lengths):
     call, site, row_major = dense_call(GRID, BLOCK, lengths)
     one = method(name, density=0.4)
-    plan = one.plan(call.q, call.k, site, {}).with_lengths(call.plan.lengths)
+    plan = one.plan(call.q, call.k, call.k, site, {}).with_lengths(call.plan.lengths)
     everything = torch.ones(2, 4, GRID.tokens, GRID.tokens, dtype=torch.bool)
     if lengths:
         everything[1, ..., lengths[1] :] = False

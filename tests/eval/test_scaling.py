@@ -67,7 +67,7 @@ def test_rows_count_the_planned_pairs(result):
             assert row["why_not"] == "there is no CUDA GPU here"
     grid = Grid(16, 8, 12)
     row = next(r for r in result["rows"] if (r["method"], r["setting"], r["frames"]) == ("radial", "own", 16))
-    mask = token_mask(method("radial").plan(torch.zeros(1, 1, 1, 1), None, Site(grid, 32), {}), 1, 1)
+    mask = token_mask(method("radial").plan(torch.zeros(1, 1, 1, 1), None, None, Site(grid, 32), {}), 1, 1)
     assert row["pairs"] == pytest.approx(int(mask.sum()))
 
 
@@ -112,7 +112,7 @@ def test_the_timed_call_computes_attention():
     grid, one = Grid(4, 8, 12, after=7), method("window", density=0.4)
     tensors = synthetic_qkv(grid, 2, 16)
     site = Site(grid, 32)
-    plan = one.plan(tensors[0], tensors[1], site, {})
+    plan = one.plan(tensors[0], tensors[1], tensors[1], site, {})
     for timed_plan in (plan, None):
         seconds, why_not = scaling.attention_seconds(one, timed_plan, tensors, site, {}, 2)
         assert seconds > 0 and why_not is None
@@ -127,7 +127,7 @@ def test_calls_that_fail_have_a_reason(monkeypatch):
     monkeypatch.setattr(scaling, "pick", fails)
     grid = Grid(2, 4, 4)
     one, tensors = method("radial"), synthetic_qkv(grid, 1, 16)
-    plan = one.plan(tensors[0], tensors[1], Site(grid, 16), {})
+    plan = one.plan(tensors[0], tensors[1], tensors[1], Site(grid, 16), {})
     assert scaling.attention_seconds(one, plan, tensors, Site(grid, 16), {}, 1) == (None, "out of memory")
 
 

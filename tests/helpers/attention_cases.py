@@ -66,7 +66,7 @@ def plan_of(method: Method, grid: Grid, block: int, q: Tensor | None = None, k: 
     """Return the method's plan, or the dense plan if it leaves the call dense. Default q and k: two random heads."""
     if q is None:
         q, k, _ = qkv(grid.tokens, dim=8)
-    plan = method.plan(q, k, Site(grid, block, **site), {})
+    plan = method.plan(q, k, k, Site(grid, block, **site), {})
     return Plan.dense(grid.tokens, block) if plan is None else plan
 
 
@@ -230,7 +230,7 @@ class BlockMeans(Scorer):
     def order(self, grid: Grid, block: int) -> Tensor | None:
         return order.hilbert(grid) if self.hilbert else None
 
-    def score(self, q: Tensor, k: Tensor, site: Site, memory: dict) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
         return pool(q, site.block) @ pool(k, site.block).mT
 
 

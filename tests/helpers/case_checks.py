@@ -190,7 +190,7 @@ def required_density(plan: AnyPlan, text: Tensor, method: Method, grid: ds.Grid)
     required = required | (distance.abs() <= isinstance(base, Sol))
     for part in (part for one in nested_methods(method) if isinstance(one, Union) for part in one.parts[1:]):
         tokens = torch.zeros(1, 1, plan.tokens, 1)
-        required = required | part.plan(tokens, tokens, ds.Site(grid, plan.block), {}).token_mask(
+        required = required | part.plan(tokens, tokens, tokens, ds.Site(grid, plan.block), {}).token_mask(
             torch.arange(plan.tokens)
         )
     return float(required.double().mean())

@@ -192,7 +192,7 @@ class RunningMean(ds.Scorer):
 
     log: list = field(default_factory=list, compare=False)
 
-    def score(self, q: Tensor, k: Tensor, site: ds.Site, memory: dict) -> Tensor:
+    def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: ds.Site, memory: dict) -> Tensor:
         self.log.append((site, memory.setdefault("steps", []).copy()))
         memory["steps"].append(site.step)
         score = pool(q, site.block) @ pool(k, site.block).mT

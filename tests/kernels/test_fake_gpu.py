@@ -95,7 +95,7 @@ def test_only_long_lists_are_trimmed(monkeypatch):
 
     def make_plan(one, heads):
         q = gpu_tensor(1, heads, grid.tokens, 128)
-        return one.plan(q, q, Site(grid, 128, step=3, steps=10), {})
+        return one.plan(q, q, q, Site(grid, 128, step=3, steps=10), {})
 
     with fake_gpu(monkeypatch):
         for one in methods:

@@ -49,17 +49,17 @@ def test_adaspa_has_three_densities_with_an_unchanged_mean():
     k = torch.stack([blocks, blocks, blocks, torch.randn(320, 20, generator=generator)])
     q, k = torch.stack([q, q.flip(0)]), torch.stack([k, k.flip(0)])
     for density, few, many in ((0.2, 2, 6), (0.5, 5, 15)):
-        count = AdaSpa(density=density).plan(q, k, Site(Grid(4, 8, 10), 16), {}).count.float().mean(-1)
+        count = AdaSpa(density=density).plan(q, k, k, Site(Grid(4, 8, 10), 16), {}).count.float().mean(-1)
         assert count.tolist() == [[few, few, many, many], [many, many, few, few]] and count.mean() == 20 * density
-    assert (AdaSpa(density=0.8).plan(q, k, Site(Grid(4, 8, 10), 16), {}).count == 16).all(), "too dense for levels"
+    assert (AdaSpa(density=0.8).plan(q, k, k, Site(Grid(4, 8, 10), 16), {}).count == 16).all(), "too dense for levels"
 
 
 def test_adaspa_reuses_the_first_log_sum_exp():
     q, k, _ = qkv(GRID.tokens)
     memory = {}
-    first = AdaSpa(density=0.3).plan(q, k, Site(GRID, 16), memory)
+    first = AdaSpa(density=0.3).plan(q, k, k, Site(GRID, 16), memory)
     lse = memory["lse"].clone()
-    second = AdaSpa(density=0.3).plan(q * 1.01, k, Site(GRID, 16, step=7), memory)
+    second = AdaSpa(density=0.3).plan(q * 1.01, k, k, Site(GRID, 16, step=7), memory)
     assert memory["lse"].equal(lse) and second.count.equal(first.count)
 
 
@@ -72,13 +72,13 @@ def test_sparsed_plans_once_and_keeps_the_best_blocks_of_every_group(groups):
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
     k[:, :, :128] *= 3  # the first frames receive nearly all attention
     memory, method = {}, SparseD(density=0.25, groups=groups)  # six of 24, or two of eight
-    plan = method.plan(q, k, Site(grid, 16), memory)
+    plan = method.plan(q, k, k, Site(grid, 16), memory)
     exact = block_sums(softmax_map(q, k), 16).masked_fill(torch.eye(24, dtype=torch.bool), torch.inf)
     for group, keep in zip(exact.chunk(groups, -1), plan.block_mask().chunk(groups, -1), strict=True):
         best = group.topk(6 // groups, dim=-1).indices
         assert keep.equal(torch.zeros_like(group, dtype=torch.bool).scatter(-1, best, True))
-    assert method.plan(k, q, Site(grid, 16, step=9), memory) is plan
-    assert method.plan(k, q, Site(grid, 16), {}) is not plan
+    assert method.plan(k, q, q, Site(grid, 16, step=9), memory) is plan
+    assert method.plan(k, q, q, Site(grid, 16), {}) is not plan
 
 
 # --- svg
@@ -90,7 +90,7 @@ def test_svg_finds_temporal_heads():
     frame, row, column, _ = grid.coordinates()
     same_frame, same_place = F.one_hot(frame, 8).float(), F.one_hot(row * 8 + column, 48).float()
     heads = torch.stack([F.pad(same_frame, (0, 40)), same_place])[None]
-    plan = SVG(density=0.25).plan(90 * heads, heads, Site(grid, block), {})
+    plan = SVG(density=0.25).plan(90 * heads, heads, heads, Site(grid, block), {})
     assert plan.order.shape == (1, 2, grid.tokens)
     assert plan.order[0, 0].equal(order.row_major(grid)) and plan.order[0, 1].equal(order.frame_last(grid))
     assert plan.block_mask().equal(Band(density=0.25).block_mask(grid, block)[None, None])
@@ -104,7 +104,7 @@ def test_svg_samples_the_whole_sequence():
     spy = q.as_subclass(
         type("Spy", (torch.Tensor,), {"__getitem__": lambda x, i: keys.append(i) or torch.Tensor.__getitem__(x, i)})
     )
-    SVG(density=0.3, samples=500).plan(spy, q, Site(grid, 16), {})
+    SVG(density=0.3, samples=500).plan(spy, q, q, Site(grid, 16), {})
     rows = next(i[2] for i in keys if isinstance(i, tuple) and isinstance(i[2], torch.Tensor))
     assert rows.min() >= 20 and rows.min() < 30 and rows.max() > grid.tokens - 10
 
@@ -122,10 +122,10 @@ def test_vdit_finds_the_mode_of_every_head_and_keeps_it():
     stripe[64:80], stripe[256:272] = queries[:16], queries[:16]
     q, k = torch.stack([frames, places, queries])[None] * 40, torch.stack([frames, places, stripe])[None]
     memory, method = {}, VDiT(density=0.25)
-    plan = method.plan(q, k, Site(grid, 16), memory)
+    plan = method.plan(q, k, k, Site(grid, 16), memory)
     mask = token_mask(plan, 1, 3)[0]
     assert mask[0][frame[:, None] == frame].all()
     same_place = (row * 8 + column)[:, None] == row * 8 + column
     assert mask[1][same_place].all() and not mask[0][same_place].all()
     assert mask[2][:, 64:80].all() and mask[2][:, 256:272].all()
-    assert method.plan(k, q, Site(grid, 16, step=5), memory) is plan
+    assert method.plan(k, q, q, Site(grid, 16, step=5), memory) is plan

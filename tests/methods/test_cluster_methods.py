@@ -35,14 +35,14 @@ def test_svg2_with_a_cluster_for_each_token_is_dense():
 @pytest.mark.parametrize("density", [0.15, 0.25, 0.5])
 def test_svg2_meets_the_density_to_a_cluster(grid, density):
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
-    plan = SVG2(init_iterations=5, density=density).plan(q, k, Site(grid), {})
+    plan = SVG2(init_iterations=5, density=density).plan(q, k, k, Site(grid), {})
     assert plan.density == pytest.approx(density, abs=0.01)
 
 
 def test_svg2_keeps_the_fewest_clusters_that_reach_top_p():
     q, k, _ = qkv(LINE.tokens, dim=16)
     memory, method = {}, SVG2(query_clusters=150, key_clusters=281, top_p=0.7, min_ratio=0.0, init_iterations=5)
-    plan = method.plan(q, k, Site(LINE), memory)
+    plan = method.plan(q, k, k, Site(LINE), memory)
     centroids = [memory[f"{side} centroids"].double() for side in ("query", "key")]
     mass = (centroids[0] @ centroids[1].mT / 4).exp() * plan.keys.sizes[..., None, :]
     mass = mass / mass.sum(-1, keepdim=True)
@@ -57,12 +57,12 @@ def test_svg2_starts_from_the_previous_centroids():
     q, k, _ = qkv(LINE.tokens, batch=2, dim=16)
     method = SVG2(query_clusters=150, key_clusters=281, init_iterations=3, iterations=1, density=0.3)
     memory = {}
-    first = method.plan(q, k, Site(LINE), memory)
+    first = method.plan(q, k, k, Site(LINE), memory)
     before = {name: x.clone() for name, x in memory.items()}
-    second = method.plan(q, k, Site(LINE, step=1), memory)
+    second = method.plan(q, k, k, Site(LINE, step=1), memory)
     clusters, centroids = kmeans(k, 11, 1, before["key centroids"])
     assert memory["key centroids"].equal(centroids) and second.keys.order.equal(clusters.order)
-    items = [method.plan(q[b : b + 1], k[b : b + 1], Site(LINE), {}) for b in range(2)]
+    items = [method.plan(q[b : b + 1], k[b : b + 1], k[b : b + 1], Site(LINE), {}) for b in range(2)]
     assert all(item.block_mask().equal(first.block_mask()[b : b + 1]) for b, item in enumerate(items))
 
 
@@ -73,7 +73,7 @@ def test_svg2_starts_from_the_previous_centroids():
 @pytest.mark.parametrize("density", [0.15, 0.25, 0.5])
 def test_pbs_meets_the_density_to_a_block(grid, density):
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
-    plan = PBS(density=density).plan(q, k, Site(grid, 32), {})
+    plan = PBS(density=density).plan(q, k, k, Site(grid, 32), {})
     assert plan.density == pytest.approx(density, abs=0.01)
 
 
@@ -84,7 +84,7 @@ def test_pbs_puts_important_keys_into_one_block():
     important = torch.randperm(320, generator=generator)[:16]
     q[..., 0], k[..., 0] = 8.0, 0.0
     k[:, :, important, 0] = 8.0
-    plan = PBS(top_p=0.9, segment_blocks=20).plan(q, k, Site(Grid(5, 8, 8), 16), {})
+    plan = PBS(top_p=0.9, segment_blocks=20).plan(q, k, k, Site(Grid(5, 8, 8), 16), {})
     assert plan.keys.order[..., :16].sort(-1).values.equal(important.sort().values.expand(1, 2, -1))
     assert plan.queries.order.flatten().equal(torch.arange(320))
 
@@ -93,7 +93,7 @@ def test_pbs_sorts_within_segments_and_ranks_by_exact_attention():
     grid = Grid(4, 8, 10)  # 20 blocks of 16, in five segments of four
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
     method = PBS(density=0.3, segment_blocks=4, probe_queries=320, queries_per_block=16)
-    plan = method.plan(q, k, Site(grid, 16), {})
+    plan = method.plan(q, k, k, Site(grid, 16), {})
     segment = torch.arange(320) // 64
     assert (plan.keys.order // 64).equal(segment.expand(2, 2, -1))
     importance = softmax_map(q, k).mean(2)
@@ -111,7 +111,7 @@ def test_top_p_of_pbs_leaves_out_the_own_segment():
     noise = 0.1 * torch.randn(2, 1, 2, 320, 22, generator=torch.Generator().manual_seed(0))
     q, k = (torch.cat([segments.expand(1, 2, -1, -1), part], -1) for part in noise)
     q[..., :10] = 40 * (segments + 0.7 * segments.roll(1, -1))
-    plan = PBS(top_p=0.9).plan(q, k, Site(Grid(5, 8, 8), 16), {})
+    plan = PBS(top_p=0.9).plan(q, k, k, Site(Grid(5, 8, 8), 16), {})
     segment = torch.arange(20) // 2
     distance = (segment - segment[:, None]) % 10
     assert plan.block_mask().equal((distance <= 1).expand(1, 2, -1, -1)) and plan.density == pytest.approx(0.2)
@@ -121,7 +121,7 @@ def test_pbs_sorts_long_sequences_exactly():
     """An importance is about 1 / length, too small to add to the number of a segment in float32."""
     grid = Grid(30, 32, 32)
     q, k, _ = qkv(grid.tokens, heads=1, dim=8)
-    plan = PBS(density=0.05, probe_queries=16).plan(q, k, Site(grid, 128), {})
+    plan = PBS(density=0.05, probe_queries=16).plan(q, k, k, Site(grid, 128), {})
     importance = (q[:, :, :: grid.tokens // 16].double() @ k.double().mT * 8**-0.5).softmax(-1).mean(2)
     ranked = torch.take_along_dim(importance, plan.keys.order, -1).unflatten(-1, (-1, 2, 128))
     assert (ranked[..., 0, :].amin(-1) >= ranked[..., 1, :].amax(-1) * (1 - 1e-5)).all()

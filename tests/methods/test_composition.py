@@ -135,7 +135,7 @@ def test_cached_plans_again_after_the_interval():
     plans = []
     for step in range(2, 9):
         q, k, _ = qkv(GRID.tokens, seed=step)
-        plans.append(cached.plan(q, k, Site(GRID, BLOCK, step=step), memory))
+        plans.append(cached.plan(q, k, k, Site(GRID, BLOCK, step=step), memory))
     assert [later is earlier for earlier, later in pairwise(plans)] == [True, True, False] * 2
 
 
@@ -143,10 +143,10 @@ def test_cached_plans_again_when_the_queries_drift():
     cached, memory = Cached(inner=method("xattention", stride=4, density=0.3), drift=0.1), {}
     q, k, _ = qkv(GRID.tokens)
     site = Site(GRID, BLOCK)
-    first = cached.plan(q, k, site, memory)
-    assert cached.plan(1.5 * q + 0.01, k, site, memory) is first
-    second = cached.plan(-q, k, site, memory)
-    assert second is not first and cached.plan(-q, k, site, memory) is second
+    first = cached.plan(q, k, k, site, memory)
+    assert cached.plan(1.5 * q + 0.01, k, k, site, memory) is first
+    second = cached.plan(-q, k, k, site, memory)
+    assert second is not first and cached.plan(-q, k, k, site, memory) is second
 
 
 def test_cached_applies_the_correction_of_the_inner_method():
@@ -163,7 +163,7 @@ class DenseSpy(Method):
 
     steps: list = field(default_factory=list, compare=False)
 
-    def plan(self, q, k, site, memory):
+    def plan(self, q, k, v, site, memory):
         self.steps.append(site.step)
         return Plan.dense(site.grid.tokens, site.block)
 
@@ -197,11 +197,11 @@ def mixture(**settings) -> PerHead:
 def test_every_head_follows_its_own_method():
     q, k, _ = qkv(GRID.tokens, heads=4, key_heads=2)
     site = Site(GRID, BLOCK, layer=0, layers=2)
-    mask = token_mask(mixture().plan(q, k, site, {}), 1, 4)
+    mask = token_mask(mixture().plan(q, k, k, site, {}), 1, 4)
     for head, letter in enumerate("rxtx"):
-        alone = dict(mixture().methods)[letter].plan(q, k, site, {})
+        alone = dict(mixture().methods)[letter].plan(q, k, k, site, {})
         assert mask[0, head].equal(token_mask(alone, 1, 4)[0, head])
-    temporal = mixture().plan(q, k, Site(GRID, BLOCK, layer=1, layers=2), {})
+    temporal = mixture().plan(q, k, k, Site(GRID, BLOCK, layer=1, layers=2), {})
     assert temporal.order is not None and token_mask(temporal, 1, 4)[0, 0].equal(mask[0, 2])
 
 

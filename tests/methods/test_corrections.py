@@ -53,7 +53,7 @@ def run_steps(method: Rettention, inputs: dict[int, list]) -> list:
     memory, results = {}, []
     for step, (q, k, v) in inputs.items():
         site = Site(GRID, BLOCK, step=step)
-        result = sparse_result(q, k, v, method.plan(q, k, site, memory))
+        result = sparse_result(q, k, v, method.plan(q, k, k, site, memory))
         results.append((result, *method.correct(result, site, memory)))
     return results
 
@@ -144,7 +144,7 @@ def test_sol_equals_pooled_if_the_queries_of_a_block_are_equal():
     q = F.pad(q, (0, 0, 0, 6)).unflatten(2, (-1, 16))[:, :, :, :1].expand(-1, -1, -1, 16, -1).flatten(2, 3)[:, :, :90]
     sol, site = method("sol", density=0.5), Site(Grid(3, 5, 6), 16)
     for lengths in (None, torch.tensor([85])):
-        result = sparse_result(q, k, v, sol.plan(q, k, site, {}).with_lengths(lengths))
+        result = sparse_result(q, k, v, sol.plan(q, k, k, site, {}).with_lengths(lengths))
         pooled = reference.attend(q, k, v, result.plan.with_tail(16))
         for actual, expected in zip(sol.correct(result, site, {}), pooled, strict=True):
             assert_near(actual, expected, 1e-5)

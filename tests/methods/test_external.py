@@ -23,7 +23,7 @@ SOURCE = """
     class BlockMeans(ds.Scorer):
         power: float = 1.0
 
-        def score(self, q, k, site, memory):
+        def score(self, q, k, v, site, memory):
             from dit_sparse.scoring import pool
             return pool(q, site.block) @ pool(k, site.block).mT * self.power
 
@@ -51,7 +51,7 @@ def test_an_entry_point_names_a_method(module, monkeypatch):
     assert type(one.inner).__name__ == "BlockMeans" and one.inner.power == 2
     assert method(method_text(one)) == one and "block_means" in method_text(one)
     q = torch.randn(1, 2, 128, 8, generator=torch.Generator().manual_seed(0))
-    plan = method("block_means", density=0.5).plan(q, q, Site(Grid(2, 8, 8), 16), {})
+    plan = method("block_means", density=0.5).plan(q, q, q, Site(Grid(2, 8, 8), 16), {})
     assert plan.density == pytest.approx(0.5, abs=0.01)
 
 

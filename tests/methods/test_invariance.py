@@ -32,7 +32,7 @@ def inputs() -> list[list[Tensor]]:
 def correct(one: Method, steps: list[list[Tensor]], plan, scale: float | None = None) -> list[tuple[Tensor, Tensor]]:
     """Return output and log-sum-exp of each step, all with one plan."""
     memory, results = {}, []
-    one.plan(*steps[0][:2], Site(GRID, BLOCK), memory)
+    one.plan(*steps[0], Site(GRID, BLOCK), memory)
     for step, (q, k, v) in enumerate(steps):
         attend = partial(reference.attend, q, k, v, scale=scale)
         result = AttentionOutput(q, k, v, plan, scale, *attend(plan), partial(attend, plan.full()))
@@ -42,7 +42,7 @@ def correct(one: Method, steps: list[list[Tensor]], plan, scale: float | None = 
 
 def method_and_plan(name: str, lengths: Tensor | None):
     one = method(name, **({} if "budget" in name else {"density": 0.3}))
-    return one, one.plan(*inputs()[0][:2], Site(GRID, BLOCK), {}).with_lengths(lengths)
+    return one, one.plan(*inputs()[0], Site(GRID, BLOCK), {}).with_lengths(lengths)
 
 
 def changed(steps: list[list[Tensor]], q=lambda x: x, k=lambda x: x, v=lambda x: x) -> list[list[Tensor]]:
@@ -138,7 +138,7 @@ def test_plans_do_not_depend_on_an_offset_or_a_rotation(name, what):
     else:
         rotation = torch.linalg.qr(torch.randn(DIM, DIM, generator=generator))[0]
         others = q @ rotation, k @ rotation
-    plan, other = (one.plan(*x, Site(GRID, BLOCK), {}) for x in ((q, k), others))
+    plan, other = (one.plan(*x, None, Site(GRID, BLOCK), {}) for x in ((q, k), others))
     if plan is None:
         return
     tokens = torch.arange(GRID.tokens)

@@ -223,7 +223,7 @@ def test_some_settings_must_divide_the_block(name, setting):
     def plan() -> None:
         one.begin_generation(q, site)
         assert not one.manages_own_plans
-        one.plan(q, k, site, {})
+        one.plan(q, k, k, site, {})
 
     assert_one_sentence(plan, f"{setting} must divide the block of 24, got 16")
 

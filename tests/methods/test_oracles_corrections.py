@@ -33,7 +33,7 @@ def check(one, grid: Grid, tail, group: int = BLOCK) -> None:
     q, k, v = qkv(grid.tokens, heads=1, dim=DIM, seed=2)
     k = k + 0.7  # an offset of all keys changes nothing but the log-sum-exp
     out, lse = attention(q, k, v, grid=grid, method=one, block=BLOCK, executor="reference")
-    mask = one.plan(q, k, Site(grid, BLOCK), {}).token_mask(torch.arange(grid.tokens))[0, 0]
+    mask = one.plan(q, k, k, Site(grid, BLOCK), {}).token_mask(torch.arange(grid.tokens))[0, 0]
     q, k, v = (x[0, 0].double() for x in (q, k, v))
     blocks = blocks_of(grid)
     assert not mask.all()
@@ -83,7 +83,7 @@ def test_rettention(grid, ramp):
     for step in range(5):
         q, k, v = qkv(grid.tokens, heads=1, dim=DIM, seed=step)
         site = Site(grid, BLOCK, step=step)
-        plan = one.plan(q, k, site, memory)
+        plan = one.plan(q, k, k, site, memory)
         dense = reference.attend(q, k, v, plan.full())
         result = AttentionOutput(q, k, v, plan, None, *reference.attend(q, k, v, plan), lambda dense=dense: dense)
         out, lse = one.correct(result, site, memory)
@@ -106,7 +106,7 @@ def test_rettention_where_the_share_underflows():
     grid = Grid(4, 8, 12)
     q, k, v = qkv(grid.tokens, heads=1, dim=DIM)
     one, memory = Rettention(density=0.3, ramp=0.0), {}
-    plan = one.plan(q, k, Site(grid, BLOCK), memory)
+    plan = one.plan(q, k, k, Site(grid, BLOCK), memory)
     dropped = ~plan.token_mask(torch.tensor([0]))[0, 0, 0]
     q[0, 0, 0] = 0
     q[0, 0, 0, 0], k[..., 0] = 1, 0.0
@@ -131,7 +131,7 @@ def test_drift_of_cached(grid):
     for step in range(8):
         q, k, _ = qkv(grid.tokens, heads=1, dim=DIM)
         q = q + step * torch.randn(1, 1, 1, DIM, generator=torch.Generator().manual_seed(9)) / 4
-        plan = cached.plan(q, k, Site(grid, BLOCK, step=step), memory)
+        plan = cached.plan(q, k, k, Site(grid, BLOCK, step=step), memory)
         if planned is None or float(1 - torch.cosine_similarity(means(q), means(planned), dim=-1).mean()) > 0.2:
             planned = q
             made.append(step)

@@ -153,7 +153,7 @@ def test_searches_are_repeated_by_the_rule_of_the_paper(grid):
     for method, again in ((AdaSpa(), [0, 20, 40]), (SparseD(), [0])):
         memory, made, last = {}, [], None
         for step in range(50):
-            plan = method.plan(q, k, Site(grid, BLOCK, step=step, steps=50), memory)
+            plan = method.plan(q, k, k, Site(grid, BLOCK, step=step, steps=50), memory)
             made += [step] if plan is not last else []
             last = plan
         assert made == again

@@ -20,7 +20,7 @@ WHOLE = Grid(4, 4, 6)  # 96 tokens: whole blocks of 16
 
 
 def scores(method: Scorer, q: torch.Tensor, k: torch.Tensor, grid: Grid = GRID) -> torch.Tensor:
-    return method.score(q, k, Site(grid, 16), {})
+    return method.score(q, k, k, Site(grid, 16), {})
 
 
 # --- the base class
@@ -50,8 +50,8 @@ def test_scores_are_computed_in_the_order_of_the_method():
     grid = Grid(4, 8, 8)
     q, k, _ = qkv(grid.tokens)
     curve = order.hilbert(grid)
-    ordered = BlockMeans(density=0.3, hilbert=True).plan(q, k, Site(grid, 32), {})
-    plain = BlockMeans(density=0.3).plan(q[:, :, curve], k[:, :, curve], Site(grid, 32), {})
+    ordered = BlockMeans(density=0.3, hilbert=True).plan(q, k, k, Site(grid, 32), {})
+    plain = BlockMeans(density=0.3).plan(q[:, :, curve], k[:, :, curve], k[:, :, curve], Site(grid, 32), {})
     assert ordered.block_mask().equal(plain.block_mask()) and ordered.order.equal(curve)
 
 
@@ -69,7 +69,7 @@ def test_a_budget_counts_blocks_without_text(budget):
 def test_the_default_budget_is_that_of_the_authors():
     grid = Grid(4, 8, 8)
     q, k, _ = qkv(grid.tokens)
-    keep = lambda **settings: BlockMeans(**settings).plan(q, k, Site(grid, 32), {}).block_mask()
+    keep = lambda **settings: BlockMeans(**settings).plan(q, k, k, Site(grid, 32), {}).block_mask()
     assert keep().equal(keep(budget=Top(0.25))) and keep(density=0.25).equal(keep(budget=Top(0.25)))
 
 

@@ -103,7 +103,7 @@ def test_with_lengths_adds_the_lengths():
 def test_the_plan_of_a_long_video_is_small(name):
     """A mask of all pairs of 33 x 45 x 80 tokens would take 14 GB."""
     grid = Grid(33, 45, 80)
-    plan = method(name, density=0.1).plan(torch.empty(1, 2, 1), None, Site(grid, 128), {})
+    plan = method(name, density=0.1).plan(torch.empty(1, 2, 1), None, None, Site(grid, 128), {})
     tensors = [x for x in (plan.index, plan.count, plan.order) if x is not None]
     assert grid.tokens == plan.tokens == 118_800
     assert sum(x.numel() * x.element_size() for x in tensors) < 20e6

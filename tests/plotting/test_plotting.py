@@ -48,7 +48,7 @@ def points() -> list[plots.Point]:
 
 def plan_of(grid: Grid):
     nothing = torch.zeros(1, 1, grid.tokens, 8)
-    return method("window", density=0.4).plan(nothing, nothing, Site(grid, 16), {})
+    return method("window", density=0.4).plan(nothing, nothing, nothing, Site(grid, 16), {})
 
 
 GRID = Grid(3, 5, 7, after=11)

@@ -126,7 +126,7 @@ def test_error_excludes_padding():
             x[1, :, 80:] *= scale
         dense_plan = Plan.dense(96, 16).with_lengths(torch.tensor([96, 80]))
         dense = AttentionOutput(*inputs, dense_plan, None, *reference.attend(*inputs, dense_plan), dense=None)
-        plan = method.plan(*inputs[:2], site, {}).with_lengths(dense_plan.lengths)
+        plan = method.plan(*inputs[:3], site, {}).with_lengths(dense_plan.lengths)
         errors.append(squared_error(method, dense, plan, reference.attend, site, {}))
     assert errors[0].dtype == torch.float64 and (errors[0] > 1e-4).all()
     torch.testing.assert_close(*errors)
