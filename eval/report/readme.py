@@ -72,7 +72,7 @@ def _first_sentence(text: str) -> str:
     return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
 
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/models.md", "docs/routed.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md", "docs/models.md", "docs/routed.md")
 TABLES = {
     "methods": method_table,
     "models": model_tables.summary,
@@ -87,6 +87,7 @@ TABLES = {
     "study": result_tables.study_tables,
     "executors": result_tables.executor_table,
     "transformers": result_tables.transformer_table,
+    "tail": result_tables.tail_table,
     "scaling": result_tables.scaling_table,
 }
 

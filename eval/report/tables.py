@@ -195,6 +195,29 @@ def transformer_table() -> str:
     return "\n\n".join(text)
 
 
+def tail_table() -> str:
+    """Return the costs of pooled tails and of scores as shares of a dense call, from ``eval/results/*/tail.json``."""
+    text = []
+    for path in sorted(RESULTS.glob("*/tail.json")):
+        result, cells = json.loads(path.read_text()), defaultdict(list)
+        for row in result["rows"]:
+            cells[_part_name(row)] += [f"{row['share']:.1%}", f"{row.get('share_per_call', row['share']):.1%}"]
+        threads = sorted({row["threads"] for row in result["rows"]})
+        columns = [f"{what}, {count} thread(s)" for count in threads for what in ("share of dense", "per sparse call")]
+        table = markdown(("part", *columns), [(name, *shares) for name, shares in cells.items()])
+        row = result["rows"][0]
+        size = f"{row['tokens']:,} tokens, {row['heads']} heads x {row['dim']}, density {row['density']:g}"
+        text.append(f"{table}\n\n{size}, {_measured_on(result)}")
+    return "\n\n".join(text)
+
+
+def _part_name(row: dict) -> str:
+    if row["part"] == "tail":
+        return f"tail of {row['tail']}, key tiles of {row['key_tile']}"
+    size = f"one of {row['every']} queries" if "every" in row else f"key tiles of {row['key_tile']}"
+    return f"`{row['part']}`, {size}"
+
+
 def scaling_table() -> str:
     """Return the fitted exponents of the computed pairs, from ``eval/results/*/scaling.json``."""
     text = []
