@@ -203,7 +203,8 @@ def tail_table() -> str:
         for row in result["rows"]:
             cells[_part_name(row)] += [f"{row['share']:.1%}", f"{row.get('share_per_call', row['share']):.1%}"]
         threads = sorted({row["threads"] for row in result["rows"]})
-        columns = [f"{what}, {count} thread(s)" for count in threads for what in ("share of dense", "per sparse call")]
+        names = ["1 thread" if count == 1 else f"{count} threads" for count in threads]
+        columns = [f"{what}, {name}" for name in names for what in ("share of dense", "per sparse call")]
         table = markdown(("part", *columns), [(name, *shares) for name, shares in cells.items()])
         row = result["rows"][0]
         size = f"{row['tokens']:,} tokens, {row['heads']} heads x {row['dim']}, density {row['density']:g}"
