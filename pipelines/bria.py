@@ -33,6 +33,7 @@ FAMILY = Family(
     grid=lambda config, arguments: merged_grid(_shapes(config, arguments)),
     references=lambda config, arguments: merged_references(_shapes(config, arguments)),
     text="before",
+    reads=("img_ids",),
     images=True,
     pipelines=("BriaPipeline", "BriaFiboPipeline", "BriaFiboEditPipeline", "BriaFibo2Pipeline"),
 )

@@ -40,6 +40,8 @@ class Family:
         references: ``references(config, arguments) -> (before, after)``, the number of tokens next to the video
             that are neither video nor text: history frames, reference images, registers. They stay dense, and
             the density does not count them.
+        reads: names of the tensors among the arguments whose values ``grid`` and ``references`` read, such as position
+            ids; they get these and the latents alone where the transformer is compiled.
         mask: name of the processor's argument from which all layers compute the same attention mask, if each layer
             makes a tensor of its own.
         pipelines: class names of the diffusers pipelines.
@@ -54,6 +56,7 @@ class Family:
     grid: Callable[[Mapping, Mapping], GridShape]
     text: str | None = None
     references: Callable[[Mapping, Mapping], tuple[int, int]] = lambda config, arguments: (0, 0)
+    reads: tuple[str, ...] = ()
     mask: str | None = None
     pipelines: tuple[str, ...] = ()
     timestep: str = "timestep"

@@ -34,6 +34,7 @@ FAMILY = Family(
     grid=lambda config, arguments: merged_grid(_shapes(config, arguments)),
     references=lambda config, arguments: merged_references(_shapes(config, arguments)),
     text="before",
+    reads=("img_ids", "image_cond_ids"),
     images=True,
     pipelines=(
         "FluxPipeline",

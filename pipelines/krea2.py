@@ -14,6 +14,7 @@ FAMILY = Family(
         packed_shapes(arguments["position_ids"][-arguments["hidden_states"].shape[1] :])
     ),
     text="before",
+    reads=("position_ids",),
     images=True,
     pipelines=("Krea2Pipeline",),
 )

@@ -13,6 +13,7 @@ FAMILY = Family(
     grid=lambda config, arguments: merged_grid(packed_shapes(arguments["img_ids"])),
     references=lambda config, arguments: merged_references(packed_shapes(arguments["img_ids"])),
     text="before",
+    reads=("img_ids",),
     images=True,
     pipelines=(
         "LongCatImagePipeline",

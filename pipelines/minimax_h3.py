@@ -37,6 +37,7 @@ FAMILY = Family(
     grid=_grid,
     references=_references,
     text="before",
+    reads=("position_ids", "video_indices", "text_indices"),
 )
 
 

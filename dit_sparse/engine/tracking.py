@@ -138,7 +138,9 @@ class StepTracker:
         counter = getattr(self._scheduler(), "step_index", None)
         if counter is not None and self._generating:
             return int(counter) - self._first_index
-        index = None if timestep is None else _nearest_index(timestep, schedule)
+        first = self._first_timestep if self._generating else timestep
+        is_scaled = first is not None and bool(schedule) and first <= 1 < schedule[0]  # the model gets t / 1000
+        index = None if timestep is None or is_scaled else _nearest_index(timestep, schedule)
         if not self._generating:
             self._first_index = index if index is not None else getattr(self._scheduler(), "begin_index", None) or 0
             return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -12,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from PIL import Image
 
 import tiny_pipelines as tiny
+from dit_sparse.engine.tracking import StepTracker
 from sparse_pipelines import (
     STEPS,
     VARIANTS,
@@ -147,3 +149,17 @@ def test_another_video_size_gets_new_plans(stock):
         assert {
             word for grid in run.report().grids for word in grid.split() if "x" in word and word != "text"
         } == shapes
+
+
+@pytest.mark.parametrize("shift", [1.0, 1.73])
+def test_timesteps_divided_by_1000_are_not_looked_up_in_the_schedule(shift):
+    """The last timestep of a schedule can be 1, like the first one that such a model gets."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(5)
+    tracker = StepTracker(lambda: SimpleNamespace(timesteps=scheduler.timesteps), lambda: False, None, lambda: None)
+    steps, latents = [], torch.zeros(1, 4)
+    for timestep in scheduler.timesteps:
+        tracker.begin_forward(timestep / 1000, latents, None)
+        tracker.end_forward()
+        steps.append(tracker.step)
+    assert steps == list(range(5)) and tracker.steps == 5

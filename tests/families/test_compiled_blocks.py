@@ -46,3 +46,22 @@ def test_blocks_compile_with_fullgraph(name):
         result = first_output(model(**tiny.arguments(call), return_dict=False))
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     assert run.report().sparse_calls == tiny.sites and not counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    "name", ["FluxTransformer2DModel", pytest.param("Krea2Transformer2DModel", marks=pytest.mark.slow)]
+)
+def test_whole_model_compiles_where_the_grid_is_in_position_ids(name):
+    """The ids are read at run time, so another size of the same number of tokens needs no new graph."""
+    tiny, model = tiny_models()[name], tiny_models()[name].build()
+    call = Call((1, 12, 16))
+    with torch.no_grad(), ds.enable(model, "random_blocks", **SETTINGS):
+        expected = first_output(model(**tiny.arguments(call), return_dict=False))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), ds.enable(compiled, "random_blocks", **SETTINGS) as run:
+        result = first_output(compiled(**tiny.arguments(call), return_dict=False))
+        graphs = counters["stats"]["unique_graphs"]
+        first_output(compiled(**tiny.arguments(Call((1, 16, 12))), return_dict=False))
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert run.report().sparse_calls == 2 * tiny.sites and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs and len(run.report().grids) == 2

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -75,18 +75,31 @@ class ForwardHook:
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         timestep, latents = arguments.get(self._family.timestep), arguments[self._family.latents]
-        sizes = (*self._family.grid(self._config, arguments), *self._family.references(self._config, arguments))
         if not torch.compiler.is_compiling():
-            self.begin(timestep, latents, TokenLayout(*sizes), getattr(self._local, "context", None), False)
+            self.begin(timestep, latents, self.layout(arguments), getattr(self._local, "context", None), False)
             return None
-        # Inside the graph nothing is read: the timestep passes through an operator that reads it at run time.
+        # Inside the graph nothing is read: the timestep, and what the grid is read from, pass through an operator that
+        # reads them at run time.
         is_timestep = isinstance(timestep, Tensor)
         name = self._family.timestep if is_timestep else self._family.latents
-        passed = torch.ops.dit_sparse.begin_forward(arguments[name], is_timestep, latents, list(sizes), self.number)
+        read = [arguments.get(one) for one in self._family.reads]
+        sizes = [] if any(isinstance(one, Tensor) for one in read) else list(self._sizes(arguments))
+        passed = torch.ops.dit_sparse.begin_forward(arguments[name], is_timestep, latents, sizes, read, self.number)
         if name in kwargs:
             return args, kwargs | {name: passed}
         place = self._names.index(name)
         return (*args[:place], passed, *args[place + 1 :]), kwargs
+
+    def layout(self, arguments: Mapping[str, Any]) -> TokenLayout:
+        """Return the tokens of a call with these arguments."""
+        return TokenLayout(*self._sizes(arguments))
+
+    def read_layout(self, latents: Tensor, read: Sequence[Tensor | None]) -> TokenLayout:
+        """Return the tokens of a call from its latents and the arguments that the family reads."""
+        return self.layout({self._family.latents: latents} | dict(zip(self._family.reads, read, strict=True)))
+
+    def _sizes(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        return *self._family.grid(self._config, arguments), *self._family.references(self._config, arguments)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -163,13 +176,17 @@ def _register_operator() -> None:
     """Register ``torch.ops.dit_sparse.begin_forward``, the start of a forward call in a compiled graph."""
 
     @torch.library.custom_op("dit_sparse::begin_forward", mutates_args=())
-    def begin_forward(passed: Tensor, is_timestep: bool, latents: Tensor, sizes: list[int], number: Tensor) -> Tensor:
+    def begin_forward(
+        passed: Tensor, is_timestep: bool, latents: Tensor, sizes: Sequence[int], read: Sequence[Tensor | None],
+        number: Tensor,
+    ) -> Tensor:  # fmt: skip
         hook = ForwardHook._hooks.get(int(number))
         if hook is not None and hook.begin is not None:
             context = getattr(hook._local, "context", None)
-            hook.begin(passed if is_timestep else None, latents, TokenLayout(*sizes), context, True)
+            layout = TokenLayout(*sizes) if sizes else hook.read_layout(latents, read)
+            hook.begin(passed if is_timestep else None, latents, layout, context, True)
         return passed.clone()
 
     @begin_forward.register_fake
-    def _(passed, is_timestep, latents, sizes, number):
+    def _(passed, is_timestep, latents, sizes, read, number):
         return torch.empty_like(passed)
