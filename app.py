@@ -53,7 +53,7 @@ class Page:
 
     Args:
         models: models to offer.
-        local: whether only this machine reaches the page; then any model and any profile file may be named.
+        local: whether the page is bound to localhost; if so, requests may use any model and any profile file.
     """
 
     def __init__(self, models: list[str], local: bool) -> None:
@@ -168,7 +168,7 @@ class Page:
             return f"# {error}"
 
     def _load(self, session: gr.Request) -> list:
-        """Return the outputs of the first example, unless the visitor was faster."""
+        """Return the outputs of the first example, unless the visitor has already clicked."""
         return _outputs(*self.examples[0]) if self.sessions.is_new(session.session_hash) else _unchanged(OUTPUTS)
 
     def _load_example(self, session: gr.Request, click: int, index: int) -> list:
@@ -256,7 +256,7 @@ def _unchanged(count: int) -> list:
 
 
 def _sentence(error: Exception) -> str:
-    """Return the first line of an error, with its type if the message is not ours."""
+    """Return the first line of an error, with its type if the error is unexpected."""
     line = next(iter(str(error).strip().splitlines()), "")[:MAX_CHARACTERS]
     return line if isinstance(error, ValueError) and line else f"the request failed: {type(error).__name__}: {line}"
 

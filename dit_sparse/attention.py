@@ -17,7 +17,7 @@ from .plan import Plan
 from .scoring import without_padding
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_BLOCK = 4096  # executors hold the scores of a block with a block
+MAX_BLOCK = 4096  # executors store all scores of a pair of blocks
 WHOLE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -34,7 +34,8 @@ def attention(
     executor: str = "auto",
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute sparse self-attention. No state is kept: for methods that reuse earlier steps every call is the first.
+    """Compute sparse self-attention. No state is kept between calls: methods that reuse earlier steps treat every call
+    as the first step.
 
     Args:
         q: queries after RoPE, ``[B, H, N, D]``, float16, bfloat16, float32 or float64.
@@ -44,7 +45,7 @@ def attention(
         density: fraction of the query-key pairs to compute, for a method given as text; a Method has its own. Default:
             0.25 if the text has no settings.
         lengths: tokens of each batch item before its padding, whole numbers ``[B]``; None: no padding. Padded rows may
-            hold anything.
+            contain any values.
         block: tokens in a block, at most 4096.
         executor: "auto" or the name of an executor.
         scale: factor of the scores, any finite number; None: ``1 / sqrt(D)``.

@@ -1,4 +1,5 @@
-"""Budgets: how many key blocks each query block keeps. Scores ``[B, H, Qb, Kb]`` in, a boolean mask of that shape out.
+"""Budgets: how many key blocks each query block keeps. A budget maps scores ``[B, H, Qb, Kb]`` to a boolean mask of
+that shape.
 
 Blocks are kept beyond their score in two ways. ``required`` blocks, such as the own block of each row, are kept first
 and count in the budget. Blocks with a score of +inf are kept in addition to the budget. Every row keeps at least one
@@ -91,5 +92,5 @@ Budget = Top | Mass | Above
 
 
 def _first(scores: Tensor, required: Tensor | None) -> Tensor:
-    """Return the scores with +inf at the required blocks, which then are kept first."""
+    """Return the scores with +inf at the required blocks, so that these are kept first."""
     return scores if required is None else scores.masked_fill(required, torch.inf)

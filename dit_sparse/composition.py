@@ -1,4 +1,4 @@
-"""Methods made of other methods: wrappers, plans kept over steps, and a method for each head."""
+"""Compositions of methods: wrappers, plans reused over steps, and a method for each head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .scoring import pool
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapper(Method):
-    """Base class of methods around another one, which makes the plans. The density is that of the inner method.
+    """Base class of methods that wrap another method. The inner method makes the plans and has the density.
 
     Attributes:
         inner: the method that makes the plans.
@@ -158,7 +158,7 @@ class Cached(Wrapper):
     similarity to the query that it was made for exceeds a threshold. Here the queries are means of blocks.
 
     Attributes:
-        replan_interval: greatest number of steps between two plans; None: no limit.
+        replan_interval: largest number of steps between two plans; None: no limit.
         drift: new plan if 1 - cosine similarity, averaged over blocks, exceeds this; None: no limit. Synchronizes with
             the GPU once per call.
     """
@@ -265,8 +265,8 @@ class PerHead(Method):
 
     @staticmethod
     def _with_tail(result: AttentionOutput, tail: int | None) -> AttentionOutput:
-        """Return the result with the pooled tail of some heads, if the tails of the plans differ and none was
-        computed."""
+        """Return the result with the pooled tail added, for heads whose tail was left out because the tails of the
+        heads differ."""
         if tail == result.plan.tail:
             return result
         tensors = result.q, result.k, result.v, result.plan.with_tail(tail), result.scale

@@ -1,9 +1,9 @@
 """The density of a plan: the fraction of all query-key pairs of a call, those with text included, that it computes.
 
-One law for all methods. A method keeps some pairs whatever the density: rows and columns of text, and what a row always
-keeps, such as its own block. They count in the density. The other pairs are shared by the rows of the video in equal
-parts; a row whose required groups exceed its part keeps these alone. So a plan meets the density to half a pair of
-blocks, unless the required pairs exceed it.
+One rule holds for all methods. Some pairs are computed at every density: the rows and columns of text, and required
+blocks such as the diagonal. They count in the density. The remaining pairs are divided equally among the rows of the
+video; a row whose required groups exceed its part keeps only these. A plan therefore meets the density to within half a
+pair of blocks, unless the required pairs exceed it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .grid import Blocks, Grid
 from .kernels.planning.selection import select_top
 from .plan import num_blocks
 
-FEW_ROWS = 16  # with fewer rows, one smaller group changes the density by more than .01
-PHASES = (0.5, 0.5, 0.25, 0.75, 0.5, 0.0)  # of the turns in which rows keep one group more, by attempt
+FEW_ROWS = 16  # with fewer rows, one smaller group changes the density by more than 0.01
+PHASES = (0.5, 0.5, 0.25, 0.75, 0.5, 0.0)  # by attempt: phase of the pattern by which some rows keep one group more
 
 
 def pair_weights(grid: Grid, block: int) -> Tensor:
@@ -36,7 +36,7 @@ def _block_sizes(grid: Grid, block: int) -> Tensor:
 
 @dataclass(frozen=True)
 class VideoBlocks:
-    """The V blocks of a call without text, between which a method chooses. Blocks with text are always kept.
+    """The V blocks without text of a call, from which a method selects. Blocks with text are always kept.
 
     Attributes:
         index: their numbers, int64 ``[V]``; None: no block holds text.
@@ -113,17 +113,18 @@ def keep_pairs(
     equal: bool = False,
     ragged: bool = True,
 ) -> Tensor:
-    """Return the mask of the best key groups of every row that hold ``pairs`` token pairs in every head.
+    """Return the mask of the best key groups of every row, with ``pairs`` token pairs in every head.
 
-    With equal groups the rows keep one group more or less than the mean, in turns, so that their sum is exact.
+    With equal groups, rows alternate between one group more and one group less than the mean, so that the sum is exact.
 
     Args:
         scores: ``[B, H, Q, K]``; +inf is always kept.
         pairs: token pairs of a head: a number, or one for each head, ``[B|1, H]``.
         row_sizes, column_sizes: tokens of each group, ``[Q]`` or ``[B|1, H|1, Q]``, and the same for K.
         required: groups to keep in any case, bool ``[Q, K]`` or ``[B|1, H|1, Q, K]``.
-        equal: whether all groups but perhaps the last one have the same tokens.
-        ragged: whether any groups differ. If so, further passes correct the sum: one, or several for few rows.
+        equal: whether all groups, except possibly the last one, have the same number of tokens.
+        ragged: whether the sizes of any groups differ. If so, further passes correct the sum: one, or several for few
+            rows.
     """
     scores = scores if required is None else scores.masked_fill(required, torch.inf)
     columns = column_sizes.float()[..., None, :]
@@ -160,7 +161,7 @@ def keep_pairs(
 
 
 def _level(forced: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
-    """Return the tokens t of a row, ``[B, H]``, for which the rows hold ``pairs`` pairs if each keeps max(forced, t).
+    """Return the number of tokens t, ``[B, H]``, at which rows that keep max(forced, t) tokens hold ``pairs`` pairs.
 
     Args:
         forced: tokens that each row keeps in any case, float64 ``[B, H, Q]``.
@@ -182,8 +183,8 @@ def meet_density(
 ) -> tuple[int, float, Tensor]:
     """Return the stage, the knob in [0, 1] and the mask of a pattern at a density, bool ``[Qb, Qb]``.
 
-    The first stage that is sparse enough at 0 is bisected. Of the step that would exceed the density, the blocks
-    nearest to the diagonal are added, evenly over the rows, until the density is met.
+    The first stage that is sparse enough at 0 is bisected. The blocks of the next denser mask are then added, nearest
+    to the diagonal first and evenly over the rows, until the density is met.
 
     Args:
         stages: masks with the required blocks for a value of the knob, which adds blocks from 0 to 1. The next stage at

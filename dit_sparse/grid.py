@@ -17,7 +17,7 @@ _REPR.maxstring = _REPR.maxother = 60
 
 
 def short_repr(value: Any) -> str:
-    """Return a value for a message: on one line and shortened, however long or deeply nested it is."""
+    """Return a value as short text on one line, for messages. Values may be long or deeply nested."""
     return " ".join(_REPR.repr(value).split())
 
 
@@ -83,7 +83,7 @@ class Grid:
         return self.before + self.video + self.after
 
     def with_text(self, tokens: int, side: str | None) -> Grid | None:
-        """Return this grid with as much text as makes it ``tokens`` long.
+        """Return this grid with the text length that makes it ``tokens`` long.
 
         Args:
             tokens: length of the sequence.
@@ -133,8 +133,8 @@ class Site:
         needs_plan: whether the schedule asks for a new plan at this step.
         first_head: number of the first head of the call, under context parallelism; None: the call has all heads.
         component: name of the transformer in its pipeline, which may have two.
-        references: tokens outside the video that are no text, such as history frames: kept like text, but not counted
-            in the density.
+        references: tokens that are neither video nor text, such as history frames: always computed, like text, but not
+            counted in the density.
     """
 
     grid: Grid

@@ -1,4 +1,4 @@
-"""Base classes of sparse-attention methods: a method decides which blocks of attention are computed.
+"""Base classes of sparse-attention methods. A method decides which blocks of attention are computed.
 
 Each file of ``methods/`` implements one paper. Methods are frozen dataclasses: comparable, hashable and without state,
 so pipelines can share them. State between steps lives in the ``memory`` dict, which the run keeps for each layer and
@@ -69,7 +69,7 @@ class Method:
         needs_lse: whether :meth:`correct` reads the log-sum-exp, which not all executors return.
         observes_dense: whether :meth:`observe_dense` is called in the last dense step, which costs one more plan and
             one sparse call for each layer and branch, once.
-        density_ramp: how the density changes over the sparse steps, as in `Schedule`, if the schedule does not say.
+        density_ramp: how the density changes over the sparse steps, as in `Schedule`; used if the schedule has no ramp.
         depends_on_channels: whether plans treat the channels of queries and keys differently, so that a rotation of
             the head dimension changes them.
     """
@@ -107,15 +107,15 @@ class Method:
         return None
 
     def required(self, grid: Grid, block: int) -> Tensor:
-        """Return the blocks that the method keeps whatever the density: text and the diagonal, bool ``[Qb, Qb]``."""
+        """Return the blocks that the method keeps at every density: text and the diagonal, bool ``[Qb, Qb]``."""
         return required_blocks(Blocks.from_grid(grid, block, self.order(grid, block)))
 
     def least_density(self, grid: Grid, block: int) -> float:
-        """Return the fraction of the pairs that the method keeps whatever the density."""
+        """Return the fraction of the pairs that the method keeps at every density."""
         return float(pair_weights(grid, block)[self.required(grid, block)].sum())
 
     def density_note(self, grid: Grid, block: int, achieved: float) -> str | None:
-        """Return why plans do not have the requested density, or None if they have it to 0.01."""
+        """Return why plans do not have the requested density, or None if they have it to within 0.01."""
         if self.density is None or abs(achieved - self.density) <= 0.01:
             return None
         if self.density_exception:
@@ -126,12 +126,12 @@ class Method:
         return f"one pair of blocks is {pair:.3f} of all pairs" if pair > 0.01 else "every row keeps at least one group"
 
     def resolve(self, grid: Grid, block: int) -> Method:
-        """Return the method with the settings that its density is solved to on a grid, for methods that solve for
-        settings; the method itself otherwise."""
+        """Return the method with the settings that give its density on a grid, for methods that solve for settings;
+        other methods return themselves."""
         return self
 
     def check_model(self, layers: int, heads: int) -> None:
-        """Raise ValueError if the method is made for another model. Called when a model is made sparse."""
+        """Raise ValueError if the method does not fit the model. Called when a model is made sparse."""
 
     def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
         """Prepare for a generation. Called at the first attention call of each branch, dense or sparse.
@@ -159,14 +159,14 @@ class Method:
         return result.out, result.lse
 
     def observe_dense(self, result: AttentionOutput, site: Site, memory: dict) -> None:
-        """Learn from a call of the last dense step, if :attr:`observes_dense` is set.
+        """Observe a call of the last dense step, if :attr:`observes_dense` is set.
 
         With guidance it is called for both branches before the first sparse call: once if a batch holds both, else once
-        for each. What it keeps in ``memory`` costs memory in every layer: `begin_generation` returns how much.
+        for each. Values stored in ``memory`` are kept for every layer; `begin_generation` returns their size.
 
         Args:
-            result: the output for the plan that the method makes for this call, and as ``dense()`` the output of the
-                dense step, without log-sum-exp.
+            result: the output for the method's plan of this call; ``dense()`` returns the output of the dense step,
+                without log-sum-exp.
             site: of the dense call.
             memory: that of the sparse calls that follow.
         """
@@ -176,7 +176,7 @@ class Method:
         return {f.name: _to_json(getattr(self, f.name)) for f in fields(self)}
 
     def __or__(self, other: Method) -> Method:
-        """Unite two patterns: keep every block that either keeps."""
+        """Return the union of two patterns, which keeps every block that either keeps."""
         from .pattern import Union
 
         return Union(density=self.density, parts=(replace(self, density=None), other))
@@ -197,7 +197,7 @@ class Scorer(Method):
     Blocks with text are always kept and not ranked; of the others, each row keeps its own block.
 
     Attributes:
-        budget: how many of the blocks without text to keep. None: as many of the best as the density allows, or
+        budget: how many of the blocks without text to keep. None: the best blocks up to the density, or
             ``default_budget`` without a density.
         default_budget: the authors' budget.
     """

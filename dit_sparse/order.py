@@ -24,7 +24,8 @@ def row_major(grid: Grid) -> Tensor:
 
 
 def frame_last(grid: Grid) -> Tensor:
-    """Place by place: the same place of all frames side by side, as for SVG's temporal heads (arXiv:2502.01776)."""
+    """Position by position: the same position of all frames next to each other, as for SVG's temporal heads
+    (arXiv:2502.01776)."""
     frame, row, column = _video_coordinates(grid)
     return _sort_video(grid, (row * grid.width + column) * grid.frames + frame)
 
@@ -44,8 +45,8 @@ BOXES = ((4, 4, 4), (2, 4, 4), (2, 2, 4))  # frames, height, width; each box is 
 def nested_boxes(grid: Grid, boxes: Sequence[Cell] = BOXES) -> Tensor:
     """Box by box of 4x4x4 tokens, in each box half by half (2x4x4), in each half quarter by quarter (2x2x4).
 
-    So blocks of 64, 32 and 16 tokens are compact, whichever of these sizes queries and keys are cut into. Whole boxes
-    come first; those that the video cuts off follow, so that they do not shift the blocks of the others.
+    Blocks of 64, 32 and 16 tokens are therefore compact. Complete boxes come first, and boxes that exceed the video
+    last, so that these do not shift the blocks of the others.
 
     Args:
         boxes: sides of the boxes, the largest first; each divides the one before it.
@@ -73,7 +74,7 @@ def hilbert(grid: Grid) -> Tensor:
 
 @lru_cache(maxsize=8)
 def gilbert(grid: Grid) -> Tensor:
-    """Along the generalized Hilbert curve, which fills a video of any size without leaving it.
+    """Along the generalized Hilbert curve, which covers a video of any size and no cells outside of it.
 
     Blocks of 128 are more compact than those of :func:`hilbert`. Cached, because it takes seconds for 100,000 tokens.
     """

@@ -18,15 +18,16 @@ from .plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern(Method):
-    """A method that depends on geometry alone. Subclasses implement :meth:`keep` and name the setting that widens it.
+    """A method that depends on geometry alone. Subclasses implement :meth:`keep` and set ``knob`` to the name of the
+    setting that widens it.
 
-    With ``density`` the settings are solved for, see :meth:`resolve`: the knob; or, if its least value is too dense,
-    the settings of ``narrowing``, one after the other. Single blocks then make up the rest of the density, see
-    :func:`dit_sparse.density.meet_density`.
+    With ``density``, :meth:`resolve` solves for the knob or, if the pattern is too dense at the smallest value of the
+    knob, for the settings of ``narrowing`` one after the other. The rest of the density is filled with single blocks,
+    see :func:`dit_sparse.density.meet_density`.
 
     Attributes:
         knob: name of the field that widens the pattern.
-        knob_range: least and greatest value of the knob, from almost no blocks to all.
+        knob_range: smallest and largest value of the knob, from almost no blocks to all.
         narrowing: names of further fields that are lowered, and their least values.
     """
 
@@ -49,7 +50,7 @@ class Pattern(Method):
         return _solve(self, grid, block)[1]
 
     def resolve(self, grid: Grid, block: int) -> Pattern:
-        """Return the pattern with the settings that its density is solved to, without the single blocks."""
+        """Return the pattern with the settings found for its density; the single blocks are not included."""
         return self if self.density is None else _solve(self, grid, block)[0]
 
     def stages(self) -> list[Callable[[float], Pattern]]:

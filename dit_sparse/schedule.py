@@ -15,19 +15,20 @@ class Schedule:
 
     Attributes:
         dense_steps: first denoising steps that stay dense: a count (int) or a fraction of all steps (float, rounded
-            down). These steps settle the layout of the video; most papers keep 10-30 % of them, Radial Attention 24 %.
-            They are computed by SDPA, or by an executor that "auto" has measured to be faster.
+            down). These steps determine the layout of the video; most papers keep 10-30 % of them, Radial Attention 24
+            %. They are computed by SDPA, or by an executor that "auto" has measured to be faster.
         dense_layers: first layers that stay dense in every step: a count or a fraction.
         replan_interval: sparse steps between two plans. Attention changes slowly: on the bundled model an interval of 2
-            costs at most 0.9 dB, mostly nothing, and halves the planning. Static patterns are planned once per grid.
+            costs at most 0.9 dB, with most methods nothing, and halves the planning time. Static patterns are planned
+            once per grid.
         per_branch: whether each branch of classifier-free guidance has plans of its own. By default the branches share
             them: the first one computed makes the plan, or the conditional one if a batch holds both. Sharing halves
-            the planning and gains 0.1 to 7 dB on the bundled model, because guidance amplifies differences between
-            the branches, and two plans are such a difference.
-        density_ramp: factors of the density at the first and at the last sparse step, such as ``(1.3, 0.6)``; it is
-            linear between them, constant between two plans, and has the requested density as mean over the sparse
-            steps, for which the factors are scaled. Early steps decide more of the video. None: the ramp of the method,
-            which most methods do not have. ``(1, 1)``: the same density in all steps.
+            the planning and gains 0.1 to 7 dB on the bundled model, because guidance amplifies differences between the
+            branches, such as those caused by different plans.
+        density_ramp: factors of the density at the first and at the last sparse step, such as ``(1.3, 0.6)``; linear
+            between them and constant between two plans. The factors are scaled so that the mean over the sparse steps
+            is the requested density. A decreasing ramp helps because early steps affect the video more. None: the ramp
+            of the method, if it has one. ``(1, 1)``: the same density in all steps.
     """
 
     dense_steps: int | float = 0.25

@@ -1,4 +1,4 @@
-"""Building blocks of methods that look at q and k: block means, sampled attention, scores in chunks."""
+"""Functions for methods that score q and k: block means, sampled attention, scores in chunks."""
 
 from __future__ import annotations
 

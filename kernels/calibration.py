@@ -178,9 +178,9 @@ def _measure(name: str, signature: CallSignature) -> CostModel:
 
 
 def _fit(low_density: Measurement, high_density: Measurement, short: Measurement) -> CostModel:
-    """Return the cost model through three measurements: two with the same tokens, and one with fewer tokens. Noise
-    makes no coefficient negative, and the cost per pair is at least a quarter of the seconds per pair at high
-    density."""
+    """Return the cost model through three measurements: two with the same tokens, and one with fewer tokens.
+    Coefficients are at least 0 despite noise, and the cost per pair is at least a quarter of the seconds per pair at
+    high density."""
     pairs = high_density.pairs - low_density.pairs  # 0 if the groups are so large that both keep all of them
     slope = (high_density.seconds - low_density.seconds) / pairs if pairs else 0.0
     per_pair = max(slope, high_density.seconds / high_density.pairs / 4)

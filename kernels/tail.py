@@ -153,8 +153,8 @@ def tail_arguments(plan: Plan | ClusterPlan, q: Tensor, k: Tensor, v: Tensor) ->
 
 
 def with_tail(attend: Callable) -> Callable:
-    """Return an executor's ``attend`` that merges the tail of a plan, for an ``attend`` that computes kept pairs
-    alone and returns their log-sum-exp."""
+    """Return an executor's ``attend`` that merges the tail of a plan, for an ``attend`` that computes only kept pairs
+    and returns their log-sum-exp."""
 
     @wraps(attend)
     def attend_with_tail(q, k, v, plan, scale=None):

@@ -1,6 +1,7 @@
 """Bria 3.2, Bria FIBO and FIBO 2: joint self-attention over text and image tokens, text first.
 
-The text of FIBO 2 are the tokens of its perceiver. Batches in which their number differs put them last and stay dense.
+The text tokens of FIBO 2 come from its perceiver. Batches in which their number differs have them after the image and
+stay dense.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Family: what an adapter declares about one family of diffusers transformers.
+"""Family: the declaration of one family of diffusers transformers by its adapter.
 
 To add a family, write ``pipelines/<name>.py`` with a module-level ``FAMILY = Family(...)`` and add the name to
 ``FAMILIES``. Adapters refer to diffusers classes by name, so importing one does not import diffusers.
@@ -26,7 +26,7 @@ GridShape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Family:
-    """A family of diffusers transformers: images count as videos of one frame.
+    """A family of diffusers transformers. Images are videos of one frame.
 
     Attributes:
         name: name of the adapter's file.

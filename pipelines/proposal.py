@@ -54,7 +54,7 @@ def propose_family(transformer: nn.Module) -> Family | None:
 
 
 def no_adapter_message(transformer: nn.Module, family: Family | None = None) -> str:
-    """Return what an error says about a transformer without an adapter: the reason, or a proposal.
+    """Return the error message for a transformer without an adapter: the reason, or a proposed family.
 
     Args:
         transformer: the transformer.
@@ -69,7 +69,7 @@ def no_adapter_message(transformer: nn.Module, family: Family | None = None) -> 
     if proposal := propose_family(transformer):
         text = f"text {proposal.text}" if proposal.text else "no text"
         found = f"sites {proposal.sites!r}, {text} in self-attention"
-        return f"{message}; pass family=dit_sparse.propose_family(model) after checking what it found: {found}"
+        return f"{message}; pass family=dit_sparse.propose_family(model) after checking the proposal: {found}"
     return f"{message}; use dit_sparse.attention, or add an adapter as CONTRIBUTING describes"
 
 

@@ -1,4 +1,4 @@
-"""Transformer classes of diffusers that sparse attention is not made for, with the reasons."""
+"""Transformer classes of diffusers that sparse attention does not support, with the reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 and their kin: text to video, image to video, VACE, Animate, Lucy Edit, ChronoEdit.
+"""Wan 2.1, Wan 2.2 and derived models: text to video, image to video, VACE, Animate, Lucy Edit, ChronoEdit.
 
 Self-attention is over video tokens only; the text enters through cross-attention, which stays dense. The reference
 image of Wan Animate is the first frame; its face blocks stay dense.

@@ -87,5 +87,5 @@ def batch(
 
 
 def _progress_bars() -> Any:
-    """Only the first process of a launch shows progress: all have about as many clips."""
+    """Only the first process of a launch shows progress, because all have about the same number of clips."""
     return nullcontext(lambda name: lambda done, steps: None) if int(os.environ.get("RANK", 0)) else progress_bars()

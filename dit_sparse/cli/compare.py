@@ -61,7 +61,7 @@ def compare(
         typer.Option("--per-branch", help="Separate plans for the branches of guidance; slower and less accurate."),
     ] = False,
     quality: Annotated[bool, typer.Option("--quality", help="Also score each clip with VBench-style metrics.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A first look: two prompts, six steps, short clips.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A quick run: two prompts, six steps, short clips.")] = False,
     out: OutFolder = Path("out/compare"),
 ) -> None:
     """Compare methods with dense attention and with each other. The same command resumes an interrupted comparison."""

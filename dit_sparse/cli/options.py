@@ -1,4 +1,4 @@
-"""Options that several commands share, and the values that their texts stand for."""
+"""Options shared by several commands, and the parsers of their values."""
 
 from __future__ import annotations
 

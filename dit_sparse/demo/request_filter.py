@@ -21,11 +21,11 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class RequestFilter:
-    """Refuse requests that the page never makes: uploads and other routes of Gradio, large bodies, foreign hosts.
+    """Reject requests that the page does not make: uploads and other routes of Gradio, large bodies, foreign hosts.
 
     Another site can reach the page under its own name (DNS rebinding), or post to it. So ``Host`` must name this
-    machine, and ``Origin`` the same host. If the page is not bound to localhost, any IP address is a valid host: no
-    other site has it as its name.
+    machine, and ``Origin`` the same host. If the page is not bound to localhost, any IP address is a valid host,
+    because DNS rebinding requires a host name.
 
     Args:
         app: the ASGI application.

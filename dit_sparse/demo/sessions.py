@@ -13,7 +13,7 @@ from .device_pool import Cancelled
 
 MAX_SESSIONS = 1000
 MAX_REQUESTS = 16  # of all sessions together, running or waiting
-MAX_REQUESTS_PER_ADDRESS = 4  # one visitor with many tabs leaves room for others
+MAX_REQUESTS_PER_ADDRESS = 4  # so that one visitor with many tabs does not block others
 
 
 @dataclass(eq=False)
@@ -93,7 +93,7 @@ class Sessions:
             return name not in self._sessions or self._sessions[name].click == 0
 
     def finish(self, name: str, request: ActiveRequest, folder: TemporaryDirectory | None = None) -> bool:
-        """End a request and keep the folder of its result. Returns whether the result may be drawn."""
+        """End a request and keep the folder of its result. Returns whether the result may be displayed."""
         with self._lock:
             session = self._sessions.get(name)
             if session is None or session.request is not request:

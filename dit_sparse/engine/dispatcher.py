@@ -39,7 +39,7 @@ class AttentionDispatcher:
         guided: returns whether a pipeline that batches both branches of guidance computes them now.
 
     Attributes:
-        tracker: knows the step and branch.
+        tracker: the step and branch of the running transformer call.
         last_plan: site and plan of the most recent sparse call, or None.
     """
 
@@ -83,7 +83,7 @@ class AttentionDispatcher:
         device = call.q.device.type
         if not torch.is_autocast_enabled(device):
             return self._attend(attention_site, call)
-        dtype = torch.get_autocast_dtype(device)  # SDPA would cast to it; executors compute in the dtype they get
+        dtype = torch.get_autocast_dtype(device)  # SDPA casts to this dtype; executors do not cast
         with torch.autocast(device, enabled=False):
             return self._attend(attention_site, call.under_autocast(device, dtype))
 
@@ -129,7 +129,7 @@ class AttentionDispatcher:
         )
 
     def _attend_sparsely(self, call: AttentionCall, site: Site, padding: KeyPadding | None) -> Tensor:
-        """Compute a call whose padding is at the end by the method's plan, if it makes one that is faster."""
+        """Compute a call whose padding is at the end by the method's plan, if there is one and it is faster."""
         q, k, lengths = call.q, call.k, padding and padding.lengths
         with self._counters.attention.timing(q.device):
             plan = self._plans.plan(q, k, site, lengths, call.v)
@@ -173,7 +173,7 @@ class AttentionDispatcher:
         return self._dense(call, f"{reason}, by the executor {choice.name}", lambda: attend()[0])
 
     def _observe_dense(self, call: AttentionCall, site: Site, out: Tensor) -> None:
-        """Show the method a call of the last dense step, and what its plan would have given."""
+        """Call ``observe_dense`` with a call of the last dense step and the output of the method's plan for it."""
         padding, counters = self._padding.read(call, site.grid), self._counters
         if self._why_site_is_dense(site) or isinstance(padding, str):
             return

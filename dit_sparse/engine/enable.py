@@ -41,11 +41,12 @@ class SparseAttnProcessor:
             as measured on this machine. ``"auto"`` also computes dense steps where an executor is faster than SDPA.
         block: tokens in a block, a multiple of 16 in [16, 256]. Default: 64 below 32,768 tokens, else 128.
         min_tokens: shorter sequences stay dense. Default: with ``"auto"``, calls stay dense where SDPA is faster as
-            measured on this machine; with 0, no sequence is too short.
+            measured on this machine; with 0, sequences of any length are sparse.
         guard: attention mass that the plans of every layer must retain, in (0, 1), measured on a few queries every
-            third step. A layer below it computes more pairs from the next step on, the third time all. Default: off.
+            third step. A layer below the limit computes more pairs from the next step on; the third time it becomes
+            dense. Default: off.
         steps: number of denoising steps, required for fractional ``dense_steps`` of a bare transformer.
-        family: adapter of the transformer classes that it names, before those of ``dit_sparse/pipelines``.
+        family: adapter for the transformer classes that it names, used before those of ``dit_sparse/pipelines``.
         settings: further settings of the method, if it is given as text.
 
     Raises:
@@ -161,7 +162,7 @@ def enable(
 
     Raises:
         ValueError: an argument is unknown or out of range, or the model is not supported. For an unknown transformer
-            class the message has a family that fits its structure, to be checked and given as ``family``.
+            class the message contains a proposed family; check it and pass it as ``family``.
 
     Example:
         >>> pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-14B-Diffusers").to("cuda")
@@ -248,14 +249,14 @@ def _transformers(model: Any, family: Family | None) -> list[tuple[str, nn.Modul
 
 
 def _family_of(transformer: nn.Module, family: Family | None) -> Family | None:
-    """Return the family of a transformer: that of the user if it names its class, else an adapter, or None."""
+    """Return the family of a transformer: the user's if it names the class, else that of an adapter, or None."""
     if family is not None and family.supports(class_names(type(transformer))):
         return family
     return family_of(transformer)
 
 
 def _unwrap(module: nn.Module, family: Family | None) -> tuple[nn.Module, nn.Module]:
-    """Return what the pipeline calls, and the transformer inside wrappers: torch.compile's, DDP's and PEFT's."""
+    """Return the module that the pipeline calls, and the transformer inside wrappers (torch.compile, DDP, PEFT)."""
     module = getattr(module, "_orig_mod", module)  # a compiled module calls the hooks of the module it wraps
     inner = module
     while _family_of(inner, family) is None:

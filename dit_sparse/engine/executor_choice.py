@@ -45,7 +45,8 @@ class ExecutorChoices:
         return "dense attention is faster, as measured" if (site.grid, site.layer) in self._dense_layers else None
 
     def may_replace_sdpa(self, grid: Grid) -> bool:
-        """Whether an executor may compute dense steps: with ``"auto"``, unless the baseline or short sequences run."""
+        """Whether an executor may compute dense steps: with ``"auto"``, except for the method `Dense` and short
+        sequences."""
         settings = self._settings
         named = settings.executor != "auto"
         return not (named or settings.method.keeps_model_attention or settings.min_tokens_reason(grid))
@@ -53,7 +54,7 @@ class ExecutorChoices:
     def fastest_for_dense(
         self, q: Tensor, k: Tensor, lengths: Tensor | None, site: Site
     ) -> tuple[Choice, Plan] | tuple[None, None]:
-        """Return the fastest executor for a dense step and a full plan, or None twice if SDPA is fastest."""
+        """Return the fastest executor for a dense step and a full plan, or ``(None, None)`` if SDPA is fastest."""
         signature = (site.grid, q.shape, q.dtype, q.device, lengths is None)
         if signature not in self._dense:
             full_plan = Plan.dense(site.grid.tokens, site.block, q.device)

@@ -1,4 +1,4 @@
-"""An intercepted attention call, why it may have to be dense, and its place: module and transformer call."""
+"""Intercepted attention calls, their module and transformer call, and the reasons why a call must stay dense."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ class AttentionCall:
 
     Attributes:
         q, k, v: after RoPE, ``[B, H, N, D]``, and ``[B, Hkv, N, D]`` for keys and values.
-        mask: a tensor or None, or what the backend that the user chose takes as a mask.
+        mask: a tensor or None, or another object that the user's attention backend accepts as a mask.
         mask_source: the processor's argument from which all layers compute the same mask, or None.
         is_causal, dropout_p, scale: as in ``scaled_dot_product_attention``.
         stock: computes the call as the model does, ``[B, H, N, D]``.
         backend: name of the attention backend that the user chose, or None.
         is_parallel: whether the call belongs to a form of context parallelism that is not supported.
-        ranks: under context parallelism, the number of this rank and how many share the heads; else None.
+        ranks: under context parallelism, the index of this rank and the number of ranks that share the heads; else
+            None.
     """
 
     q: Tensor
@@ -82,7 +83,8 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """The tokens of a transformer call, except text, whose length each attention call tells.
+    """The tokens of a transformer call without text. The text length follows from the sequence length of each attention
+    call.
 
     Attributes:
         frames, height, width: size of the video in tokens.
@@ -141,7 +143,7 @@ class Forward:
 
     Args:
         settings: settings of the run.
-        tracker: knows the step and branch.
+        tracker: the step and branch of this call.
 
     Attributes:
         layout: its tokens.
@@ -159,7 +161,7 @@ class Forward:
         self._calls.clear()
 
     def count_call(self, attention_site: AttentionSite) -> None:
-        """Count a call of a module, so that its next call is about the next batch item."""
+        """Count a call of a module, so that its next call is assigned to the next batch item."""
         self._calls[attention_site.module] += 1
 
     def site(self, attention_site: AttentionSite, grid: Grid) -> Site:

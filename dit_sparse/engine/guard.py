@@ -14,8 +14,8 @@ from ..scoring import without_padding
 from .forward import AttentionCall
 from .report import RunCounters
 
-INTERVAL = 3  # steps between two measurements, so that new plans and plans of the step before are measured in turn
-DENSE_LEVEL = 3  # the dropped pairs are halved twice before a layer is dense
+INTERVAL = 3  # steps between two measurements; odd, so that new and older plans are measured alternately
+DENSE_LEVEL = 3  # the number of dropped pairs is halved twice before a layer becomes dense
 TOKENS_PER_ROW = 512  # so that the sampled rows are less than 1 % of the pairs at a density of .25
 MAX_ROWS = 32
 
@@ -39,7 +39,7 @@ class QualityGuard:
         self._last_step: dict[tuple, int] = {}
 
     def level(self, site: Site) -> int:
-        """Return how often the density of a layer was raised."""
+        """Return how many times the density of a layer was raised."""
         return self._levels.get((site.component, site.layer), 0)
 
     def density(self, site: Site, density: float) -> float:
@@ -51,7 +51,8 @@ class QualityGuard:
         return "the guard" if self.level(site) >= DENSE_LEVEL else None
 
     def begin_forward(self) -> None:
-        """Raise the densities of layers by what the last forward call measured. Reading it waits for the GPU once."""
+        """Raise the densities of layers that the last forward call measured below the limit. Synchronizes with the GPU
+        once."""
         if not self._measured:
             return
         layers = list(self._measured)
@@ -64,7 +65,7 @@ class QualityGuard:
             self._counters.count_guard(*layer, mass, self._levels.get(layer, 0))
 
     def end_generation(self) -> None:
-        """Forget the levels, so that results do not depend on the order of clips."""
+        """Reset the levels, so that results do not depend on the order of clips."""
         self._levels.clear()
         self._measured.clear()
         self._last_step.clear()

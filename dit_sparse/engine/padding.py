@@ -11,7 +11,7 @@ from torch import Tensor
 from ..grid import Grid, Site
 from .forward import AttentionCall
 
-EXCLUDED = -1e4  # an additive mask of this value or less leaves a key no weight
+EXCLUDED = -1e4  # additive mask values up to this one exclude a key
 
 
 @dataclass(frozen=True)
@@ -103,15 +103,15 @@ def _valid_keys(mask: Tensor, batch: int, tokens: int) -> Tensor | str:
     keys = pairs.any(1)
     # Rows of padding may be excluded, too: their outputs are not used.
     if not (pairs == keys[:, None]).all() and not (pairs == keys[:, None] & keys[..., None]).all():
-        return f"{shape} allows each query other keys"
+        return f"{shape} allows different keys for different queries"
     return keys
 
 
 class PaddingCache:
-    """Padding by mask, cached for one transformer call because reading a mask waits for the GPU."""
+    """Padding by mask, cached for one transformer call because reading a mask synchronizes with the GPU."""
 
     def __init__(self) -> None:
-        self._cache: dict[tuple, tuple[Tensor, KeyPadding | str | None]] = {}  # holds masks, so that ids stay unique
+        self._cache: dict[tuple, tuple[Tensor, KeyPadding | str | None]] = {}  # holds the masks: their ids stay unique
 
     def read(self, call: AttentionCall, grid: Grid) -> KeyPadding | str | None:
         """Return the padding of a call as `read_padding` does; None without a mask."""

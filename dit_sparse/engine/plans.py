@@ -1,8 +1,8 @@
 """The plans of a run, cached between steps and shared by the branches of guidance.
 
-Guidance of scale g adds g times the conditional prediction and 1 - g times the unconditional one. If both branches lose
-the same by skipping blocks, their sum loses as much. If their losses are independent, it loses sqrt(g^2 + (1 - g)^2)
-times as much, five times at g = 4. Branches that compute the same blocks lose nearly the same.
+Guidance of scale g adds g times the conditional prediction and 1 - g times the unconditional one. If both branches have
+the same error, so has the sum. If their errors are independent and of equal size, the error of the sum is larger by the
+factor sqrt(g^2 + (1 - g)^2): five times at g = 4. Branches that compute the same blocks have nearly the same error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .report import Stopwatch
 @dataclass(frozen=True)
 class CachedPlan:
     """A plan, the step and branch of the call it was made for, the method with the density of that step, and the last
-    step at which the schedule renewed it. Methods that manage their own plans are asked at every step."""
+    step at which the schedule renewed it. Methods that manage their own plans are called at every step."""
 
     plan: Plan | ClusterPlan | None
     step: int
@@ -37,7 +37,7 @@ class CachedPlan:
 
     def is_shared_by(self, site: Site) -> bool:
         """Whether the plan was made in the same step for the other branch. A second call of the same branch in a step
-        is about another part of the video, as in pipelines that denoise long videos in windows."""
+        belongs to another part of the video, as in pipelines that denoise long videos in windows."""
         return self.step == site.step and self.branch != site.branch
 
 
@@ -60,7 +60,7 @@ class Plans:
         self._stopwatch, self._guard = stopwatch or Stopwatch(), guard
         self._cache: dict[tuple, CachedPlan] = {}
         self._previews: dict[tuple, CachedPlan] = {}
-        self._methods: dict[tuple, Method] = {}  # by what their density depends on
+        self._methods: dict[tuple, Method] = {}  # key: everything that the density depends on
         self._memory: dict[tuple, dict] = defaultdict(dict)
 
     def plan(
@@ -77,7 +77,7 @@ class Plans:
         if cached is not None and cached.method is not method:
             is_due = True
             if method.manages_own_plans:
-                self.memory(q, site).clear()  # it would keep the plan of the other density
+                self.memory(q, site).clear()  # its memory holds the plan of the previous density
         site = replace(site, needs_plan=is_due or site.step == cached.renewed)
         may_be_stale = not method.static and (method.manages_own_plans or site.needs_plan)
         if cached is None or (may_be_stale and not cached.is_shared_by(site)):
@@ -92,7 +92,8 @@ class Plans:
     def preview(
         self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None, v: Tensor | None = None
     ) -> Plan | ClusterPlan | None:
-        """Return the plan that the first sparse step would make of a call of the last dense step, for both branches."""
+        """Return the plan of the first sparse step, made from a call of the last dense step and shared by both
+        branches."""
         key, method = (*self._key(q, site), len(q), q.device), self._method_at(site)
         cached = self._previews.get(key)
         if cached is None or not cached.is_shared_by(site):
@@ -102,7 +103,7 @@ class Plans:
         return cached.plan
 
     def density_at(self, site: Site) -> float | None:
-        """Return the density that the plans of a step are asked for; None: the method's own settings decide."""
+        """Return the requested density of the plans of a step; None: the method's own settings decide."""
         return self._method_at(replace(site, references=0)).density
 
     def memory(self, q: Tensor, site: Site) -> dict:
@@ -117,8 +118,8 @@ class Plans:
             self._cache.clear()
 
     def _method_at(self, site: Site) -> Method:
-        """Return the method with the density of a step, in which pairs with reference tokens, all computed, count. The
-        same object for the same densities."""
+        """Return the method with the density of a step over all pairs, those with reference tokens included. Equal
+        densities return the same object."""
         level = self._guard.level(site) if self._guard else 0
         key = site.step, site.steps, site.references, site.grid, level
         if key not in self._methods:

@@ -25,7 +25,7 @@ class Report:
 
     Attributes:
         method, settings: name and settings of the method.
-        resolved: by token grid the method with the settings that its density was solved to, for methods that solve for
+        resolved: by token grid, the method with the settings found for its density, for methods that solve for
             settings.
         executors: number of sparse calls by executor.
         choices: choices of the executor ``"auto"`` with their reasons, and the number of layers and call signatures for
@@ -114,11 +114,11 @@ class RunCounters:
     grids: dict[tuple[Grid, int], None] = field(default_factory=dict)  # and blocks
     sparse_calls: int = 0
     sparse_pairs: int = 0
-    computed_in_sparse: float | torch.Tensor = 0.0  # pairs; a tensor, because reading it would wait for the GPU
+    computed_in_sparse: float | torch.Tensor = 0.0  # pairs; a tensor, because reading it would synchronize with the GPU
     observed_pairs: float | torch.Tensor = 0.0  # computed in dense steps for methods that observe them
     density_by_step: dict[int, float] = field(default_factory=dict)
     pooled_in_sparse: float | torch.Tensor = 0.0  # pairs of a query and a pooled term
-    reference_pairs: float = 0.0  # of sparse calls, with reference tokens, not counted in the two numbers above
+    reference_pairs: float = 0.0  # pairs with reference tokens in sparse calls, not part of the two numbers above
     guarded_layers: dict[tuple[str, int], dict[str, float]] = field(default_factory=dict)
     dense_pairs: int = 0
     unsized_calls: int = 0
@@ -135,7 +135,7 @@ class RunCounters:
         references = pairs * (1 - (1 - site.references / site.grid.tokens) ** 2)
         self.sparse_pairs += pairs - references
         self.reference_pairs += references
-        # not in place: of either inference mode
+        # not in place, because the tensor may have been created in inference mode
         self.computed_in_sparse = self.computed_in_sparse + (pairs * plan.mean_density - references)
         self.pooled_in_sparse = self.pooled_in_sparse + pairs * plan.mean_tail_density
 
@@ -149,7 +149,7 @@ class RunCounters:
         self.observed_pairs = self.observed_pairs + pairs
 
     def count_dense(self, reason: str, pairs: int | None) -> None:
-        """Count a dense call. Without ``pairs`` it weighs as much as the average call."""
+        """Count a dense call. Without ``pairs`` it counts as a call of average size."""
         self.dense[reason] += 1
         self.unsized_calls += pairs is None
         self.dense_pairs += pairs or 0
@@ -161,7 +161,7 @@ class RunCounters:
         self.guarded_layers[component, layer] = least
 
     def warn(self, reason: str) -> str:
-        """Log a reason for a dense call, once a run, and return it."""
+        """Log a reason for a dense call, once per run, and return it."""
         if reason not in self.logged:
             self.logged.add(reason)
             log.warning("attention stays dense: %s", reason)
@@ -244,7 +244,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """The sum so far. On a GPU it waits for the last event."""
+        """The sum so far. On a GPU reading it waits for the last event."""
         if self._events:
             self._events[-1][1].synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000

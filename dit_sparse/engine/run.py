@@ -83,7 +83,7 @@ class Run:
         for module, link in self._links:
             link.remove(module)
         self._hooks, self._links = [], []
-        # A report may be kept for long: let go of the model, and of the plans of all threads.
+        # Runs may be kept for their report: release the model, and the plans of all threads.
         self._threads = threading.local()
         self._new_dispatcher = partial(
             AttentionDispatcher, self._settings, self._counters, [], lambda: None, lambda: False
@@ -133,7 +133,7 @@ class Run:
         return text + figure_to_html(self.plot())
 
     def __reduce__(self):
-        return type(None), ()  # a copy or a pickle of the model is stock, and has no run
+        return type(None), ()  # a copy or a pickle of the model is unmodified, and has no run
 
     def _attach(self, name: str, wrapper: nn.Module, transformer: nn.Module, family: Family) -> None:
         """Observe a transformer and intercept its self-attention modules."""
@@ -152,7 +152,7 @@ class Run:
         def begin_forward(*arguments: Any) -> None:
             refuse_ring(transformer)
             for module, link in links:
-                link.install(module)  # others may have replaced the processor, as fuse_qkv_projections does
+                link.install(module)  # other code may have replaced the processor, as fuse_qkv_projections does
             self._dispatcher.begin_forward(*arguments)
 
         self._links += links

@@ -1,7 +1,7 @@
 """Track the step and branch of the running transformer call without touching the pipeline.
 
 diffusers' cache context names the branch and sometimes the step; the scheduler counts its steps; the timestep of the
-call helps where neither does. Attention calls are never counted, because caches skip blocks.
+call is used if neither is available. Attention calls are never counted, because caches skip blocks.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class StepTracker:
         self.in_forward = False
         self._in_eager_forward = False
         self._latents = lambda: None  # a weak reference to the latents of the last call
-        self._part = 0  # of the video in this step: pipelines for long videos denoise it in windows
+        self._part = 0  # index of the window in this step, for pipelines that denoise long videos in windows
         self._call = 0  # transformer calls with this timestep so far
         self._first_timestep: float | None = None
         self._last_timestep: float | None = None
-        self._first_index = 0  # in the scheduler's timesteps: video to video skips the first ones
+        self._first_index = 0  # index of the first timestep in the schedule: video-to-video skips the first ones
         self._scheduler_timesteps: Any = None
         self._schedule: list[float] = []
         self._generating = False
@@ -92,7 +92,7 @@ class StepTracker:
         if self._call == STALLED_CALLS:
             log.warning(
                 "the denoising step has not advanced for %d forward calls (timestep %s): sparse steps may never begin; "
-                "use dense_steps=0 if the steps cannot be told apart",
+                "use dense_steps=0 if the steps cannot be distinguished",
                 STALLED_CALLS,
                 timestep,
             )
@@ -120,8 +120,8 @@ class StepTracker:
         self.plan_group = "" if name in BRANCHES else name or f"part {self._part}"
 
     def _read_schedule(self) -> list[float]:
-        """Return the scheduler's timesteps, read once a generation because reading waits for the GPU. A new tensor
-        starts a new generation."""
+        """Return the scheduler's timesteps, read once per generation because reading synchronizes with the GPU. A new
+        tensor starts a new generation."""
         timesteps = getattr(self._scheduler(), "timesteps", None)
         if timesteps is not self._scheduler_timesteps:
             self.reset()
@@ -130,8 +130,9 @@ class StepTracker:
         return self._schedule
 
     def _find_step(self, timestep: float | None, schedule: list[float], context: Any) -> int:
-        """Return the step from the cache context, else from the scheduler's own counter, which tells the evaluations of
-        a second-order scheduler apart, else from the place of the timestep, else from its changes."""
+        """Return the step from the cache context, else from the scheduler's own counter, which distinguishes the
+        evaluations of a second-order scheduler, else from the position of the timestep in the schedule, else from its
+        changes."""
         step = getattr(context, "step_index", None)
         if step is not None:
             return int(step)
@@ -152,7 +153,7 @@ class StepTracker:
 
 
 def _largest(timestep: torch.Tensor | float | None) -> float | None:
-    """Return the timestep as a number. Of several the largest: conditioned first frames have 0 (Wan 2.2 5B)."""
+    """Return the timestep as a number, the largest of several: conditioned first frames have 0 (Wan 2.2 5B)."""
     return float(timestep.max()) if isinstance(timestep, torch.Tensor) else timestep
 
 
@@ -163,7 +164,7 @@ def _is_repeated(latents: torch.Tensor) -> bool:
 
 
 def _nearest_index(timestep: float, schedule: list[float]) -> int | None:
-    """Return the index of the nearest timestep of a schedule, or None if none is near, as in pipelines that rescale
+    """Return the index of the nearest timestep of a schedule, or None if none is close, as in pipelines that rescale
     them. Half precision rounds a timestep by at most 0.4 %."""
     if not schedule:
         return None

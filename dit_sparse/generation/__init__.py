@@ -1,1 +1,1 @@
-"""Make videos: load a pipeline, generate one clip, or a batch from a prompt file."""
+"""Generation of videos: load a pipeline, generate one clip, or a batch from a prompt file."""

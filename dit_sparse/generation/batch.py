@@ -1,9 +1,9 @@
 """Generate a clip for each prompt of a list, on one device or many, and resume after an interruption.
 
 Every clip is a video and a JSON file of the same name with its settings and measurements. The JSON file is written
-last, so a clip without it is not done. Under ``accelerate launch`` the processes share the clips that are left. A lock
-of each clip keeps other processes from generating the clip or removing its partial files at the same time. The next
-start generates the clips of a process that was killed.
+last, so a clip without it is not done. Under ``accelerate launch`` the processes share the remaining clips. A lock for
+each clip prevents other processes from generating the clip or removing its partial files at the same time. The clips of
+a process that was killed are generated at the next start.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def settings(self) -> dict:
-        """All settings that determine the clip, as plain values. Files store them under ``"asked"``."""
+        """All settings that determine the clip, as plain values. Result files store them under ``"asked"``."""
         run = self.processor.settings
         values = {"model": self.model, "prompt": self.prompt, "seed": self.seed, "call": self.call, "fps": self.fps}
         values |= {"method": type(run.method).__name__, "settings": run.method.settings()}
@@ -143,7 +143,7 @@ class Batch:
             raise ValueError(f"{name}: {error}") from None
 
     def run(self, stage: Stage) -> dict:
-        """Generate this process's share of the clips that are left, and return the manifest.
+        """Generate this process's share of the remaining clips, and return the manifest.
 
         Raises:
             Interrupted: SIGINT or SIGTERM was received. Finished clips stay valid.
@@ -157,7 +157,7 @@ class Batch:
                 for number, job in enumerate(own_jobs):
                     if signals:
                         raise Interrupted
-                    with self._locked(job.name) as acquired:  # otherwise another process generates this clip
+                    with self._locked(job.name) as acquired:  # if not acquired, another process is generating this clip
                         if acquired and not self._is_done(job):
                             on_step = _batch_progress(progress, number, len(own_jobs), signals)
                             self._generate_or_fail(pipe, job, on_step)
@@ -217,8 +217,8 @@ class Batch:
 
     @contextmanager
     def _locked(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Hold the lock of a clip or of the manifest, and remove the partial files that killed processes left of it.
-        Yields whether the lock was acquired."""
+        """Hold the lock of a clip or of the manifest, and remove its partial files, left by killed processes. Yields
+        whether the lock was acquired."""
         with file_lock(self.out / f".{name}.lock", wait) as acquired:
             for path in partial_files(self.out, name) if acquired else ():
                 path.unlink(missing_ok=True)
@@ -228,8 +228,8 @@ class Batch:
         return (self._stored_result(job) or {}).get("status") == "done"
 
     def _stored_result(self, job: Job) -> dict | None:
-        """Return the JSON file of a clip; None if it is missing or damaged, or if the video of a clip that is done
-        is."""
+        """Return the content of a clip's JSON file, or None if the file or the video of a finished clip is missing or
+        damaged."""
         try:
             result = read_json(self._path(job, "json"))
         except ValueError:
@@ -244,11 +244,15 @@ class Batch:
 
 
 def _same_settings(stored: Any, settings: Any) -> bool:
-    """Whether two settings agree. The names of settings may differ between versions; their order and values may not."""
+    """Whether two settings agree. The names of settings may differ between versions, and a newer version may have
+    further settings at the end that are None by default; order and values may not differ."""
 
     def values(part: Any) -> Any:
         if isinstance(part, dict):  # capitals are class names, such as {"Top": {"density": 0.2}}
-            return [(key if key[:1].isupper() else "", values(value)) for key, value in part.items()]
+            pairs = [(key if key[:1].isupper() else "", values(value)) for key, value in part.items()]
+            while pairs and pairs[-1][1] is None:
+                pairs.pop()
+            return pairs
         return [values(value) for value in part] if isinstance(part, list) else part
 
     return values(stored) == values(settings)
@@ -266,8 +270,8 @@ def _batch_progress(progress: Progress, number: int, count: int, signals: list[i
 
 
 def _is_intact(video: Path, digest: str | None) -> bool:
-    """Whether a video is the one that was written. Without a digest, as in folders of older versions, whether it is
-    complete."""
+    """Whether a video file is unchanged since it was written; without a digest, as in folders of older versions,
+    whether it is complete."""
     try:
         status = check_regular_file(video)
         return _is_intact_version(video, digest, status.st_size, status.st_mtime_ns)

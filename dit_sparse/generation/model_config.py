@@ -60,8 +60,8 @@ def pipeline_config(model: str) -> dict:
 
 
 def check_family(model: str, config: dict) -> None:
-    """Raise ValueError if no adapter supports a transformer of a pipeline, or if it makes images. Classes outside of
-    diffusers are accepted, because they may be subclasses of supported ones."""
+    """Raise ValueError if no adapter supports a transformer of a pipeline, or if it generates images. Classes outside
+    of diffusers are accepted, because they may be subclasses of supported ones."""
     name = shorten_path(model)
     components = [(key, part) for key, part in config.items() if isinstance(part, list) and len(part) == 2]
     transformers = [part for key, part in components if key.startswith("transformer") and part[1] is not None]
@@ -75,12 +75,12 @@ def check_family(model: str, config: dict) -> None:
         detail = f": {reason}" if reason else ""
         raise ValueError(f"{name} has a {class_name}, which no adapter in dit_sparse/pipelines supports{detail}")
     if any(family is not None and family.images for family in families):
-        raise ValueError(f"{name} has a {class_name}, which makes images: use dit_sparse.enable in Python")
+        raise ValueError(f"{name} has a {class_name}, which generates images: use dit_sparse.enable in Python")
 
 
 def check_size(model: str, call: dict) -> None:
-    """Raise ValueError if a model cannot generate clips of the size in a pipeline call, as far as the configs of the
-    bundled model or of a local folder tell. Nothing is downloaded."""
+    """Raise ValueError if a model cannot generate clips of the size in a pipeline call, according to the configs of the
+    bundled model or a local folder. Nothing is downloaded."""
     folder = Path(model_source(model))
     pipeline, transformer, vae = (_read_config(folder / name) for name in CONFIGS)
     family = family_named(_class_names(str(_last(pipeline.get("transformer"), ""))))

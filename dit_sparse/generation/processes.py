@@ -1,7 +1,7 @@
 """Share work among the processes of a launch, and stop it at a signal.
 
-The first process tells the others what is left, and each process takes every n-th item. The processes do not
-communicate after that, so none waits for a process that was killed.
+The first process sends the list of remaining items to the others, and each process takes every n-th item. The processes
+do not communicate after that, so none waits for a process that was killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Interrupted(Exception):
 
 
 def shard(names_left: Callable[[], list[str]]) -> list[str]:
-    """Return this process's share of the clips that are left, as the first process sees them."""
+    """Return this process's share of the remaining clips, as listed by the first process."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return names_left()
     from torch.distributed import DistStoreError
@@ -40,7 +40,7 @@ def shard(names_left: Callable[[], list[str]]) -> list[str]:
         store.set(key, json.dumps(names_left()))
     names = json.loads(store.get(key))
     store.set(f"{key}-{rank}", "received")
-    if rank == 0:  # the store may end with this process, so wait for the others, but not long for one that was killed
+    if rank == 0:  # the store may end with this process: wait for the others, with a limit in case one was killed
         with suppress(DistStoreError):
             store.wait([f"{key}-{other}" for other in range(world_size)], timedelta(minutes=1))
     return names[rank::world_size]

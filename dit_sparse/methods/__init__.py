@@ -1,4 +1,4 @@
-"""Methods, one file a paper. The CLI, the demo, the tests and the README read the table ``METHODS``."""
+"""Methods, one file per paper. The CLI, the demo, the tests and the README read the table ``METHODS``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ METHODS: dict[str, type[Method]] = {
     "rettention": Rettention,
 }
 
-# Components of papers and compositions; they have names, and the components are candidates for the heads of a profile.
+# Named components of papers, and compositions. The components are also candidates for the heads of a profile.
 PARTS: dict[str, type[Method]] = {
     "svg.spatial": Band,
     "svg.temporal": Temporal,

@@ -7,20 +7,20 @@ pair:
     W_ij = sum over r in block i, c in block j of exp(q_r . k_c / sqrt(D) - L_r)
 
 The first search computes L; later ones reuse it, because it hardly changes over the steps. Every row keeps the same
-number of heaviest blocks. The density is adapted to heads in three levels with an unchanged mean: with sparsity s, the
-n heads whose kept blocks hold the most mass get sparsity (1 + s)/2, the n that hold the least get (3s - 1)/2, where n
-is the number of heads that hold over .8, at most half of them.
+number of blocks, those with the most mass. The density is adapted to heads in three levels with an unchanged mean: with
+sparsity s, the n heads whose kept blocks hold the most mass get sparsity (1 + s)/2, the n that hold the least get (3s -
+1)/2, where n is the number of heads whose kept blocks hold over 0.8, at most half of the heads.
 
-Between searches the plan stays. The authors search at steps 10 and 30 of 50, with sparsity .8 and blocks of 64.
+The plan is reused between searches. The authors search at steps 10 and 30 of 50, with sparsity .8 and blocks of 64.
 
 Differs from the authors:
 - Their pseudo-code prints log for exp.
 - The recall of a head is relative to the mass of its own rows, because rows of a map made with an older L need not sum
   to one.
-- s is the sparsity of the pairs without text. Where the third level would be denser than dense, or the first one less
-  than the own blocks, all heads get the same density.
-- A search looks at every fourth query (``queries_per_block``). Theirs looks at all, because it gets L for free from a
-  dense step.
+- s is the sparsity of the pairs without text. If the third level would exceed density 1, or the first one would be
+  below the density of the diagonal, all heads get the same density.
+- A search uses every fourth query (``queries_per_block``). Theirs uses all, because a dense step gives L at no extra
+  cost.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AdaSpa(Method):
         density: the authors use 0.2.
         head_adaptive: whether heads get different densities.
         search_interval: steps between two searches: a count (int) or a fraction of all steps (float).
-        queries_per_block: queries of each block that a search looks at: a power of two that divides the block. None, or
+        queries_per_block: queries of each block that a search uses: a power of two that divides the block. None, or
             more than the block holds: all.
     """
 

@@ -7,13 +7,14 @@ r in key block j, and m_r its largest score of all,
 
     s_ij = max over the samples r of block i of  exp(m_rj - m_r)
 
-Each row keeps the fewest blocks that make up .95 of its scores, within a least and a greatest number.
+Each row keeps the fewest blocks that make up 0.95 of its scores, within a minimum and a maximum number.
 
 Differs from the authors:
 - The positions are drawn once from a fixed seed, not each time, so that equal inputs give equal plans.
 - Their branch of pooled keys and values is left out: it counts selected blocks twice, which only their distilled models
   have learned to compensate.
-- Their selection leaves out the block that crosses .95. Here it is kept, and so is the own block, which counts.
+- Their selection leaves out the block that crosses 0.95. Here it is kept. The own block is kept as well and counts in
+  the budget.
 - Inference only, no distillation.
 """
 

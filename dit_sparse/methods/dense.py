@@ -2,7 +2,8 @@
 
 Source: scaled dot-product attention; A. Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, eq. 1.
 
-Differs from the authors: not at all. The model's own attention call runs unchanged, so results are equal bit for bit.
+Differs from the authors: no differences. The model's own attention call runs unchanged, so results are equal bit for
+bit.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..method import Method
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(Method):
-    """Computes all pairs. Accepts a density, so that loops over methods need no special case, and ignores it."""
+    """Computes all pairs. Accepts a density and ignores it, so that loops over methods need no special case."""
 
     density_exception: ClassVar[str] = "all pairs are computed"
     static: ClassVar[bool] = True

@@ -13,7 +13,7 @@ equal to the tile along all axes is sliding tile attention (P. Zhang et al., arX
 Differs from the authors:
 - Blocks are cut tile by tile, and a block pair is computed if any pair of its tokens is kept. The other pairs of such a
   block are computed, too; the authors mask them.
-- Windows are fractions of the axes, so that one setting serves every grid.
+- Windows are fractions of the axes, so that one setting fits every grid.
 - Tiles need not fill a block, and axes need not be multiples of a tile.
 """
 

@@ -1,19 +1,19 @@
 """PBS-Attn: keys are sorted by importance within segments, so that fewer blocks hold most of the attention.
 
 Source: X. Wang et al., "Sparser Block-Sparse Attention via Token Permutation", arXiv:2510.21270, sec. 3. Attention does
-not depend on the order of keys and values. A few probe queries give each key an importance, the attention that it
-receives on average. Keys are sorted by it, so that heavy keys share blocks and few blocks hold most of the attention of
-a query block. Queries are not sorted, so the output needs no permutation. Keys are sorted within segments of the
-sequence, so that they stay near their original position.
+not depend on the order of keys and values. The importance of a key is the mean attention that a few probe queries give
+to it. Keys are sorted by it, so that heavy keys share blocks and few blocks hold most of the attention of a query
+block. Queries are not sorted, so the output needs no permutation. Keys are sorted within segments of the sequence, so
+that they stay near their original position.
 
 Differs from the authors:
-- Their segments serve causality; here they serve locality.
+- They use segments for causality; here segments preserve locality.
 - Probe queries are evenly spaced over the sequence, not its last block, and half as many. On the bundled model at
-  density .25 the relative error of the output is .205 with 64 and .203 with 128.
+  density 0.25 the relative error of the output is 0.205 with 64 and 0.203 with 128.
 - Blocks are ranked by the exact attention of ``queries_per_block`` queries, not by block means: sorted keys of one
   block have little in common, so their mean carries no information.
-- Text is a group of its own that attends to all and is attended by all. A query block keeps its own segment in
-  addition to the top-p of the other blocks, as theirs does.
+- Text is a separate group that attends to all tokens and that all tokens attend to. A query block keeps its own segment
+  in addition to the top-p of the other blocks, as theirs does.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PBS(Method):
         return ClusterPlan.from_mask(keep, queries, keys)
 
     def _score(self, q: Tensor, k: Tensor, block: int, blocks: int) -> Tensor:
-        """Return the log of the attention that sampled queries of each block pay to each block of sorted keys."""
+        """Return the log of the attention weights of sampled queries of each block on each block of sorted keys."""
         sample = (..., slice(None, None, max(1, block // self.queries_per_block)), slice(None))
         queries, valid = split_blocks(q, block)[sample], split_blocks(torch.ones_like(q[:1, :1, :, :1]), block)[sample]
         tokens, samples = k.shape[2], queries.shape[3]

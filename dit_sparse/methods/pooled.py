@@ -6,13 +6,14 @@ similar. A dropped group of n keys with mean m joins the softmax of query q with
 
     logit  q . m / sqrt(D) + log n,        value  the mean of its values.
 
-A group is a key block or cluster of the plan, or with ``group`` at most that many consecutive tokens of one. Small
-groups of similar keys decide what the residual is worth, so the order of the tokens matters as much as their number.
+A group is a key block or cluster of the plan, or with ``group`` at most that many consecutive tokens of one. The
+residual is accurate for small groups of similar keys, so the order of the tokens matters as much as the size of the
+groups.
 
 The mean of exponentials exceeds the exponential of the mean, so this underestimates the group. The second cumulant,
-(q^2 . s) / 2D with the variance s of each channel, would be exact for Gaussian keys and is far too much for the
-concentrated heads of the bundled model: at density .25 `svg` has 28.4 dB, 29.9 dB with pooled blocks, and 19.5 dB with
-the cumulant added, so it is left out.
+(q^2 . s) / 2D with the variance s of each channel, would be exact for Gaussian keys but overestimates the concentrated
+heads of the bundled model: at density 0.25 `svg` has 28.4 dB, 29.9 dB with pooled blocks, and 19.5 dB with the cumulant
+added, so it is left out.
 
 Differs from the authors: nothing is trained, and only dropped groups are pooled (BLADE pools all groups and so counts
 kept ones twice).

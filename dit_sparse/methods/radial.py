@@ -4,13 +4,13 @@ Source: X. Li et al., "Radial Attention: O(n log n) Sparse Attention with Energy
 arXiv:2506.19852, sec. 4. Attention between token k of frame i and token l of frame j decays exponentially in both
 |i - j| and |k - l|, so a window of width ~ 2^-log2|i-j| loses little, and O(n log n) pairs remain.
 
-The rule is that of the authors' released masks, which made the published numbers, not the paper's eq. 4. With s
-tokens per frame, P the power of two above s, d = |i - j|, g the bit length of d (0, 1, 2, 2, 3, 3, 3, 3, ...):
+The rule is that of the authors' released masks, which gave the published results, not the paper's eq. 4. With s tokens
+per frame, P the power of two above s, d = |i - j|, g the bit length of d (0, 1, 2, 2, 3, 3, 3, 3, ...):
 
     window     keep |k - l| <= w, with w = s if d <= dense_distance, else max(decay * P / 2^g, min_width * block)
-    thinning   where L = P / 2^g < block, keep a frame pair only if d is a multiple of block / L
-    sink       every query keeps frame 0
-    blocks     keep a block pair if, of its columns with any kept token, over .6 are kept in over 1/3 of its rows
+    thinning   where L = P / 2^g < block, keep a frame pair only if d is a multiple of block / L sink       every query
+    keeps frame 0 blocks     keep a block pair if more than 0.6 of its non-empty columns are kept in more than 1/3 of
+    its rows
 
 Differs from the authors:
 - They draw each pair of frames as an s x s mask and require s to be a multiple of 128. Here the same rule is evaluated
@@ -19,10 +19,10 @@ Differs from the authors:
 - Dense distance, sink and block size are settings instead of depending on the name of the model.
 - Thinning starts below the block size instead of below 128.
 - ``density`` solves for ``decay``. If even the narrowest windows exceed it, as on small grids where a frame is a few
-  blocks, windows get narrower than ``min_width``, as those of eq. 4 are, and then near frames are given up. Below
+  blocks, windows get narrower than ``min_width``, as in eq. 4, and then near frames are dropped. Below
   ``min_width=0, dense_distance=-1`` only the sink, text and the diagonal are left. `Method.resolve` and reports name
-  the settings. On the bundled model at density 0.25 the relative error of the output is .18 in this order, and .32 if
-  near frames are given up first.
+  the settings. On the bundled model at density 0.25 the relative error of the output is 0.18 in this order, and 0.32 if
+  near frames are dropped first.
 """
 
 from __future__ import annotations

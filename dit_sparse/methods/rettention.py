@@ -1,15 +1,16 @@
 """Re-ttention: corrects a sparse softmax by statistics of a periodic dense step.
 
 Source: R. Chen et al., "Re-ttention: Ultra Sparse Visual Generation via Attention Statistical Reshape",
-arXiv:2505.22918, sec. 4. A sparse softmax divides by too little. A refresh computes the call both ways and stores for
-every query the share rho of the softmax that the kept keys M hold, and the output R of the dropped keys:
+arXiv:2505.22918, sec. 4. The denominator of a sparse softmax is too small. A refresh computes the call both densely and
+sparsely and stores for every query the share rho of the softmax that the kept keys M hold, and the output R of the
+dropped keys:
 
     rho = exp(L_M - L),  R = O - rho O_M                at a refresh, whose output is the dense O
     O = rho O_M + R,     rho <- min(1, rho + ramp)      at the steps between two refreshes
 
 The log-sum-exp between refreshes is L_M - log rho; log rho is stored, because rho can underflow. rho grows because the
-dropped keys lose weight as the noise decreases. The plan must not change between refreshes, so it is kept as long; any
-method can make it.
+dropped keys lose weight as the noise decreases. The plan must not change between refreshes, so it is reused until the
+next one. Any method can make it.
 
 Differs from the authors:
 - R is stored for each head instead of after the output projection, which is equivalent.

@@ -3,23 +3,24 @@
 A method of this project, described and measured in docs/routed.md. Its pooled terms are those of H. Ren et al.,
 "Combiner: Full Attention Transformer with Sparse Computation Cost", arXiv:2107.05768.
 
-- Order. Tokens are sorted by nested boxes, 4x4x4, 2x4x4 and 2x2x4: blocks of 64 queries meet tiles of 16 keys, and
-  both are compact. A pooled term is only as good as its keys are alike.
-- Tail. Every tile j that a row does not compute takes part in its softmax as one mean key m_j with the mean value of
-  its n_j keys; its logit is q . m_j / sqrt(D) + log n_j.
-- Routing. The tiles to compute are not those with the most attention but those whose pooled term errs most. With the
-  variance s_j of each channel of the keys of a tile, and the softmax w over the pooled terms, tiles are ranked by
+- Order. Tokens are sorted by nested boxes, 4x4x4, 2x4x4 and 2x2x4: blocks of 64 queries and tiles of 16 keys are
+  compact. A pooled term is accurate only if its keys are similar.
+- Tail. Every tile j that a row does not compute takes part in its softmax as one term, with the mean key m_j and the
+  mean value of its n_j keys; its logit is q . m_j / sqrt(D) + log n_j.
+- Routing. The tiles to compute are those with the largest error of the pooled term, not those with the most attention.
+  With the variance s_j of each channel of the keys of a tile, and the softmax w over the pooled terms, tiles are ranked
+  by
 
       a_ij = mean over the queries q of block i  of  w_qj (q^2 . s_j) / D
       b_ij = mean over some queries r of block i  of  | p_rn - exp(r . m_j / sqrt(D) - L_r) |_2  over the keys n of j
 
   and their product, where p is the exact attention of every eighth query and L its log-sum-exp.
-- Ramp. The density falls over the sparse steps, from 1.3 to .6 times its mean (`Schedule.density_ramp`).
-- Residual. R is what the plan would lose in the last dense step, averaged over the branches of guidance, which
+- Ramp. The density falls over the sparse steps, from 1.3 to 0.6 times its mean (`Schedule.density_ramp`).
+- Residual. R is the error of the plan in the last dense step, averaged over the branches of guidance, because guidance
   amplifies differences between them. Until the second plan the output is O + alpha^age R.
 
-Differs from the authors: pooled terms replace only tiles that are not computed, and nothing is trained. Text is
-computed exactly in both directions, and a row always keeps its best tile.
+Differs from the authors: pooled terms replace only tiles that are not computed, and nothing is trained. The rows and
+columns of text are computed exactly, and a row always keeps its best tile.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Routed(Method):
         return ClusterPlan.from_mask(keep, queries, keys).with_tail(self.tail)
 
     def score(self, q: Tensor, k: Tensor, block: int) -> Tensor:
-        """Return how much the pooled term of each tile errs, ``[B, H, Q, K]``, for video tokens in order."""
+        """Return the error of the pooled term of each tile, ``[B, H, Q, K]``, for video tokens in order."""
         score = mass_and_spread(q, k, block, self.key_tile, self.spread)
         if self.every is not None:
             error = pooling_error(q, k, block, self.key_tile, self.every)

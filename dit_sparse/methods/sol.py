@@ -8,7 +8,8 @@ m_j of key block j, centred over j (which leaves a softmax unchanged),
 where var_d is the variance of channel d of the block means: tau is a threshold in standard deviations of the scores of
 a row. The diagonal and its two neighbours are exact, too. Every other block j adds n_j exp(s_ij + q . m / sqrt(D)) to
 the softmax denominator of each query q of block i, with the mean m of all keys, and this times its mean value to the
-numerator. So an offset of all keys changes nothing, as in attention. A tau of 1, 1.5 and 2 keeps about 16, 7 and 3 %.
+numerator. An offset of all keys therefore does not change the result, as in attention. A tau of 1, 1.5 and 2 keeps
+about 16, 7 and 3 %.
 
 Differs from the authors: text is kept, as by every method here, in place of their sinks; ``density`` keeps the same
 number of best blocks in every row; single tokens, which theirs can add, are left out. `Pooled` computes the pooled

@@ -2,7 +2,7 @@
 
 Source: J. Zhang et al., "SpargeAttn: Accurate Sparse Attention Accelerating Any Model Inference", arXiv:2502.18137,
 sec. 3.2-3.3. The self-similarity of a block is the mean cosine between its tokens. Blocks with a high self-similarity
-are represented by their means; key blocks j compete by
+are represented by their means; key blocks j are scored by
 
     softmax_j(mean(Q_i) . mean(K_j) / sqrt(D))
 
@@ -11,12 +11,13 @@ keys is subtracted first, which changes no softmax. Tokens are ordered along a H
 the self-similarity of blocks.
 
 Differs from the authors:
-- Only the first of their two filters. The second skips products inside a computed block, and 8-bit products are a
-  matter of the kernel.
-- A share keeps the block that crosses it, which theirs leaves out; the own block is kept and counts in it.
+- Only the first of their two filters. The second filter, which skips products inside a computed block, and their 8-bit
+  products are parts of the kernel.
+- A mass budget keeps the block that crosses it, which theirs leaves out. The own block is kept and counts in the
+  budget.
 - One block size for queries and keys; theirs are 128 and 64.
-- By default no block counts as dissimilar, so that a density is met. This is also the rule they recommend: top-k with a
-  threshold of -0.1, below what a mean cosine can be.
+- By default no block counts as dissimilar, so that a density is met. This is also the setting they recommend: top-k
+  with a threshold of -0.1, which no mean cosine reaches.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Source: Z. Wang et al., "SparseD: Sparse Attention for Diffusion Language Models", arXiv:2509.24014, sec. 4. Attention
 differs between heads but hardly changes over the denoising steps. So one exact attention map, averaged over the queries
-of each block and the keys of each block, decides for the whole generation. Every row keeps the same fraction of its
-best blocks. Selection is isolated: prompt and answer keep this fraction each, so that neither is dropped entirely.
+of each block and the keys of each block, determines the mask of the whole generation. Every row keeps the same fraction
+of its best blocks. Selection is isolated: prompt and answer keep this fraction each, so that neither is dropped
+entirely.
 
 Differs from the authors:
 - Text, the prompt here, is always kept, and so is the own block of every row.
@@ -36,8 +37,8 @@ class SparseD(Method):
     Attributes:
         density: the authors use 0.3.
         groups: runs of frames that each keep the same fraction of their pairs; 1, as the authors: none.
-        queries_per_block: queries of each block that the map looks at: a power of two that divides the block. None, or
-            more than the block holds: all.
+        queries_per_block: queries of each block that the map uses: a power of two that divides the block. None, or more
+            than the block holds: all.
     """
 
     manages_own_plans: ClassVar[bool] = True

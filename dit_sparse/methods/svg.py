@@ -4,7 +4,7 @@ Source: H. Xi, S. Yang et al., "Sparse VideoGen: Accelerating Video Diffusion Tr
 Sparsity", arXiv:2502.01776, sec. 3-4. A spatial head attends within its frame and adjacent frames: a band around the
 diagonal in frame-by-frame order. A temporal head attends to its own place in all frames: a band around the diagonal in
 place-by-place order. So both patterns are one band in two token orders. Online, each head takes the order in which the
-band serves ``samples`` random queries better.
+band keeps more attention of ``samples`` random queries.
 
 Differs from the authors:
 - The better pattern is the one that keeps more attention mass, not the one with the smaller output error, because plans

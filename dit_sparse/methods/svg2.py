@@ -8,7 +8,8 @@ k_j and n_j keys in cluster j,
 
 estimates the attention between clusters. Each query cluster keeps the fewest key clusters that add up to ``top_p``, and
 at least the fraction ``min_ratio`` of them. The first k-means runs ``init_iterations``; later ones start from the
-centroids of the previous plan and run ``iterations``. Text is a cluster that attends to all and is attended by all.
+centroids of the previous plan and run ``iterations``. Text is a cluster that attends to all tokens and that all tokens
+attend to.
 
 Differs from the authors:
 - The number of clusters grows with the square root of the sequence and equals theirs at 720p (Wan: 300 and 1,000

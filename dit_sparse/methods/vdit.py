@@ -3,20 +3,19 @@
 Source: P. Chen et al., "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Video Diffusion
 Transformers", arXiv:2506.03065, sec. 3. Each head has one of these modes:
 
-    diagonal        a band around the diagonal in frame-by-frame order (`svg.spatial`)
-    multi-diagonal  a band in place-by-place order (`svg.temporal`): diagonals one frame apart
-    vertical        the same keys for all queries
-    skip            no output at all
-    full            dense
+    diagonal        a band around the diagonal in frame-by-frame order (`svg.spatial`) multi-diagonal  a band in
+    place-by-place order (`svg.temporal`): diagonals one frame apart vertical        the same keys for all queries skip
+    output zero full            dense
 
 The authors search offline, on a few prompts, for the mode with the least error + lambda (1 - work saved). Here that
-search is `dit-sparse profile` with the candidates `vdit`, which keeps to a density or an error instead of the two
-constants and writes a profile. The method in this file needs no search: at the first sparse step each head takes the
-band or the columns that keep most of the attention of ``samples`` random queries, and keeps this choice, because shapes
-hardly depend on the prompt.
+search is `dit-sparse profile` with the candidates `vdit`, which meets a target density or error instead of using the
+two constants, and writes a profile. The method in this file needs no search: at the first sparse step each head takes
+the band or the columns that keep most of the attention of ``samples`` random queries, and keeps this choice, because
+shapes hardly depend on the prompt.
 
 Differs from the authors: the choice is made online, by attention mass, without `skip` and `full`, and all heads have
-the same density. The columns are the blocks that receive most attention; the authors do not say which they take.
+the same density. The columns are the blocks that receive most attention; the paper does not specify the authors'
+choice.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Vertical(Scorer):
 
 @dataclass(frozen=True, kw_only=True)
 class Skip(Method):
-    """Skips a head: its output is zero. The plan holds only text and the diagonal."""
+    """Sets the output of a head to zero. The plan holds only text and the diagonal."""
 
     density_exception: ClassVar[str] = "skipped heads compute only text and the diagonal"
 

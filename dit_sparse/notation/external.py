@@ -35,7 +35,7 @@ def installed_methods() -> dict[str, type[Method]]:
 def find_method(name: str) -> type[Method] | None:
     """Return an installed method, or ``module:Class`` of a module that is imported already; None if there is none.
 
-    Texts from files and from the page are read by this function, too, so it never imports a module by its name.
+    This function also reads text from files and from the page, so it never imports a module by name.
     """
     if ":" not in name:
         return installed_methods().get(name)

@@ -1,1 +1,1 @@
-"""Static pictures, drawn by matplotlib."""
+"""Static figures, drawn by matplotlib."""

@@ -241,9 +241,10 @@ def _label_ends(
 
 
 def spread_out(heights: Sequence[float], apart: float) -> np.ndarray:
-    """Move ascending heights in 0..1 as little as possible so that neighbours are ``apart``, if there is room."""
+    """Move ascending heights in 0..1 as little as possible so that neighbours are at least ``apart`` apart, if they
+    fit."""
     apart = min(apart, 1 / max(len(heights) - 1, 1))
-    groups: list[list[float]] = []  # of heights less their distance from the first; groups of one mean touch
+    groups: list[list[float]] = []  # heights minus their offset from the first; labels of a group are adjacent
     for number, height in enumerate(heights):
         groups.append([height - number * apart])
         while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):

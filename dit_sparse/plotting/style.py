@@ -33,7 +33,7 @@ class Theme:
 
     Attributes:
         paper, ink, muted, grid: background, text, secondary text, grid lines.
-        empty, accent: from "nothing" to "all" in masks and heat maps; ``accent`` also draws sparse attention.
+        empty, accent: colours of 0 and 1 in masks and heat maps; ``accent`` also draws sparse attention.
         highlight: the query in a mask.
         series: colours of lines, in order.
     """
@@ -138,7 +138,7 @@ def wrap(text: str, width: float, size: float, weight: str = "normal") -> str:
 
 
 def printable(text: str) -> str:
-    """Replace control characters, which have no place in a picture or in XML."""
+    """Replace control characters, which XML does not allow."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
@@ -156,7 +156,7 @@ def figure_to_svg(
 
     Colours of ``theme`` become CSS variables with the colour as fallback, so one element serves a light and a dark
     page. Text stays text, in the font of the page. Artists whose gid begins with ``series-`` are grouped by gid; their
-    labels can be focused, other links are for pointers alone, so that a keyboard does not stop at every marker.
+    labels can be focused by keyboard, other links only be clicked.
 
     Args:
         label: for screen readers.

@@ -146,7 +146,7 @@ class Probe(Method):
 
     Attributes:
         methods: the methods to measure.
-        schedule: tells the steps to measure them at.
+        schedule: determines the steps to measure them at.
         recorder: collects the measurements.
     """
 

@@ -36,8 +36,8 @@ class ProfileSearch:
         prompts: a clip is generated from each, with seeds 0, 1, ...
         candidates: names of methods, separated by commas.
         out: the JSON file to write. The heat map is written next to it as PNG.
-        target_density: limit of the mean density; give either this or
-        max_error: limit of the root mean squared relative error.
+        target_density: limit of the mean density; exclusive with ``max_error``.
+        max_error: limit of the root mean squared relative error; exclusive with ``target_density``.
         spread: densities to try, as multiples of the target. Default: the target alone, so that all heads have it; with
             ``max_error``, ``SPREAD`` times 0.25.
         schedule: steps and layers that stay dense.
@@ -130,7 +130,7 @@ class ProfileSearch:
             "prompts": list(self.prompts),
             "call": self.call,
             "block": self.block,
-            "asked": {name: getattr(self, name) for name in ("target_density", "max_error", "spread")},
+            "search": {name: getattr(self, name) for name in ("target_density", "max_error", "spread")},
             "errors": [[_round(value) for value in layer] for layer in select(error, choice).sqrt()],
             "candidates": [
                 {

@@ -4,7 +4,7 @@ A clip is generated densely, and methods are measured on some of its calls. The 
 ``best``, over the method's own blocks or clusters, which no choice among them can exceed, so that
 ``efficiency = retained / best`` is at most 1; ``best_by_row``, with the method's own number of pairs in every row;
 ``best_row_major``, over row-major blocks for every method, which another order or clusters can exceed. A correction
-adds to the output and not to the retained attention: it shows in the error alone.
+changes the output but not the retained attention, so it affects only the error.
 """
 
 from __future__ import annotations

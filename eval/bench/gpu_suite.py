@@ -3,10 +3,10 @@
     python -m dit_sparse.eval.bench.gpu_suite --out DIR [--minutes 25]
 
 The stages are the kernel tests on the device, the attention and transformer benchmarks, the tiling sweep, the training
-of shapes-wan, and a comparison of all methods on the trained model. Each stage runs in a process with a time limit.
-A later call with the same folder runs the stages that are not done, those that never started first; training and
-comparison resume. After a change of source files, package versions or device all stages run again. Results are JSON
-files in the folder, and the last lines printed are the status of every stage.
+of shapes-wan, and a comparison of all methods on the trained model. Each stage runs in a process with a time limit. A
+later call with the same folder runs the remaining stages, those that never started first; training and comparison
+resume. After a change of source files, package versions or device all stages run again. Results are JSON files in the
+folder, and the last lines printed are the status of every stage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Representative launches of every Triton kernel, with arguments on the CPU, to be compiled and not run."""
+"""Representative launches of every Triton kernel, with arguments on the CPU. They are compiled but not run."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Published(_Strict):
             ValueError: the text stands for several rows or for none.
         """
         if self.row == "all":
-            raise ValueError("'all' is no single row: write METHOD@DENSITY, METHOD@own, profile:NAME or dense")
+            raise ValueError("'all' is not a single row: write METHOD@DENSITY, METHOD@own, profile:NAME or dense")
         request = parse_row(self.row)
         return request.method, round(default_density, 4) if request.every_density else request.density
 
@@ -107,7 +107,7 @@ class Recipe(_Strict):
         except ValidationError as error:
             raise ValueError(f"{path}: {first_error(error)}") from None
         except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is no TOML file: {error}") from None
+            raise ValueError(f"{path} is not a TOML file: {error}") from None
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} cannot be used: {error}") from None
 

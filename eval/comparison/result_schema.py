@@ -92,7 +92,7 @@ class _Result(_Strict):
     @model_validator(mode="after")
     def _check_consistency(self) -> _Result:
         if "torch" not in self.versions:
-            raise ValueError("versions name no torch")
+            raise ValueError("versions contain no torch")
         scored = [row for row in self.rows if row.quality]
         if any(row.available_dimensions != scored[0].available_dimensions for row in scored):
             raise ValueError("rows differ in the dimensions of their quality")
@@ -109,9 +109,11 @@ def read_result(path: Path) -> dict:
         result = read_json(path)
         _Result.model_validate(result)
     except ValidationError as error:
-        raise ValueError(f"{path} is no result of this version of dit-sparse compare: {first_error(error)}") from None
+        raise ValueError(
+            f"{path} is not a result of this version of dit-sparse compare: {first_error(error)}"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{path} is no result of dit-sparse compare: {error}") from None
+        raise ValueError(f"{path} is not a result of dit-sparse compare: {error}") from None
     return result
 
 

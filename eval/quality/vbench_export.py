@@ -97,8 +97,8 @@ def export(folder: Path | str, videos: Clips, fps: float = 8, dimensions: Iterab
 def clips_of_row(store: ClipStore, result: dict, row: dict) -> Clips:
     """Yield the clips that a row of a comparison was measured on, one at a time.
 
-    A folder may hold clips of other comparisons with the same row name. They are told apart by their settings, and if
-    several remain, by the total time that the row reports.
+    A folder may hold clips of other comparisons with the same row name. They are distinguished by their settings and,
+    if several remain, by the total time that the row reports.
 
     Raises:
         ValueError: clips are missing.
@@ -156,7 +156,7 @@ def _read_list(path: Path, default: list | dict) -> list | dict:
     except (OSError, ValueError, TypeError):
         valid, content = False, None
     if not valid or not isinstance(content, type(default)):
-        raise ValueError(f"{path} exists and is no list of VBench videos; choose another folder")
+        raise ValueError(f"{path} exists and is not a list of VBench videos; choose another folder")
     return content
 
 

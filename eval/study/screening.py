@@ -1,9 +1,10 @@
 """Error of one denoising step: the velocity that the scheduler gets, with every step started from the dense latents.
 
-An error of the attention output or a loss of attention mass does not say how much a clip changes: guidance amplifies
-what differs between its branches, and the layers weigh differently. The guided prediction of the model contains both.
-Starting every step from the latents of the dense clip keeps errors from adding up, so a few clips rank methods that a
-comparison of whole clips needs dozens for. It takes about as long as generating the clip.
+The error of the attention output or the lost attention mass does not predict how much a clip changes: guidance
+amplifies differences between its branches, and layers have different influence. The error of the guided prediction
+includes both effects. Because every step starts from the latents of the dense clip, errors do not accumulate, and a few
+clips suffice to rank methods, where a comparison of whole clips needs dozens. It takes about as long as generating the
+clip.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def follow(
 
 @contextmanager
 def _recorded_predictions(scheduler: Any, record: Callable[[Tensor], None]) -> Iterator[None]:
-    """Show the first argument of ``scheduler.step`` to ``record``."""
+    """Call ``record`` with the first argument of every ``scheduler.step``."""
     step = scheduler.step
 
     def recording_step(prediction: Tensor, *arguments: Any, **options: Any) -> Any:

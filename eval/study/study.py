@@ -1,6 +1,6 @@
 """A study of methods on a model: the error of single steps for all rows and variants, and whole clips for the best.
 
-`dit_sparse.eval.study.screening` says why errors of attention or retained mass are not what is compared.
+`dit_sparse.eval.study.screening` explains why errors of attention or retained mass are not compared instead.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
     try:
         with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
             result = _compiled_flex_attention()(q, k, v, **options)
-    except Exception as error:  # messages of the compiler fill pages
+    except Exception as error:  # compiler messages can be several pages long
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(f"FlexAttention cannot compute this call: {reason}") from error
     out, lse = result if return_lse else (result, None)

@@ -1,4 +1,4 @@
-"""Triton kernels of `planning/pooling_error.py`: what pooled terms get wrong, for every query block and key tile.
+"""Triton kernels of `planning/pooling_error.py`: the error of pooled terms, for every query block and key tile.
 
 Both take two passes over the terms or keys: the first computes the log-sum-exp of every query, the second the scores.
 """

@@ -1,4 +1,4 @@
-"""How much is lost by replacing the keys of a tile by their mean: estimates for every pair of a query block and a tile.
+"""Error of replacing the keys of a tile by their mean: estimates for every pair of a query block and a tile.
 
 Queries and keys are cut into blocks of ``rows`` and tiles of ``columns`` consecutive tokens. With the mean key m_j, the
 variance s_j of each channel and the n_j keys of tile j, a pooled term gives each of its keys the weight of m_j.

@@ -170,7 +170,7 @@ def test_a_model_without_an_adapter_is_refused_before_its_weights_are_read(tmp_p
     assert result.exit_code == 2 and "owner/name has a SanaTransformer2DModel" in result.stderr, result.stderr
     config["transformer"] = ["diffusers", "FluxTransformer2DModel"]
     result = call("generate", "x", "--model", "owner/name", "--out", tmp_path / "x.mp4")
-    assert result.exit_code == 2 and "FluxTransformer2DModel, which makes images" in result.stderr, result.stderr
+    assert result.exit_code == 2 and "FluxTransformer2DModel, which generates images" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize(("reason", "words"), [("Gated", "is restricted"), ("RepositoryNotFound", "no such model")])

@@ -124,7 +124,7 @@ def test_scaling_writes_exponents_and_pictures(tmp_path):
     "command, words",
     [
         (["eval", "video", "nowhere.mp4"], "cannot read nowhere.mp4: No such file"),
-        (["eval", "export", "nowhere"], "no result of dit-sparse compare"),
+        (["eval", "export", "nowhere"], "not a result of dit-sparse compare"),
         (["eval", "attention", "--methods", "nope"], "no method 'nope'"),
         (["eval", "attention", "--density", "x"], "numbers separated by commas"),
         (["bench", "scaling", "--frames", "8,a"], "lengths separated by commas"),
@@ -172,7 +172,7 @@ def damaged(**changes: object) -> dict:
         (damaged(rows=[{"over_random": None}]), "rows.0.name: Field required"),
         (damaged(grids=None), "grids: Input should be a valid list"),
         (damaged(steps=0), "steps: Input should be greater than 0"),
-        (damaged(versions={}), "versions name no torch"),
+        (damaged(versions={}), "versions contain no torch"),
         (damaged(row={"psnr": {"mean": 1.0}}), "rows.1.psnr.median: Field required"),
         (damaged(row={"mass": [[]]}), "rows.1.mass.0: List should have"),
         (damaged(row={"speedup": "2"}), "rows.1.speedup: Input should be a valid number"),

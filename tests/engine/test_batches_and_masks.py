@@ -87,7 +87,7 @@ MASKS = {
     "additive": (lambda: torch.zeros(1, 1, 1, TOKENS).masked_fill(~mask_with_hole(), -1.0), "adds a bias"),
     "pairs": (
         lambda: torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(100)[None, None],
-        "allows each query other keys",
+        "allows different keys for different queries",
     ),
 }
 

@@ -83,7 +83,7 @@ def test_processor_with_its_own_attention_is_counted_and_reported_once(caplog):
         stock.pipe.transformer.blocks[0].attn1.processor = OwnAttention()
         generate(stock)
     report, calls = run.report(), STEPS * stock.calls
-    assert report.dense_calls == {"OwnAttention computes attention in its own way": calls}
+    assert report.dense_calls == {"OwnAttention calls no attention function that can be intercepted": calls}
     assert report.sparse_calls == (count_layers(stock) - 1) * calls
     assert caplog.text.count("OwnAttention") == 1
     assert isinstance(stock.pipe.transformer.blocks[0].attn1.processor, OwnAttention)

@@ -81,7 +81,7 @@ def test_arranging_keeps_the_video_in_its_order(grid):
 @pytest.mark.parametrize(
     "mask, words",
     [
-        (torch.ones(1, 1, 47, 47, dtype=torch.bool).tril(), "allows each query other keys"),
+        (torch.ones(1, 1, 47, 47, dtype=torch.bool).tril(), "allows different keys for different queries"),
         (torch.full((1, 1, 1, 47), -1.0), "adds a bias"),
         (torch.full((1, 1, 1, 47), torch.nan), "adds a bias"),
         (torch.ones(1, 1, 1, 46, dtype=torch.bool), "not a padding mask over 47 keys"),

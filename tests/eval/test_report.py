@@ -217,7 +217,7 @@ def test_report_needs_the_json_alone(result, tmp_path):
 def test_report_refuses_what_is_no_result(tmp_path, content):
     (tmp_path / "compare.json").write_text(content)
     run = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert run.exit_code == 2 and "is no result of" in run.output.replace("\n", " ")
+    assert run.exit_code == 2 and "is not a result of" in run.output.replace("\n", " ")
     assert CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")]).exit_code == 2
 
 

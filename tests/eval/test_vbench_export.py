@@ -49,7 +49,7 @@ def test_exports_are_extended_and_not_overwritten(tmp_path):
 @pytest.mark.parametrize("content", ["{}", "[1]", "[", '[{"prompt_en": "a"}]'])
 def test_other_lists_are_not_overwritten(tmp_path, content):
     (tmp_path / "full_info.json").write_text(content)
-    with pytest.raises(ValueError, match="is no list of VBench videos"):
+    with pytest.raises(ValueError, match="is not a list of VBench videos"):
         export(tmp_path, [("a cat", 0, noise())])
     assert (tmp_path / "full_info.json").read_text() == content
 

@@ -85,7 +85,7 @@ VARIANTS = {
         [],
         dict(num_frame_per_block=2),
         grid=(4, 8, 8),
-        reason="the attention mask [1, 1, 256, 256] allows each query other keys",
+        reason="the attention mask [1, 1, 256, 256] allows different keys for different queries",
     ),
     "CogVideoX 1.5": Variant(
         "CogVideoXTransformer3DModel",

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-MAPPED = ("kernels", "pipelines", "profiles", "eval")  # beside dit_sparse in a checkout, inside it in a wheel
+MAPPED = ("kernels", "pipelines", "profiles", "eval")  # next to dit_sparse in a checkout, inside it in a wheel
 
 
 @dataclass(frozen=True)
-class Room:
-    """What the files of a room may import, besides torch, the standard library and each other: rooms and packages at
+class Group:
+    """What the files of a group may import, besides torch, the standard library and each other: groups and packages at
     import time, and more of both inside functions."""
 
     files: str
@@ -30,41 +30,41 @@ class Room:
     lazily: str = ""
 
 
-ROOMS = {  # floor by floor; a file belongs to the first room whose pattern it fits
-    "nouns": Room("grid order plan clusters schedule kernels.tail", lazily="plotting matplotlib"),
-    "planners": Room("kernels.planning kernels.planning.*", "nouns executors programs"),
-    "programs": Room("kernels.gpu kernels.gpu.*", "triton"),
-    "executors": Room("kernels.*", "nouns programs platformdirs", lazily="triton xformers flash_attn flashinfer"),
-    "adapters": Room("pipelines.*", "nouns", lazily="diffusers"),
-    "methods": Room(
-        "budget density method pattern scoring composition notation notation.* methods methods.*", "nouns planners"
+GROUPS = {  # lowest first; a file belongs to the first group whose pattern it fits
+    "core": Group("grid order plan clusters schedule kernels.tail", lazily="plotting matplotlib"),
+    "planning": Group("kernels.planning kernels.planning.*", "core executors gpu"),
+    "gpu": Group("kernels.gpu kernels.gpu.*", "triton"),
+    "executors": Group("kernels.*", "core gpu platformdirs", lazily="triton xformers flash_attn flashinfer"),
+    "adapters": Group("pipelines.*", "core", lazily="diffusers"),
+    "methods": Group(
+        "budget density method pattern scoring composition notation notation.* methods methods.*", "core planning"
     ),
-    "profile": Room("profiling profiling.head_profile", "nouns methods pydantic"),
-    "engine": Room(
+    "profile": Group("profiling profiling.head_profile", "core methods pydantic"),
+    "engine": Group(
         "engine engine.* attention package",
-        "nouns executors adapters methods profile diffusers",
+        "core executors adapters methods profile diffusers",
         lazily="plotting matplotlib",
     ),
-    "plotting": Room("plotting plotting.*", "nouns matplotlib numpy"),
-    "bundled": Room("bundled bundled.*", "engine diffusers transformers safetensors jinja2"),
-    "output": Room(
+    "plotting": Group("plotting plotting.*", "core matplotlib numpy"),
+    "bundled": Group("bundled bundled.*", "engine diffusers transformers safetensors jinja2"),
+    "output": Group(
         "output output.*",
         "engine methods bundled imageio imageio_ffmpeg numpy PIL",
         lazily="diffusers matplotlib",
     ),
-    "generation": Room(
+    "generation": Group(
         "generation generation.* profiling.*",
-        "nouns profile engine methods executors adapters output bundled plotting numpy pydantic",
+        "core profile engine methods executors adapters output bundled plotting numpy pydantic",
         lazily="diffusers transformers",
     ),
-    "eval": Room(
+    "eval": Group(
         "eval.*",
-        "nouns engine methods executors adapters planners programs output generation plotting bundled "
+        "core engine methods executors adapters planning gpu output generation plotting bundled "
         "diffusers numpy pydantic PIL imageio scipy jinja2 matplotlib tomli",
         lazily="triton skimage lpips pyiqa transformers",
     ),
-    "demo": Room("demo demo.*", "engine methods profile output generation eval plotting bundled numpy"),
-    "cli": Room(
+    "demo": Group("demo demo.*", "engine methods profile output generation eval plotting bundled numpy"),
+    "cli": Group(
         "cli cli.* app", "engine bundled demo typer rich gradio", lazily="methods output generation eval plotting"
     ),
 }
@@ -84,8 +84,8 @@ FILES = {
 } | {path.stem: path for path in ROOT.glob("app.py")}
 
 
-def room_of(module: str) -> str | None:
-    return next((name for name, room in ROOMS.items() if fits(module, room.files)), None)
+def group_of(module: str) -> str | None:
+    return next((name for name, group in GROUPS.items() if fits(module, group.files)), None)
 
 
 def fits(name: str, patterns: str) -> bool:
@@ -126,21 +126,21 @@ def known(name: str) -> str | None:
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_imports_only_from_lower_rooms(module):
-    own = room_of(module)
-    assert own, f"{module} belongs to no room: add it to ROOMS and to docs/design.md"
-    room = ROOMS[own]
+def test_imports_only_from_lower_groups(module):
+    own = group_of(module)
+    assert own, f"{module} belongs to no group: add it to GROUPS and to docs/design.md"
+    group = GROUPS[own]
     for name, lazy in imports(module):
-        source = own if name == "torch" else room_of("package" if name == "public" else name) or name
-        allowed = f"{own} {room.imports} {room.lazily if lazy else ''}".split()
+        source = own if name == "torch" else group_of("package" if name == "public" else name) or name
+        allowed = f"{own} {group.imports} {group.lazily if lazy else ''}".split()
         assert source in allowed, f"{module} may not import {name} {'inside a function' if lazy else 'at import time'}"
 
 
-def test_rooms_stand_on_lower_rooms():
-    """The table itself has no cycle: at import time every room imports only rooms whose own imports are below it."""
-    below = {name: [other for other in room.imports.split() if other in ROOMS] for name, room in ROOMS.items()}
+def test_groups_have_no_import_cycle():
+    """The table itself has no cycle: at import time every group imports only groups whose own imports are below it."""
+    below = {name: [other for other in group.imports.split() if other in GROUPS] for name, group in GROUPS.items()}
     tuple(TopologicalSorter(below).static_order())
-    assert len(ROOMS) <= 15
+    assert len(GROUPS) <= 15
 
 
 def test_import_reader_reads():
@@ -157,7 +157,7 @@ def test_mapped_folders_are_no_packages():
         assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py would shadow or break imports"
 
 
-def test_rooms_are_small():
+def test_folders_are_small():
     """A folder has one purpose and at most 14 files; methods/ has a file for each paper, pipelines/ for each family."""
     for folder in {path.parent for path in FILES.values()} - {ROOT / "dit_sparse" / "methods", ROOT / "pipelines"}:
         files = [path for path in folder.iterdir() if path.is_file()]
@@ -287,7 +287,7 @@ def test_files_stay_short():
 
 def test_no_program_is_tuned_at_its_first_call():
     """Launch settings are data that were reviewed, kernels/gpu/architectures.py."""
-    programs = [
+    kernels = [
         (path.name, node.name, [ast.unparse(one) for one in node.decorator_list])
         for path in (ROOT / "kernels" / "gpu").glob("*.py")
         if "@triton.jit" in path.read_text()
@@ -295,7 +295,7 @@ def test_no_program_is_tuned_at_its_first_call():
         if isinstance(node, ast.FunctionDef)
     ]
     plain = (["triton.jit"], ["triton.constexpr_function"])
-    assert programs and all(decorators in plain for *_, decorators in programs), programs
+    assert kernels and all(decorators in plain for *_, decorators in kernels), kernels
 
 
 def python(code: str, cwd: Path, *flags: str) -> str:

@@ -1,1 +1,1 @@
-"""How attention calls and forward calls of a diffusers model reach the run, and how the model is restored."""
+"""Interception of the attention calls and forward calls of a diffusers model, and restoring the model."""

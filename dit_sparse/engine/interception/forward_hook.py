@@ -1,8 +1,8 @@
 """Report the forward calls of one transformer to its run.
 
 The hook is a plain forward pre-hook of the module. Offloading, caches and LoRA replace ``transformer.forward`` or
-rebuild chains of hooks on it; a pre-hook survives that, and removing it leaves their changes alone. diffusers' cache
-context and the end of a generation are observed by methods set on this one instance.
+rebuild chains of hooks on it; a pre-hook remains in place, and removing it does not affect their changes. diffusers'
+cache context and the end of a generation are observed by methods set on this one instance.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ForwardHook:
     """Observe a transformer.
 
     Args:
-        module: the transformer, or what wraps it.
+        module: the transformer or its wrapper.
         transformer: the transformer itself.
         family: reads the token grid from the arguments of a call.
         begin: ``begin(timestep, latents, layout, context, compiled)`` is called before every forward call.
@@ -66,7 +66,7 @@ class ForwardHook:
         _register_operator()
 
     def remove(self) -> None:
-        """Remove the hooks and methods, and nothing that others have put on the module."""
+        """Remove the hooks and methods of this object; those of other code stay."""
         for handle in (*self._handles, *self._methods):
             handle.remove()
         self.begin = self.end = self.reset = None
@@ -78,8 +78,8 @@ class ForwardHook:
         if not torch.compiler.is_compiling():
             self.begin(timestep, latents, self.layout(arguments), getattr(self._local, "context", None), False)
             return None
-        # Inside the graph nothing is read: the timestep, and what the grid is read from, pass through an operator that
-        # reads them at run time.
+        # A compiled graph cannot read the timestep or the arguments that contain the grid: they pass through an operator
+        # that reads them at run time.
         is_timestep = isinstance(timestep, Tensor)
         name = self._family.timestep if is_timestep else self._family.latents
         read = [arguments.get(one) for one in self._family.reads]
@@ -156,7 +156,7 @@ class _InstanceMethod:
         return self._call(*args, **kwargs)
 
     def remove(self) -> None:
-        """Restore what was there, unless others have replaced the method since."""
+        """Restore the previous attribute, unless other code has replaced the method since."""
         if self.instance.__dict__.get(self.name) is self:
             del self.instance.__dict__[self.name]
             if self._before is not None:

@@ -1,13 +1,14 @@
 """Intercept the attention calls of a diffusers attention module.
 
 The module's processor is replaced by an instance of a subclass that shares its state. Its ``__call__`` runs the
-processor's own code with one global name exchanged: ``dispatch_attention_fn``, or ``F`` where the processor calls
-``F.scaled_dot_product_attention``. Projections, norms, RoPE and masks stay the model's own, and nothing global is
-patched. A processor whose code cannot be exchanged stays untouched, and a hook of the module counts its calls. Under
-``torch.compile`` the exchanged function is a custom operator, so that blocks compile with ``fullgraph=True`` and the
-plan is still chosen at run time.
+processor's own code with one global name replaced: ``dispatch_attention_fn``, or ``F`` where the processor calls
+``F.scaled_dot_product_attention``. Projections, norms, RoPE and masks stay the model's own, and no module is patched.
+If the name cannot be replaced, the processor is not changed, and a hook of the module counts its calls. Under
+``torch.compile`` the replacement is a custom operator, so that blocks compile with ``fullgraph=True`` and the plan is
+still chosen at run time.
 
-A copy or a pickle of an intercepting processor is a stock processor.
+A copy or a pickle of an intercepting processor is an unmodified processor.
+
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from .parallel import attend_in_parallel
 
 
 class Interception:
-    """The link from one attention module to the run that computes its attention calls.
+    """Connects one attention module to the run that computes its attention calls.
 
     Args:
         attend: computes a call.
-        report_missed: called with a reason when the processor ran without an attention call that can be intercepted.
+        report_missed: called with a reason if the processor ran and none of its attention calls was intercepted.
         mask_argument: name of the processor's argument from which all layers compute the same mask, or None.
 
     Attributes:
-        number: identifies the link inside a compiled graph. A 0-d tensor, because Dynamo would compile a graph for
+        number: identifies this object inside a compiled graph. A 0-d tensor, because Dynamo would compile a graph for
             every value of an int.
     """
 
@@ -76,12 +77,12 @@ class Interception:
         _register_operator()
         self.stock_processor = module.processor
         processor = object.__new__(intercepting)
-        processor.__dict__ = self.stock_processor.__dict__  # a backend that diffusers sets on one is set on both
+        processor.__dict__ = self.stock_processor.__dict__  # shared, so that a backend set by diffusers applies to both
         processor.dit_sparse_interception = self
         module.processor = processor
 
     def remove(self, module: nn.Module) -> None:
-        """Restore the module's processor, unless another one has taken its place, and end the link for all copies."""
+        """Restore the module's processor, unless it was replaced by another one, and disconnect all copies."""
         if interception_of(module) is self:
             module.processor = self.stock_processor
         self._remove_hook()
@@ -96,7 +97,7 @@ class Interception:
         if not torch.compiler.is_compiling() and interception_of(module) is not self:
             processor = module.processor
             name = getattr(processor, "__name__", type(processor).__name__)
-            self.report_missed(f"{name} computes attention in its own way")
+            self.report_missed(f"{name} calls no attention function that can be intercepted")
 
     def compute(self, call: AttentionCall) -> Tensor:
         return call.stock() if self.attend is None else self.attend(call)
@@ -111,7 +112,7 @@ def interception_of(module: nn.Module) -> Interception | None:
 @functools.cache
 def _intercepting_class(stock: type) -> type | None:
     """Return the subclass of a processor's class that intercepts its attention calls, or None if that is impossible."""
-    code = _exchange_attention(stock.__call__)
+    code = _replace_attention(stock.__call__)
     if code is None or not stock.__dictoffset__:
         return None
 
@@ -122,15 +123,15 @@ def _intercepting_class(stock: type) -> type | None:
         if interception.attend is None:  # the run has ended
             return stock.__call__(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            _traced.number = interception.number
+            _tracing.number = interception.number
             return code(self, *args, **kwargs)
-        outer, _current.interception, _current.calls = _current.interception, interception, 0
-        _current.mask_source = kwargs.get(interception.mask_argument)
+        outer, _active.interception, _active.calls = _active.interception, interception, 0
+        _active.mask_source = kwargs.get(interception.mask_argument)
         try:
             output = code(self, *args, **kwargs)
         finally:
-            _current.interception = outer
-        if not _current.calls:
+            _active.interception = outer
+        if not _active.calls:
             interception.report_missed(f"{stock.__name__} made no attention call that can be intercepted")
         return output
 
@@ -141,7 +142,7 @@ def _intercepting_class(stock: type) -> type | None:
     try:
         intercepting = type(f"Sparse{stock.__name__}", (stock,), members | {"__doc__": stock.__doc__})
         object.__new__(intercepting)
-    except Exception:  # a class that allows no subclasses, or one that extends a built-in type
+    except Exception:  # the class cannot be subclassed, or it extends a built-in type
         return None
     return intercepting
 
@@ -150,18 +151,18 @@ def _new_instance(stock: type) -> Any:
     return object.__new__(stock)
 
 
-def _exchange_attention(function: Any) -> types.FunctionType | None:
-    """Return the same code with its attention function exchanged, inside decorators too, or None if it calls none that
-    is known.
+def _replace_attention(function: Any) -> types.FunctionType | None:
+    """Return the same code with its attention function replaced, also inside decorators, or None if it calls no known
+    attention function.
 
     The new globals have no ``__name__``: Dynamo looks up globals by module name, and other functions of that module,
-    such as cross-attention, would get the exchanged one too.
+    such as cross-attention, would get the replacement too.
     """
     if not isinstance(function, types.FunctionType):
         return None
     names, scope, closure = function.__code__.co_names, function.__globals__, function.__closure__ or ()
     if hasattr(function, "__wrapped__"):
-        inner, holds = _exchange_attention(function.__wrapped__), [_holds(c, function.__wrapped__) for c in closure]
+        inner, holds = _replace_attention(function.__wrapped__), [_holds(c, function.__wrapped__) for c in closure]
         if inner is None or not any(holds):
             return None
         closure = tuple(types.CellType(inner) if hold else c for c, hold in zip(closure, holds, strict=True))
@@ -172,9 +173,9 @@ def _exchange_attention(function: Any) -> types.FunctionType | None:
     else:
         return None
     scope = {name: value for name, value in scope.items() if name != "__name__"}
-    exchanged = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure or None)
-    exchanged.__kwdefaults__ = function.__kwdefaults__
-    return exchanged
+    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure or None)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _holds(cell: types.CellType, value: Any) -> bool:
@@ -203,14 +204,14 @@ def _intercepting_dispatcher(dispatch: Callable) -> Callable:
             if not (attn_mask is None or isinstance(attn_mask, Tensor)):
                 return stock()
             name = None if backend is None else str(getattr(backend, "value", backend))
-            call = (q, k, v, attn_mask, _traced.number, dropout_p, is_causal, scale, enable_gqa, name)
+            call = (q, k, v, attn_mask, _tracing.number, dropout_p, is_causal, scale, enable_gqa, name)
             return torch.ops.dit_sparse.attend(*call).transpose(1, 2)
         call = AttentionCall(
             q, k, v, attn_mask, is_causal, dropout_p, scale, lambda: stock().transpose(1, 2), chosen_backend(backend)
         )
         if parallel_config is None:
-            return _compute_current(call).transpose(1, 2)
-        return attend_in_parallel(call, enable_gqa, parallel_config, _compute_current).transpose(1, 2)
+            return _compute_active(call).transpose(1, 2)
+        return attend_in_parallel(call, enable_gqa, parallel_config, _compute_active).transpose(1, 2)
 
     return dispatch_attention_fn
 
@@ -223,38 +224,39 @@ def _intercepting_functional() -> types.SimpleNamespace:
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
     ):
         if torch.compiler.is_compiling():
-            call = (query, key, value, attn_mask, _traced.number, dropout_p, is_causal, scale, enable_gqa, None)
+            call = (query, key, value, attn_mask, _tracing.number, dropout_p, is_causal, scale, enable_gqa, None)
             return torch.ops.dit_sparse.attend(*call)
         options = {"scale": scale, "enable_gqa": enable_gqa}
         stock = lambda: F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-        return _compute_current(AttentionCall(query, key, value, attn_mask, is_causal, dropout_p, scale, stock))
+        return _compute_active(AttentionCall(query, key, value, attn_mask, is_causal, dropout_p, scale, stock))
 
     functions = {name: value for name, value in vars(F).items() if not name.startswith("__")}
     return types.SimpleNamespace(**functions | {"scaled_dot_product_attention": scaled_dot_product_attention})
 
 
-class _Current(threading.local):
-    """The interception whose processor runs in this thread, and its attention calls so far."""
+class _ActiveInterception(threading.local):
+    """The interception whose processor is running in this thread, and the number of its attention calls so far."""
 
     interception: Interception | None = None
     calls = 0
     mask_source: Tensor | None = None
 
 
-class _Traced:
-    """The number of the interception that Dynamo traces; it cannot read a thread-local."""
+class _TracedInterception:
+    """The number of the interception that Dynamo is tracing. Not thread-local, because Dynamo cannot read
+    thread-locals."""
 
     number: Tensor | None = None
 
 
-_current, _traced = _Current(), _Traced()
+_active, _tracing = _ActiveInterception(), _TracedInterception()
 
 
-def _compute_current(call: AttentionCall) -> Tensor:
-    _current.calls += 1
-    if _current.interception is None:
+def _compute_active(call: AttentionCall) -> Tensor:
+    _active.calls += 1
+    if _active.interception is None:
         return call.stock()
-    return _current.interception.compute(replace(call, mask_source=_current.mask_source))
+    return _active.interception.compute(replace(call, mask_source=_active.mask_source))
 
 
 def chosen_backend(backend: Any) -> str | None:

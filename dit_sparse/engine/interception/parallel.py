@@ -1,8 +1,8 @@
-"""Ulysses context parallelism: between two exchanges, each rank attends with some of the heads over all tokens.
+"""Ulysses context parallelism: between two all-to-all exchanges, each rank has all tokens of some heads.
 
 diffusers splits the tokens of a transformer over ranks, and its Ulysses attention exchanges them for heads. The call
 that is made between the exchanges is intercepted, so methods and executors see whole sequences of fewer heads. Ring
-attention, which never holds a whole sequence, is refused.
+attention raises an error, because no rank holds a whole sequence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def refuse_ring(transformer: nn.Module) -> None:
 def attend_in_parallel(
     call: AttentionCall, enable_gqa: bool, parallel_config: Any, compute: Callable[[AttentionCall], Tensor]
 ) -> Tensor:
-    """Return the output ``[B, H, N / ranks, D]`` of a call of one rank, which needs no gradient to be sparse.
+    """Return the output ``[B, H, N / ranks, D]`` of a call of one rank. Calls that require gradients stay dense.
 
     Args:
         call: with the tokens of this rank.
@@ -43,7 +43,7 @@ def attend_in_parallel(
     if config is None or config.ulysses_degree == 1 or config.ring_degree > 1 or call.needs_gradient:
         return compute(replace(call, is_parallel=True))
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-    from diffusers.models.attention_dispatch import _templated_context_parallel_attention as exchange
+    from diffusers.models.attention_dispatch import _templated_context_parallel_attention as ulysses_attention
 
     ranks = torch.distributed.get_rank(config._ulysses_mesh.get_group()), config.ulysses_degree
     backend = None if call.backend is None else AttentionBackendName(call.backend)
@@ -58,13 +58,13 @@ def attend_in_parallel(
 
     inputs = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     settings = (call.mask, call.dropout_p, call.is_causal, call.scale, enable_gqa)
-    out = exchange(*inputs, *settings, forward_op=attend, backward_op=None, _parallel_config=parallel_config)
+    out = ulysses_attention(*inputs, *settings, forward_op=attend, backward_op=None, _parallel_config=parallel_config)
     return out.transpose(1, 2)
 
 
 def joint_order(ranks: int, grid: Grid, layout: TokenLayout, device: torch.device) -> Tensor | None:
-    """Return the order ``[N]`` of a sequence whose text and video were split over the ranks one by one: token i of the
-    model's sequence is at ``order[i]`` after the exchange. None without text."""
+    """Return the order ``[N]`` of a sequence whose text and video were split over the ranks separately: token i of the
+    model's sequence is at ``order[i]`` after the all-to-all exchange. None without text."""
     before, after = grid.before - layout.references_before, grid.after - layout.references_after
     if before == after == 0:
         return None

@@ -23,8 +23,8 @@ class Stage:
 
 
 # Objects have the same size in pixels in all clips. In the smallest clips they fill a fifth of the frame or more: pure
-# noise holds no information about position, so what a prompt is worth there grows with the square of that share. The
-# second stage adds pairs of objects. Large frames are trained in short clips and long clips in small frames, where
+# noise contains no information about position, so the loss reduction by a prompt grows with the square of that share.
+# The second stage adds pairs of objects. Large frames are trained in short clips and long clips in small frames, where
 # both are cheap; the last stages combine them. Padding lets cross-attention avoid the prompt, so it is introduced
 # gradually, once following the prompt reduces the loss.
 CURRICULUM = (

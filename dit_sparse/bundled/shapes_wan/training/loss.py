@@ -5,7 +5,7 @@ from torch import Tensor
 
 MARGIN = 0.3  # by which the loss with a mismatched prompt should exceed the matched one, as a fraction of the latter
 CONTRAST_WEIGHT = 3.0  # weight of the hinge loss
-CONTRAST_NOISE_LEVELS = (0.8, 0.992)  # where the prompt decides which object moves where
+CONTRAST_NOISE_LEVELS = (0.8, 0.992)  # noise levels at which the prompt determines which object moves where
 
 
 def multiscale_loss(error: Tensor) -> Tensor:
