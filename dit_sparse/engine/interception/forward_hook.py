@@ -78,8 +78,8 @@ class ForwardHook:
         if not torch.compiler.is_compiling():
             self.begin(timestep, latents, self.layout(arguments), getattr(self._local, "context", None), False)
             return None
-        # A compiled graph cannot read the timestep or the arguments that contain the grid: they pass through an operator
-        # that reads them at run time.
+        # A compiled graph cannot read the timestep or the arguments that contain the grid: they pass through an
+        # operator that reads them at run time.
         is_timestep = isinstance(timestep, Tensor)
         name = self._family.timestep if is_timestep else self._family.latents
         read = [arguments.get(one) for one in self._family.reads]
