@@ -66,7 +66,7 @@ def transformer(
     method: Method = "radial",
     density: DensityList = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Forward passes of each kind. Default: 2 on a GPU, 3 on a CPU.")
+        int | None, typer.Option(min=1, help="Timed forward passes, dense and sparse. Default: 2 on a GPU, 3 on a CPU.")
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks, dense and sparse.")] = False,
 ) -> None:
@@ -116,7 +116,7 @@ def scaling(
     frame: Annotated[str, typer.Option(help="Tokens of a frame, HEIGHTxWIDTH.")] = "30x52",
     max_tokens: Annotated[
         int | None,
-        typer.Option("--max-tokens", "--most-tokens", min=1, help="Longest sequence for methods that are not static."),
+        typer.Option("--max-tokens", min=1, help="Longest sequence for methods that are not static."),
     ] = None,
 ) -> None:
     """Measure how the cost of methods grows with the length of the video, and fit exponents."""

@@ -102,7 +102,7 @@ def report(
     results: Annotated[Path, typer.Argument(help="A folder of `dit-sparse compare`, or its compare.json.")],
     html: Annotated[bool, typer.Option("--html", help="Write report.html next to compare.json.")] = False,
 ) -> None:
-    """Print the table of a comparison, or write its page, from compare.json."""
+    """Print the table of a comparison, or write its HTML report, from compare.json."""
     with one_sentence():
         from dit_sparse.eval.comparison.result_schema import read_result
         from dit_sparse.eval.report.page import write_page

@@ -98,8 +98,8 @@ def attention(
     width: Width = None,
     out: OutFolder = Path("out/attention"),
 ) -> None:
-    """Measure the attention mass that masks retain, the most that masks of their density can retain, and the error of
-    the output."""
+    """Measure the attention mass that masks retain, the maximum for masks of the same density, and the error of the
+    output."""
     with one_sentence():
         from dit_sparse import Schedule
         from dit_sparse.eval.analysis import mask_analysis as analysis

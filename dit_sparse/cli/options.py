@@ -45,7 +45,7 @@ DensityRamp = Annotated[
     ),
 ]
 Executor = Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")]
-Block = Annotated[int | None, typer.Option(help="Tokens in a block.")]
+Block = Annotated[int | None, typer.Option(help="Tokens in a block. Default: 64 below 32,768 tokens, else 128.")]
 Guard = Annotated[
     float | None,
     typer.Option(help="Attention mass that every layer must retain, such as 0.9; layers below it compute more pairs."),
@@ -53,7 +53,7 @@ Guard = Annotated[
 
 Prompts = Annotated[str, typer.Option(help="Number of bundled prompts, or a .txt, .csv or .jsonl file of prompts.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-Seeds = Annotated[int, typer.Option(min=1, help="Clips of each prompt, with seeds of their own.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Clips per prompt, each with its own seed.")]
 
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: that of the pipeline.")]
 Frames = Annotated[int | None, typer.Option(help="Frames of the video.")]

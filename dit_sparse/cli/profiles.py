@@ -30,7 +30,7 @@ def profile(
     model: Annotated[str, typer.Argument(help="shapes-wan, a local diffusers folder, or a name on the hub.")],
     prompts: Prompts = "2",
     candidates: Annotated[
-        str, typer.Option(help="Methods to try for every head, separated by commas; vdit means its four modes.")
+        str, typer.Option(help="Methods to try for every head, separated by commas; vdit stands for its four modes.")
     ] = "svg.spatial,svg.temporal,radial,vdit.vertical,subblock,xattention,asa,sparge",
     target_density: Annotated[float | None, typer.Option(help="Mean density of the heads. Default: 0.25.")] = None,
     max_error: Annotated[
@@ -47,11 +47,11 @@ def profile(
     height: Height = None,
     width: Width = None,
     check: Annotated[
-        Path | None, typer.Option(help="A profile to check against its stored error, not a search.")
+        Path | None, typer.Option(help="Measure this profile and compare with its stored error, instead of searching.")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write.")] = Path("out/profile.json"),
 ) -> None:
-    """Search for the best method of every head of a model, and write them as a profile."""
+    """Search for the best method for each head of a model, and write a profile."""
     with one_sentence():
         from dit_sparse import Profile, Schedule
         from dit_sparse.profiling.search import ProfileSearch, compare_with_stored_error

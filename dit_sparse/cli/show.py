@@ -82,7 +82,7 @@ def show(
 
 def doctor(
     json_out: JsonFlag = False,
-    quick: Annotated[bool, typer.Option(help="Skip executors that compile for long.")] = False,
+    quick: Annotated[bool, typer.Option(help="Skip executors that take long to compile.")] = False,
 ) -> None:
     """List which executors run on this machine, and why the others do not."""
     with one_sentence():

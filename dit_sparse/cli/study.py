@@ -36,7 +36,9 @@ def study(
     ] = "svg2,pooled(svg2),routed",
     ablate: Annotated[
         str | None,
-        typer.Option(help="A method whose parts are left out one by one, and used alone: settings that can be off."),
+        typer.Option(
+            help="Method to ablate: each setting that can be switched off is left out once, and used alone once."
+        ),
     ] = None,
     clips: Annotated[bool, typer.Option("--clips", help="Also compare whole clips, which takes much longer.")] = False,
     density: Densities = "0.25",
@@ -55,7 +57,8 @@ def study(
 ) -> None:
     """Measure the error of the guided prediction in single steps, for methods and the parts of a method.
 
-    Every step starts from the latents of the dense clip, so a few clips rank methods. The same command resumes.
+    Every step starts from the latents of the dense clip, so a few clips suffice to rank methods. The same command
+    resumes an interrupted study.
     """
     with one_sentence():
         from dit_sparse import Schedule

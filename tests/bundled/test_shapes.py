@@ -20,12 +20,18 @@ from dit_sparse.bundled.shapes_wan.concentration import attention_weights, other
 from dit_sparse.bundled.shapes_wan.judge import accuracy, held_out_tasks, judge
 from dit_sparse.bundled.shapes_wan.scenes import SHAPES, Scene, Size, make_clip, random_scene
 from dit_sparse.bundled.shapes_wan.training import text_pretraining
-from dit_sparse.bundled.shapes_wan.training.curriculum import TINY_CURRICULUM, Budget
+from dit_sparse.bundled.shapes_wan.training.curriculum import Budget, Stage
 from dit_sparse.bundled.shapes_wan.training.optimizers import orthogonalise
 from dit_sparse.bundled.shapes_wan.training.text_pretraining import pretrain_text_encoder
 from dit_sparse.bundled.shapes_wan.training.trainer import Trainer
 
 MAX_BYTES = 16e6
+TINY_CURRICULUM = (Stage(1.0, ((2, (2, 4, 4)),), (24,)),)
+
+
+def describe_plainly(sprites):
+    """Return the simplest prompt of a scene, such as "a red circle moves right while a blue square moves up"."""
+    return " while ".join(f"a {s.colour} {s.shape} moves {s.direction}" for s in sprites)
 
 
 @pytest.fixture(autouse=True)
@@ -135,8 +141,8 @@ def test_labels_of_a_colour_word_are_those_of_its_object():
     scene, _ = make_clip(8, Size(2, 64, 64), accept=lambda scene: len(scene.sprites) == 2 and scene.drift == "up")
     first, second = scene.sprites
     sentences = [
-        prompts.describe_plainly(scene.sprites),
-        f"{prompts.describe_plainly([second])} over a background drifting up",
+        describe_plainly(scene.sprites),
+        f"{describe_plainly([second])} over a background drifting up",
     ]
     inputs, labels = text_pretraining.make_labels(tokenizer, [scene, Scene((second,), "up", 4)], sentences)
     for row, sprites in enumerate([(first, second), (second,)]):
@@ -301,7 +307,7 @@ def test_bundled_model_follows_the_prompt_with_full_padding(bundled):
     mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
     latents = (torch.stack([patchify(video) for video in videos]) - mean) / std
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    describe = lambda scene, **changes: prompts.describe_plainly([replace(scene.sprites[0], **changes)])
+    describe = lambda scene, **changes: describe_plainly([replace(scene.sprites[0], **changes)])
     matched = [describe(scene) for scene in scenes]
     reversed_ = [describe(scene, direction=prompts.OPPOSITES[scene.sprites[0].direction]) for scene in scenes]
     reshaped = [describe(scene, shape=SHAPES[SHAPES.index(scene.sprites[0].shape) - 1]) for scene in scenes]

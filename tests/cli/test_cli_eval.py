@@ -252,7 +252,7 @@ def test_invalid_prompt_files_are_refused(tmp_path, name, content, words):
         (["bench", "transformer", "--out", "."], "--out must be a file"),
         (["bench", "tail", "--out", "."], "--out must be a file"),
         (["bench", "tail", "--threads", "1,no"], "--threads must be numbers separated by commas"),
-        (["bench", "scaling", "--methods", "svg", "--most-tokens", "1"], "nothing is measured"),
+        (["bench", "scaling", "--methods", "svg", "--max-tokens", "1"], "nothing is measured"),
         (["eval", "video", "a.mp4", "--json", "."], "--json must be a file"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import random
 import zlib
-from collections.abc import Sequence
 from dataclasses import replace
 
 from .scenes import COLOURS, DIRECTIONS, SHAPES, STILL, Scene, Sprite
@@ -37,11 +36,6 @@ def describe(scene: Scene, rng: random.Random) -> str:
 def describe_seeded(scene: Scene, seed: int) -> str:
     """Return the random description of a scene that belongs to a clip's seed."""
     return describe(scene, random.Random(seed ^ 0x5EED))
-
-
-def describe_plainly(sprites: Sequence[Sprite]) -> str:
-    """Return the simplest description: "a red circle moves right while a blue square moves up"."""
-    return " while ".join(f"a {s.colour} {s.shape} moves {s.direction}" for s in sprites)
 
 
 def _sprite_phrase(sprite: Sprite, rng: random.Random) -> str:
