@@ -69,14 +69,6 @@ class Wrapper(Method):
     def observes_dense(self) -> bool:
         return self.inner.observes_dense
 
-    @property
-    def density_ramp(self) -> tuple[float, float] | None:
-        return self.inner.density_ramp
-
-    @property
-    def depends_on_channels(self) -> bool:
-        return self.inner.depends_on_channels
-
     def required(self, grid: Grid, block: int) -> Tensor:
         return self.inner.required(grid, block)
 
