@@ -41,7 +41,7 @@ class Family:
             that are neither video nor text: history frames, reference images, registers. They stay dense, and
             the density does not count them.
         reads: names of the tensors among the arguments whose values ``grid`` and ``references`` read, such as position
-            ids; they get these and the latents alone where the transformer is compiled.
+            ids; in a compiled transformer they receive only these arguments and the latents.
         mask: name of the processor's argument from which all layers compute the same attention mask, if each layer
             makes a tensor of its own.
         pipelines: class names of the diffusers pipelines.

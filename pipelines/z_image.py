@@ -23,7 +23,8 @@ def _size(image: Tensor, arguments: Mapping) -> GridShape:
 
 
 def _grid(config: Mapping, arguments: Mapping) -> GridShape:
-    """Return the grid of the latents ``x``, a list of images, or of the last image of lists in the omni mode."""
+    """Return the grid of the latents ``x``: a list of images or, in the omni mode, lists whose last image is
+    generated."""
     first = arguments["x"][0]
     return _size(first[-1] if isinstance(first, list) else first, arguments)
 

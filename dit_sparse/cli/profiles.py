@@ -61,8 +61,8 @@ def profile(
             stored = Profile.load(check)
             with progress_bars() as stage:
                 before, now = compare_with_stored_error(stored, model, read_prompts(prompts), call, stage)
-            verdict = "the profile fits" if now <= MAX_DRIFT * before else "search again with these prompts and sizes"
-            console.print(f"relative error {now:.3f}, stored {before:.3f}: {verdict}")
+            advice = "the profile fits" if now <= MAX_DRIFT * before else "search again with these prompts and sizes"
+            console.print(f"relative error {now:.3f}, stored {before:.3f}: {advice}")
             return
         if target_density is None and max_error is None:
             target_density = 0.25

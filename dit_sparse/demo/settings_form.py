@@ -9,7 +9,7 @@ from dit_sparse import METHODS
 
 from ..notation import syntax
 from ..notation.parser import parse, parse_value
-from ..notation.syntax import Call, Either, Node, ProfileName, nodes, write
+from ..notation.syntax import Call, Node, ProfileName, UnionNode, nodes, write
 from ..profiling.head_profile import profile_names
 
 
@@ -79,4 +79,4 @@ def check_profiles(method: str) -> None:
 
 
 def _outermost(node: Node) -> Node:
-    return _outermost(node.first) if isinstance(node, Either) else node
+    return _outermost(node.first) if isinstance(node, UnionNode) else node

@@ -8,9 +8,9 @@ The rule is that of the authors' released masks, which gave the published result
 per frame, P the power of two above s, d = |i - j|, g the bit length of d (0, 1, 2, 2, 3, 3, 3, 3, ...):
 
     window     keep |k - l| <= w, with w = s if d <= dense_distance, else max(decay * P / 2^g, min_width * block)
-    thinning   where L = P / 2^g < block, keep a frame pair only if d is a multiple of block / L sink       every query
-    keeps frame 0 blocks     keep a block pair if more than 0.6 of its non-empty columns are kept in more than 1/3 of
-    its rows
+    thinning   where L = P / 2^g < block, keep a frame pair only if d is a multiple of block / L
+    sink       every query keeps frame 0
+    blocks     keep a block pair if more than 0.6 of its non-empty columns are kept in more than 1/3 of its rows
 
 Differs from the authors:
 - They draw each pair of frames as an s x s mask and require s to be a multiple of 128. Here the same rule is evaluated

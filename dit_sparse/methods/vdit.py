@@ -3,9 +3,11 @@
 Source: P. Chen et al., "Sparse-vDiT: Unleashing the Power of Sparse Attention to Accelerate Video Diffusion
 Transformers", arXiv:2506.03065, sec. 3. Each head has one of these modes:
 
-    diagonal        a band around the diagonal in frame-by-frame order (`svg.spatial`) multi-diagonal  a band in
-    place-by-place order (`svg.temporal`): diagonals one frame apart vertical        the same keys for all queries skip
-    output zero full            dense
+    diagonal        a band around the diagonal in frame-by-frame order (`svg.spatial`)
+    multi-diagonal  a band in place-by-place order (`svg.temporal`): diagonals one frame apart
+    vertical        the same keys for all queries
+    skip            output zero
+    full            dense
 
 The authors search offline, on a few prompts, for the mode with the least error + lambda (1 - work saved). Here that
 search is `dit-sparse profile` with the candidates `vdit`, which meets a target density or error instead of using the

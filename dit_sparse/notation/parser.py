@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from ..grid import short_repr
-from .syntax import BARE_PATH, QUOTED, Call, Either, Node, ProfileName
+from .syntax import BARE_PATH, QUOTED, Call, Node, ProfileName, UnionNode
 
 MAX_DEPTH = 32
 CONSTANTS = {"true": True, "false": False, "none": None}
@@ -90,7 +90,7 @@ class _Parser:
             return first
         rest = self.value(depth + 1)
         joinable = isinstance(first, Node) and isinstance(rest, Node)
-        return Either(first, rest) if joinable else self.fail("only methods can be joined with |", position)
+        return UnionNode(first, rest) if joinable else self.fail("only methods can be joined with |", position)
 
     def term(self, depth: int) -> Any:
         kind, text, position = self.tokens[self.at]

@@ -13,7 +13,7 @@ from ..method import Method
 from ..pattern import Union
 from .external import external_name, find_method
 from .settings import alternatives_to, check_settings
-from .syntax import Call, Either, Node, ProfileName, write
+from .syntax import Call, Node, ProfileName, UnionNode, write
 
 BUDGETS = {"top": Top, "mass": Mass, "above": Above}
 UNION = {"union": Union}  # for unions that a|b cannot express
@@ -45,7 +45,7 @@ class Registry:
         Raises:
             ValueError: a name or setting is unknown, or a value is invalid.
         """
-        if isinstance(node, Either):
+        if isinstance(node, UnionNode):
             return self.build(node.first, settings, load_profile) | self.build(node.rest, {}, load_profile)
         if isinstance(node, ProfileName):
             if load_profile is None:
@@ -70,7 +70,7 @@ class Registry:
             return ProfileName(value.profile)
         if isinstance(value, Union) and len(value.parts) == 2 and value.parts[0].density is None:
             first = replace(value.parts[0], density=value.density if with_density else None)
-            return Either(self.node(first), self.node(value.parts[1]))
+            return UnionNode(self.node(first), self.node(value.parts[1]))
         if not isinstance(value, Method | Top | Mass | Above):
             return value
         changed = {f.name: getattr(value, f.name) for f in fields(value) if not _has_default(f, value)}

@@ -22,7 +22,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Either:
+class UnionNode:
     """``first|rest``: the union of patterns."""
 
     first: Node
@@ -36,13 +36,13 @@ class ProfileName:
     name: str
 
 
-Node = Call | Either | ProfileName
+Node = Call | UnionNode | ProfileName
 
 
 def write(value: Any) -> str:
     """Return the text of a syntax tree or of a plain value; the parser reads it back."""
-    if isinstance(value, Either):
-        first = f"({write(value.first)})" if isinstance(value.first, Either) else write(value.first)
+    if isinstance(value, UnionNode):
+        first = f"({write(value.first)})" if isinstance(value.first, UnionNode) else write(value.first)
         return f"{first}|{write(value.rest)}"
     if isinstance(value, ProfileName):
         bare = re.fullmatch(BARE_PATH, value.name) and value.name == value.name.strip()
@@ -62,7 +62,7 @@ def nodes(value: Any) -> Iterator[Node]:
     if isinstance(value, Node):
         yield value
     parts: tuple = value if isinstance(value, tuple) else ()
-    if isinstance(value, Either):
+    if isinstance(value, UnionNode):
         parts = (value.first, value.rest)
     elif isinstance(value, Call):
         parts = (*value.positional, *(part for _, part in value.settings))

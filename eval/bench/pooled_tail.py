@@ -1,7 +1,7 @@
 """Costs of the pooled tail and of the scores of `routed`, as shares of a dense attention call of the same process.
 
-All functions take turns. A share is the median over the rounds of a ratio within one round, so that a busy machine,
-which slows a whole round, hardly changes it.
+All functions take turns. A share is the median of the ratios within each round, so that a busy machine, which slows a
+whole round, has little effect.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Problem:
 
 
 def _tails_of(key_tile: int) -> list[int]:
-    """Return the tails that differ for a key tile: a term holds tokens of one tile."""
+    """Return the tails to measure for a key tile; larger ones are equivalent, because a term has tokens of one tile
+    only."""
     return [tail for tail in TAILS if tail <= key_tile]
 
 

@@ -40,7 +40,12 @@ def family_table() -> str:
     table = markdown(
         columns,
         (
-            (f"`{name}`", f"[`{family.name}`](../pipelines/{family.name}.py)", TEXT[family.text], *_verdict(rows[name]))
+            (
+                f"`{name}`",
+                f"[`{family.name}`](../pipelines/{family.name}.py)",
+                TEXT[family.text],
+                *_measured_cells(rows[name]),
+            )
             for family in _families()
             for name in family.transformers
         ),
@@ -60,7 +65,7 @@ def feature_table() -> str:
     return f"{table}\n\ntorch {versions['torch']}, diffusers {versions['diffusers']}, commit {result['commit']}."
 
 
-def _verdict(row: dict) -> tuple[str, ...]:
+def _measured_cells(row: dict) -> tuple[str, ...]:
     yes = lambda value: "yes" if value else "no"
     return yes(row["dense_equal"]), f"{row['difference']:.0e}", f"{row['density']:.3f}", yes(row["compiles"])
 

@@ -34,7 +34,7 @@ class Trajectory:
     latents: list[Tensor]
 
 
-def follow(
+def record_trajectory(
     pipe: Any, prompt: str, seed: int, call: dict, progress: Progress | None = None, dense: Trajectory | None = None
 ) -> Trajectory:
     """Generate a clip without decoding it, and return its steps.
@@ -103,7 +103,7 @@ def step_errors(
     Args:
         pipe: a pipeline of `dit_sparse.prepare`.
         processor: the method and its schedule.
-        prompt, seed, call, progress: as for `follow`.
+        prompt, seed, call, progress: as for `record_trajectory`.
         dense: the steps of the dense clip with the same prompt, seed and call.
 
     Returns:
@@ -112,7 +112,7 @@ def step_errors(
     """
     pipe.set_attn_processor(processor)
     try:
-        sparse = follow(pipe, prompt, seed, call, progress, dense)
+        sparse = record_trajectory(pipe, prompt, seed, call, progress, dense)
         report = pipe.sparse_run.report()
     finally:
         pipe.set_attn_processor(None)

@@ -20,7 +20,7 @@ from dit_sparse.output.files import atomic_write, save_json
 
 from .ablation import variants
 from .report import to_markdown
-from .screening import Trajectory, follow, step_errors
+from .screening import Trajectory, record_trajectory, step_errors
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _measure(runner: ClipRunner, store: ClipStore, sample: Sample, specs: list[C
         stored = store.get(*key)
         if stored is None:
             pipe = prepare(runner.pipe)
-            dense = dense or follow(pipe, *sample, runner.call)
+            dense = dense or record_trajectory(pipe, *sample, runner.call)
             errors = step_errors(pipe, spec.processor, *sample, runner.call, dense)
             stored = ClipRecord(np.empty(0), errors)
             store.put(*key, stored)

@@ -14,7 +14,7 @@ import dit_sparse as ds
 from dit_sparse.cli.main import app
 from dit_sparse.eval.study import study as studies
 from dit_sparse.eval.study.ablation import Variant, variants
-from dit_sparse.eval.study.screening import follow, step_errors
+from dit_sparse.eval.study.screening import record_trajectory, step_errors
 from dit_sparse.generation.generate import load_pipeline
 from dit_sparse.methods import method, name_of
 from dit_sparse.methods.routed import Routed
@@ -37,12 +37,12 @@ def processor(name: str, density: float, dense_steps: int = 1) -> ds.SparseAttnP
 
 def test_every_step_starts_from_the_dense_latents(wan):
     """The latents after each step are those of the dense clip, and a step errs as much as if it were the only one."""
-    dense = follow(wan, PROMPT, 0, CALL)
+    dense = record_trajectory(wan, PROMPT, 0, CALL)
     steps = CALL["num_inference_steps"]
     assert len(dense.predictions) == len(dense.latents) == steps
     wan.set_attn_processor(processor("window", 0.2))
-    forced = follow(wan, PROMPT, 0, CALL, dense=dense)
-    free = follow(wan, PROMPT, 0, CALL)
+    forced = record_trajectory(wan, PROMPT, 0, CALL, dense=dense)
+    free = record_trajectory(wan, PROMPT, 0, CALL)
     wan.set_attn_processor(None)
     assert all(a.equal(b) for a, b in zip(forced.latents, dense.latents, strict=True))
     error = lambda clip, step: float((clip.predictions[step] - dense.predictions[step]).norm())
@@ -54,7 +54,7 @@ def test_every_step_starts_from_the_dense_latents(wan):
 
 
 def test_dense_plans_have_no_error_and_the_scheduler_is_restored(wan):
-    dense = follow(wan, PROMPT, 0, CALL)
+    dense = record_trajectory(wan, PROMPT, 0, CALL)
     assert max(step_errors(wan, processor("window", 1.0), PROMPT, 0, CALL, dense)["errors"]) < 1e-4
     assert "step" not in vars(wan.scheduler)
 
@@ -67,7 +67,7 @@ def test_pipelines_that_predict_twice_in_a_step_are_named():
 
     pipe = Mock(side_effect=generate, scheduler=SimpleNamespace(step=lambda *arguments: arguments))
     with pytest.raises(RuntimeError, match="step 0 of Mock made 2 predictions, not 1"):
-        follow(pipe, PROMPT, 0, CALL)
+        record_trajectory(pipe, PROMPT, 0, CALL)
 
 
 def test_variants_leave_out_each_part_or_keep_it_alone():
@@ -108,6 +108,6 @@ def test_the_command_writes_rows_and_an_ablation_and_resumes(tmp_path, monkeypat
     assert errors == sorted(errors) and min(errors) > 0
     report = (tmp_path / "study.md").read_text()
     assert ("| hilbert | left out | 0.25 |" in report and result["commit"] is None) or result["commit"] in report
-    monkeypatch.setattr(studies, "follow", lambda *arguments: pytest.fail("all rows are stored"))
+    monkeypatch.setattr(studies, "record_trajectory", lambda *arguments: pytest.fail("all rows are stored"))
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0 and json.loads((tmp_path / "study.json").read_text())["rows"] == result["rows"]

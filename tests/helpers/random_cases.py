@@ -12,7 +12,7 @@ from torch import Tensor
 import dit_sparse as ds
 from dit_sparse.kernels.executors import ON_GPU
 from dit_sparse.kernels.executors import executor as find_executor
-from dit_sparse.notation.syntax import Call, Either, Node, nodes, write
+from dit_sparse.notation.syntax import Call, Node, UnionNode, nodes, write
 
 TRIPLES = ((1, 1, 1), (1, 2, 2), (2, 4, 4), (3, 1, 5))
 SAMPLED: dict[str, tuple] = {"samples": (1, 16, 64), "seed": (0, 7)}
@@ -153,7 +153,7 @@ def random_method(rng: random.Random, heads: int, layers: int) -> Node:
     kind = rng.choice(("single", "single", "single", "union", "cached", "corrected", "per head"))
     if kind == "union":
         first, *others = (random_settings(rng, name) for name in rng.choice(SAME_ORDER))
-        return Either(first, Either(*others) if len(others) > 1 else others[0])
+        return UnionNode(first, UnionNode(*others) if len(others) > 1 else others[0])
     if kind == "cached":
         settings = (("replan_interval", rng.choice((None, 3))), ("drift", rng.choice((None, 0.1))))
         return Call("cached", (random_method(rng, heads, layers),), settings)
