@@ -63,17 +63,11 @@ def fuse_lora(transformer: nn.Module) -> None:
     transformer.fuse_lora()
 
 
-def quantize_torchao(transformer: nn.Module) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def quantize(transformer: nn.Module) -> None:
+    from optimum import quanto
 
-    quantize_(transformer, Int8WeightOnlyConfig())
-
-
-def quantize_quanto(transformer: nn.Module) -> None:
-    from optimum.quanto import freeze, qint8, quantize
-
-    quantize(transformer, weights=qint8)
-    freeze(transformer)
+    quanto.quantize(transformer, weights=quanto.qint8)
+    quanto.freeze(transformer)
 
 
 def skip_layer(transformer: nn.Module) -> None:
@@ -92,8 +86,7 @@ FEATURES: dict[str, Callable[[nn.Module], None]] = {
     "fused LoRA": fuse_lora,
     "layerwise casting": lambda transformer: transformer.enable_layerwise_casting(torch.float16, torch.float32),
     "group offload": lambda transformer: transformer.enable_group_offload(CPU, CPU, "leaf_level"),
-    "torchao int8 weights": quantize_torchao,
-    "quanto int8 weights": quantize_quanto,
+    "int8 weights (quanto)": quantize,
     "attention backend": lambda transformer: transformer.set_attention_backend("_native_math"),
     "FirstBlockCache": cache("FirstBlockCache", threshold=0.05),
     "TaylorSeer": cache("TaylorSeerCache", cache_interval=2),
