@@ -17,7 +17,7 @@ Method = Annotated[
         "-m",
         callback=lambda text: import_methods(text),
         help="Method, with settings and compositions: radial, 'radial(sink=true)', 'radial|sink', 'cached(svg2)', "
-        "profile:NAME, or module:Class of your own. See `dit-sparse methods`.",
+        "profile:NAME, module:Class of your own, or a preset: quality, balanced, fast. See `dit-sparse methods`.",
     ),
 ]
 Methods = Annotated[

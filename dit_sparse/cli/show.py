@@ -17,6 +17,7 @@ from .terminal import console, make_table, one_sentence
 def methods(json_out: JsonFlag = False) -> None:
     """List the methods, their settings with defaults, and their papers."""
     from dit_sparse.eval.report.readme import method_rows, setting_texts
+    from dit_sparse.notation.presets import PRESETS
 
     rows = method_rows()
     if json_out:
@@ -28,6 +29,8 @@ def methods(json_out: JsonFlag = False) -> None:
         settings = ", ".join(setting_texts(row))
         table.add_row(row["name"], row["summary"], settings, re.sub("https://(arxiv.org/abs/)?", "", row["source"]))
     console.print(table)
+    presets = ", ".join(f"{name} = {text}" for name, text in PRESETS.items())
+    console.print(f"Presets: {presets}.", highlight=False)
     console.print(
         "Compose them as in 'radial|sink', 'cached(svg2)' or 'pooled(svg)', with settings as in 'radial(sink=true)'.",
         highlight=False,

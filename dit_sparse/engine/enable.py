@@ -30,7 +30,7 @@ class SparseAttnProcessor:
 
     Args:
         method: a Method, or its text: a name of ``dit_sparse.METHODS``, with settings as in ``"radial(sink=true)"``,
-            a composition such as ``"radial|sink"`` or ``"cached(svg2)"``, or ``"profile:NAME"``.
+            a composition as in ``"radial|sink"``, ``"profile:NAME"``, or ``"quality"``, ``"balanced"`` or ``"fast"``.
         density: fraction of the query-key pairs to compute, in (0, 1]. Default: 0.25 if the method has no settings.
         schedule: which steps and layers stay dense, and how often plans are made. Default: that of the profile, or
             ``Schedule()``.

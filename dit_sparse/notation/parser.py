@@ -7,7 +7,7 @@
 
 Examples: ``radial(sink=true)|sink``, ``cached(svg2, replan_interval=3)``, ``asa(budget=mass(0.9, min_ratio=0.1))``,
 ``neighborhood(stride=(1, 2, 2))``, ``my_module:MyMethod(density=0.2)``, ``profile:wan2.1-14b``,
-``profile:"my profiles/a, b.json"``.
+``profile:"my profiles/a, b.json"``. A preset such as ``balanced`` stands for its method.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from ..grid import short_repr
+from .presets import PRESETS
 from .syntax import BARE_PATH, QUOTED, Call, Node, ProfileName, UnionNode
 
 MAX_DEPTH = 32
@@ -104,13 +105,22 @@ class _Parser:
             name = self.string(name, position) if name.startswith(('"', "'")) else name
             return ProfileName(name) if name else self.fail("expected the name or path of a profile", position)
         if kind == "name" and self.take("("):
-            return Call(text, *self.arguments(depth + 1))
+            return self.call(Call(text, *self.arguments(depth + 1)), position)
         if kind == "name":
-            return CONSTANTS.get(text.lower(), Call(text))
+            return CONSTANTS[text.lower()] if text.lower() in CONSTANTS else self.call(Call(text), position)
         if text == "(":
             values, ends_with_comma = self.items(lambda: self.value(depth + 1))
             return tuple(values) if len(values) != 1 or ends_with_comma else values[0]
         self.fail(f"expected a {self.kind if self.at < 2 else 'value'}", position)
+
+    def call(self, call: Call, position: int) -> Call:
+        """Return a call, with the method and settings of a preset in place of its name."""
+        if call.name not in PRESETS:
+            return call
+        if call.positional:
+            self.fail(f"{call.name} is a preset, whose settings are written NAME=VALUE", position)
+        method = parse(PRESETS[call.name])
+        return Call(method.name, method.positional, tuple((dict(method.settings) | dict(call.settings)).items()))
 
     def arguments(self, depth: int) -> tuple[tuple, tuple[tuple[str, Any], ...]]:
         positional, settings = [], {}

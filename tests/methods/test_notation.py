@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from dit_sparse import Above, Cached, Grid, Mass, Method, PerHead, Top
 from dit_sparse.composition import changes_output
-from dit_sparse.methods import METHODS, PARTS, method, method_text, name_of
+from dit_sparse.methods import METHODS, PARTS, method, method_at_density, method_text, name_of
 from dit_sparse.methods.pooled import Pooled
 from dit_sparse.methods.radial import Radial
 from dit_sparse.methods.sink import Sink
 from dit_sparse.notation.parser import parse, parse_value
+from dit_sparse.notation.presets import PRESETS
 from dit_sparse.notation.settings import _check_range
 from dit_sparse.notation.syntax import nodes, split_list, write
 from dit_sparse.pattern import Union
@@ -281,3 +282,17 @@ def test_values_of_settings():
     assert parse_value("(1, -2.5, true, none, 'x')") == (1, -2.5, True, None, "x")
     assert parse_value("(1,)") == (1,) and parse_value("(1)") == 1 and parse_value("()") == ()
     assert Grid.parse("1x2x3").tokens == 6 and parse_value("-inf") == float("-inf")
+
+
+def test_presets_stand_for_a_method_at_a_density():
+    """Settings are added or replaced; a preset never sets a density twice without a word."""
+    assert method("balanced") == method("routed", density=0.15)
+    assert method("quality(residual=none, density=0.3)") == method("routed", residual=None, density=0.3)
+    assert method_at_density("cached(fast)", None) == method("cached(asa)", density=0.25)
+    assert method_text(method("balanced")) == "routed(density=0.15)"
+    for name in PRESETS:
+        assert name not in METHODS and method(name).density
+    with pytest.raises(ValueError, match="density of routed is given twice"):
+        method_at_density("quality", 0.5)
+    with pytest.raises(ValueError, match="quality is a preset"):
+        method("quality(svg2)")
