@@ -27,7 +27,7 @@ class Schedule:
             branches, such as those caused by different plans.
         density_ramp: factors of the density at the first and at the last sparse step, such as ``(1.3, 0.6)``; linear
             between them and constant between two plans. The factors are scaled so that the mean over the sparse steps
-            is the requested density. With `Routed` on the bundled model this ramp gains nothing measurable (+.05 dB).
+            is the requested density. With `Routed` on the bundled model this ramp has no measurable effect (+0.05 dB).
             None: the same density in all steps.
     """
 
@@ -49,7 +49,7 @@ class Schedule:
         if not isinstance(self.per_branch, int) or self.per_branch not in (0, 1):
             raise ValueError(f"per_branch must be true or false, got {short_repr(self.per_branch)}")
         if self.density_ramp is not None:
-            object.__setattr__(self, "density_ramp", check_ramp(self.density_ramp))
+            object.__setattr__(self, "density_ramp", _check_ramp(self.density_ramp))
 
     def is_dense(self, site: Site) -> bool:
         """Return whether a call stays dense.
@@ -96,11 +96,11 @@ class Schedule:
         return _count(self.dense_steps, steps)
 
 
-def check_ramp(ramp: object, name: str = "density_ramp") -> tuple[float, float]:
+def _check_ramp(ramp: object) -> tuple[float, float]:
     """Return the factors of a density ramp as a tuple. Raises ValueError if they are not two positive numbers."""
     is_pair = isinstance(ramp, Sequence) and not isinstance(ramp, str) and len(ramp) == 2
     if not is_pair or not all(isinstance(x, Real) and not isinstance(x, bool) and 0 < x <= 1000 for x in ramp):
-        raise ValueError(f"{name} must be two positive factors, such as (1.3, 0.6), got {short_repr(ramp)}")
+        raise ValueError(f"density_ramp must be two positive factors, such as (1.3, 0.6), got {short_repr(ramp)}")
     return float(ramp[0]), float(ramp[1])
 
 

@@ -13,7 +13,7 @@ from .settings import Settings
 
 
 class ExecutorChoices:
-    """Executors by call signature. A choice is cached because making one waits for the GPU.
+    """Executors by call signature. A choice is cached because making one synchronizes with the GPU.
 
     Args:
         settings: settings of the run.

@@ -53,7 +53,7 @@ class Routed(Method):
 
     Attributes:
         density: by default 0.25.
-        boxes: whether tokens are sorted by nested boxes; otherwise they stay row by row.
+        boxes: whether tokens are sorted by nested boxes; otherwise they stay in row-major order.
         key_tile: tokens of a key tile; queries are tiled by the block of the run.
         tail: greatest number of tokens of a pooled term; None: tiles that are not computed take no part.
         every: b uses every n-th query; None: tiles are ranked by a, or without ``spread`` by their pooled mass.
@@ -86,7 +86,7 @@ class Routed(Method):
         return need
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> ClusterPlan:
-        if memory.pop("residual is used", False):
+        if memory.pop("residual_applied", False):
             memory.pop("residual")
         grid, block = site.grid, site.block
         queries, keys = _tiles(grid, self.boxes, block, self.key_tile, q.device)
@@ -104,7 +104,7 @@ class Routed(Method):
         return ClusterPlan.from_mask(keep, queries, keys).with_tail(self.tail)
 
     def score(self, q: Tensor, k: Tensor, block: int) -> Tensor:
-        """Return how much the pooled term of each tile errs, ``[B, H, Q, K]``, for video tokens in order."""
+        """Return the error of the pooled term of each tile, ``[B, H, Q, K]``, for video tokens in order."""
         if self.every is None:
             return mass_and_spread(q, k, block, self.key_tile, self.spread)
         error = pooling_error(q, k, block, self.key_tile, self.every)
@@ -123,7 +123,7 @@ class Routed(Method):
         if "residual" not in memory:
             return result.out, result.lse
         step, _, residual = memory["residual"]
-        memory["residual is used"] = True
+        memory["residual_applied"] = True
         alpha = self.residual ** ((site.step - step) * 8 / (site.steps or 8))
         return result.out + alpha * residual.repeat(len(result.out) // len(residual), 1, 1, 1), result.lse
 

@@ -2,12 +2,12 @@
 
 Source: G. Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453, who keep the first
 tokens of a text. Radial Attention (arXiv:2506.19852) keeps the first frame of Wan's videos. There the first latent
-frame stands for one pixel frame, and each other latent frame for four.
+frame corresponds to one pixel frame, and each other latent frame to four.
 
 Meant for unions: ``Radial() | Sink()``, or ``radial|sink`` as a name.
 
 Differs from the authors: the sink is measured in frames instead of tokens, and no window is added. Without a union it
-keeps only the sink, the text and the diagonal, and serves as a baseline.
+keeps only the sink, the text and the diagonal, and is a baseline.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ and W the token pairs that a plan computes for this head:
     best            max sum t_ij M_ij  subject to  sum t_ij w_ij <= W  and  0 <= t_ij <= 1,  over the plan's own
                     groups: blocks of its own token order, or its own clusters
     best_by_row     the same, with the plan's own number of token pairs in every row of groups
-    best_row_major  the same as best, over blocks of the row-major token order, whatever the plan's groups are
+    best_row_major  the same as best, over blocks of the row-major token order, independent of the plan's groups
 
 Fractional t makes the first two true upper bounds where groups differ in size; where all groups are equal, they are the
 masses of a mask. Hence retained <= best_by_row <= best. The third bound is common to all methods; another order or

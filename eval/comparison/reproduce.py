@@ -51,7 +51,7 @@ class Published(_Strict):
         """Return method and density of the row; a row without a density has the default one.
 
         Raises:
-            ValueError: the text stands for several rows or for none.
+            ValueError: the text specifies several rows or none.
         """
         if self.row == "all":
             raise ValueError("'all' is not a single row: write METHOD@DENSITY, METHOD@own, profile:NAME or dense")

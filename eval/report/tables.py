@@ -143,7 +143,7 @@ def row_note(row: dict, rows: Sequence[dict]) -> str:
 def same_cost_note(row: dict, rows: Sequence[dict]) -> str:
     """Return which rows a dense run with fewer steps costs as much as, "" for other rows.
 
-    A density stands for its rows if most of them have this cost.
+    A density is listed instead of its rows if most of them have this cost.
     """
     by_density = Counter(one["density_asked"] for one in rows)
     equal = [one for one in rows if one["name"] in row.get("equal_to", ())]
