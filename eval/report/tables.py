@@ -265,8 +265,10 @@ def count_clips(result: dict) -> str:
     """Return the numbers of prompts and seeds of each row in words."""
     prompts, seeds = len(result["prompts"]), result["seeds"]
     first = result.get("first_seed", 0)
+    if seeds == 1:
+        return f"{prompts} prompt{'s' * (prompts > 1)}" + (f", seed {first}" if first else "")
     numbers = f" ({first} to {first + seeds - 1})" if first else ""
-    return f"{prompts} prompt{'s' * (prompts > 1)}" + (f", {seeds} seeds each{numbers}" if seeds > 1 else "")
+    return f"{prompts} prompt{'s' * (prompts > 1)}, {seeds} seeds each{numbers}"
 
 
 def _bounds(bounds: Sequence[float] | None) -> str:
