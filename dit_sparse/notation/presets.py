@@ -1,4 +1,4 @@
-"""Presets: names for a method at a density, chosen by the comparisons of docs/benchmarks.md and docs/routed.md."""
+"""Presets: names for a method at a density, chosen from the comparisons in docs/benchmarks.md and docs/routed.md."""
 
 PRESETS = {
     "quality": "routed(density=0.25)",
