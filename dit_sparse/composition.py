@@ -69,6 +69,10 @@ class Wrapper(Method):
     def observes_dense(self) -> bool:
         return self.inner.observes_dense
 
+    @property
+    def density_ramp(self) -> tuple[float, float] | None:
+        return self.inner.density_ramp
+
     def required(self, grid: Grid, block: int) -> Tensor:
         return self.inner.required(grid, block)
 

@@ -41,7 +41,7 @@ DensityRamp = Annotated[
     str | None,
     typer.Option(
         "--density-ramp",
-        help="Factors of the density at the first and last sparse step, such as 1.3,0.6. Default: the same density.",
+        help="Factors of the density at the first and last sparse step, such as 1.3,0.6. Default: that of the method.",
     ),
 ]
 Executor = Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")]

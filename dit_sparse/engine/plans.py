@@ -128,7 +128,7 @@ class Plans:
         return self._methods[key]
 
     def _density(self, site: Site, density: float) -> float:
-        density = self._schedule.density_at(site, density)
+        density = self._schedule.density_at(site, density, ramp=self.method.density_ramp)
         if self._guard:
             density = self._guard.density(site, density)
         video = 1 - site.references / site.grid.tokens

@@ -8,15 +8,14 @@ A method of this project, described and measured in docs/routed.md. Its pooled t
 - Tail. Every tile j that a row does not compute takes part in its softmax as one term, with the mean key m_j and the
   mean value of its n_j keys; its logit is q . m_j / sqrt(D) + log n_j.
 - Routing. The tiles to compute are those with the largest error of the pooled term, not those with the most attention.
-  With the exact attention p of every eighth query r, and its log-sum-exp L, tiles are ranked by
-
-      b_ij = mean over some queries r of block i  of  | p_rn - exp(r . m_j / sqrt(D) - L_r) |_2  over the keys n of j
-
-  With ``spread`` they are ranked by a_ij b_ij. The first factor uses every query, but only statistics of the keys: with
-  the variance s_j of each channel of the keys of a tile, and the softmax w over the pooled terms,
+  With the variance s_j of each channel of the keys of a tile, and the softmax w over the pooled terms, tiles are ranked
+  by
 
       a_ij = mean over the queries q of block i  of  w_qj (q^2 . s_j) / D
+      b_ij = mean over some queries r of block i  of  | p_rn - exp(r . m_j / sqrt(D) - L_r) |_2  over the keys n of j
 
+  and their product, where p is the exact attention of every eighth query and L its log-sum-exp.
+- Ramp. The density falls over the sparse steps, from 1.3 to 0.6 times its mean (`Schedule.density_ramp`).
 - Residual. R is the error of the plan in the last dense step, averaged over the branches of guidance, because guidance
   amplifies differences between them. Until the second plan the output is O + alpha^age R.
 
@@ -56,8 +55,9 @@ class Routed(Method):
         boxes: whether tokens are sorted by nested boxes; otherwise they stay in row-major order.
         key_tile: tokens of a key tile; queries are tiled by the block of the run.
         tail: greatest number of tokens of a pooled term; None: tiles that are not computed take no part.
-        every: b uses every n-th query; None: tiles are ranked by a, or without ``spread`` by their pooled mass.
-        spread: whether tiles are ranked by the product a b.
+        spread: whether a is the mass times the variance of the logits; otherwise the mass alone.
+        every: b uses every n-th query; None: tiles are ranked by a alone.
+        density_ramp: factors of the density at the first and the last sparse step; None: the same density.
         residual: alpha for eight steps; n steps use alpha^(8 / n). None: no residual.
     """
 
@@ -66,8 +66,9 @@ class Routed(Method):
     boxes: bool = True
     key_tile: int = within("[1, 4096]", 16)
     tail: int | None = within("[1, 4096]", 16)
+    spread: bool = True
     every: int | None = within("[1, 4096]", 8)
-    spread: bool = False
+    density_ramp: tuple[float, float] | None = within("(0, 1000]", (1.3, 0.6))
     residual: float | None = within("(0, 1]", 0.7)
 
     @property
@@ -105,12 +106,11 @@ class Routed(Method):
 
     def score(self, q: Tensor, k: Tensor, block: int) -> Tensor:
         """Return the error of the pooled term of each tile, ``[B, H, Q, K]``, for video tokens in order."""
-        if self.every is None:
-            return mass_and_spread(q, k, block, self.key_tile, self.spread)
-        error = pooling_error(q, k, block, self.key_tile, self.every)
-        if not self.spread:
-            return error
-        return error.clamp(min=1e-18) * mass_and_spread(q, k, block, self.key_tile).clamp(min=1e-18)
+        score = mass_and_spread(q, k, block, self.key_tile, self.spread)
+        if self.every is not None:
+            error = pooling_error(q, k, block, self.key_tile, self.every)
+            score = score.clamp(min=1e-18) * error.clamp(min=1e-18)
+        return score
 
     def observe_dense(self, result: AttentionOutput, site: Site, memory: dict) -> None:
         lost = result.dense()[0] - result.out

@@ -79,15 +79,14 @@ def test_the_ramp_of_1_3_and_0_6_in_eight_steps():
     schedule = Schedule(dense_steps=2, density_ramp=(1.3, 0.6), replan_interval=1)
     factors = [schedule.density_at(site(step), 0.1) / 0.1 for step in range(2, 8)]
     assert factors == pytest.approx([(1.3 - 0.14 * i) / 0.95 for i in range(6)])
-    by_two = Schedule(dense_steps=2, density_ramp=(1.3, 0.6))
-    assert by_two.density_at(site(2), 0.3) == by_two.density_at(site(3), 0.3) == pytest.approx(0.3 * 1.23 / 0.95)
-    assert Schedule(dense_steps=2).density_at(site(2), 0.3) == 0.3
+    assert Schedule(dense_steps=2).density_at(site(2), 0.3, (1.3, 0.6)) == pytest.approx(0.3 * 1.23 / 0.95)
+    assert Schedule(dense_steps=2, density_ramp=(1, 1)).density_at(site(2), 0.3, (1.3, 0.6)) == 0.3
     assert Schedule(dense_steps=7, density_ramp=(2, 1)).density_at(site(7), 0.3) == 0.3
 
 
-def test_a_ramp_needs_the_number_of_steps():
+def test_only_the_ramp_of_a_schedule_needs_the_number_of_steps():
     site = Site(Grid(1, 1, 1), step=3)
-    assert Schedule(dense_steps=1).density_at(site, 0.3) == 0.3
+    assert Schedule(dense_steps=1).density_at(site, 0.3, (1.3, 0.6)) == 0.3
     with pytest.raises(ValueError, match="pass steps="):
         Schedule(dense_steps=1, density_ramp=(1.3, 0.6)).density_at(site, 0.3)
 

@@ -71,13 +71,13 @@ def test_pipelines_that_predict_twice_in_a_step_are_named():
 
 
 def test_variants_leave_out_each_part_or_keep_it_alone():
-    found = variants("routed(key_tile=8, spread=true)")
-    parts = ["boxes", "tail", "every", "spread", "residual"]
+    found = variants("routed(key_tile=8)")
+    parts = ["density_ramp", "boxes", "tail", "spread", "every", "residual"]
     assert [one.part for one in found if one.kind == "left out"] == [*parts, "all"]
     assert [one.part for one in found if one.kind == "alone"] == parts
     by_name = {(one.part, one.kind): method(one.method) for one in found}
-    assert by_name["boxes", "left out"] == Routed(key_tile=8, spread=True, boxes=False)
-    nothing = dict(boxes=False, tail=None, spread=False, every=None, residual=None)
+    assert by_name["boxes", "left out"] == Routed(key_tile=8, boxes=False)
+    nothing = dict(density_ramp=None, boxes=False, tail=None, spread=False, every=None, residual=None)
     assert by_name["all", "left out"] == Routed(key_tile=8, **nothing)
     assert by_name["tail", "alone"] == Routed(key_tile=8, **nothing | {"tail": 16})
     assert variants("rettention(offload=true)") == [Variant("offload", "left out", name_of(method("rettention")))]

@@ -42,22 +42,24 @@ def test_rows_keep_the_tiles_with_the_highest_scores(grid, block):
     assert plan.tail == 16
 
 
-def test_tiles_are_ranked_by_the_parts_of_the_score():
+@pytest.mark.parametrize(
+    "settings", [{"spread": False}, {"every": None}, {"spread": False, "every": None}, {"every": 3}]
+)
+def test_every_part_of_the_score_can_be_left_out(settings):
     q, k, _ = qkv(320, dim=16)
-    score = lambda **settings: Routed(density=0.3, **settings).score(q, k, 64)
-    error, mass, spread = pooling_error(q, k, 64, 16, 8), *(mass_and_spread(q, k, 64, 16, one) for one in (False, True))
-    assert_near(score(), error, 1e-6)
-    assert_near(score(spread=True), error * spread, 1e-6)
-    assert_near(score(every=None, spread=True), spread, 1e-6)
-    assert_near(score(every=None), mass, 1e-6)
-    assert_near(score(every=3), pooling_error(q, k, 64, 16, 3), 1e-6)
+    one, whole = (Routed(density=0.3, key_tile=16, **other) for other in (settings, {}))
+    assert not one.score(q, k, 64).allclose(whole.score(q, k, 64))
+    mass = mass_and_spread(q, k, 64, 16, one.spread)
+    expected = mass if one.every is None else mass * pooling_error(q, k, 64, 16, one.every)
+    assert_near(one.score(q, k, 64), expected, 1e-6)
 
 
 def test_other_parts_can_be_left_out():
-    grid, plain = ds.Grid(4, 8, 8), Routed(boxes=False, tail=None, residual=None)
+    grid, plain = ds.Grid(4, 8, 8), Routed(boxes=False, tail=None, density_ramp=None, residual=None)
     plan = plan_of(plain, grid, 64)
     assert plan.tail is None and plan.keys.order.equal(torch.arange(256)[None, None])
-    assert not plain.observes_dense and Routed().observes_dense
+    assert plain.density_ramp is None and not plain.observes_dense
+    assert Routed().observes_dense and Routed().density_ramp == (1.3, 0.6)
 
 
 # --- residual
@@ -86,7 +88,7 @@ def random_branches(names: str) -> dict[str, list[Tensor]]:
     return {name: qkv(120, batch=2, dim=16, seed=seed) for seed, name in enumerate(names)}
 
 
-SCHEDULE = ds.Schedule(dense_steps=2)
+SCHEDULE = ds.Schedule(dense_steps=2, density_ramp=(1, 1))
 
 
 def test_without_guidance_the_residual_restores_the_dense_output():
