@@ -1,6 +1,6 @@
-// Scores of key tiles by what their pooled terms get wrong, for x86 CPUs (kernels/planning/pooling_error.py).
+// Scores of key tiles by the error of their pooled terms, for x86 CPUs (kernels/planning/pooling_error.py).
 //
-// Products are computed transposed: keys or terms are rows and queries are lanes, so that keys are read where they are
+// Products are computed transposed: keys or terms are rows and queries are lanes, so that keys are read in place
 // and softmax runs over rows without sums across lanes. A pass holds up to kPassRows rows; its exponentials are relative
 // to the running maximum of the pass, and the last step multiplies them by 2^(maximum of the pass - log-sum-exp).
 
