@@ -27,8 +27,8 @@ class Schedule:
             branches, such as those caused by different plans.
         density_ramp: factors of the density at the first and at the last sparse step, such as ``(1.3, 0.6)``; linear
             between them and constant between two plans. The factors are scaled so that the mean over the sparse steps
-            is the requested density. On the bundled model `Routed` gains 0.4 dB by it. None: the ramp of the method, if
-            it has one. ``(1, 1)``: the same density in all steps.
+            is the requested density. On the bundled model `Routed` gains 0.35 dB with it (0.05 and 0.7 dB on two
+            seeds). None: the ramp of the method, if it has one. ``(1, 1)``: the same density in all steps.
     """
 
     dense_steps: int | float = 0.25
