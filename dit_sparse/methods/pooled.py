@@ -46,7 +46,7 @@ class Pooled(Correction):
     """
 
     inner: Method = DEFAULT_INNER
-    group: int | None = within("[1, inf)", None)
+    group: int | None = within("[1, 1000000]", None)
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan | ClusterPlan | None:
         plan = super().plan(q, k, v, site, memory)

@@ -124,5 +124,5 @@ def test_sdpa_computes_dense_steps_if_no_executor_is_faster(executor_costs):
     stock, plain = cached_pipeline("hunyuan_video"), generate_dense("hunyuan_video")
     executor_costs |= {"dense": CostModel(0.0, 0.0, 1e-9), "default": CostModel(0.0, 0.0, 1.1e-9)}
     with enable_sparse(stock, **ALL_DENSE) as run:
-        assert generate(stock).equal(plain)
+        assert_near(generate(stock), plain)  # without padding, which changes the rounding
     assert run.report().dense_calls == {"the schedule": STEPS * calls_per_step(stock)}

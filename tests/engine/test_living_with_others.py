@@ -315,5 +315,6 @@ def test_wrapped_transformer_is_found(wrap):
 
 def test_dense_output_is_that_of_the_stock_pipeline_for_every_family():
     for name in tiny.ALL:
+        dense = generate_dense(name)
         with enable_sparse(cached_pipeline(name), "dense"):
-            assert generate(cached_pipeline(name)).equal(generate_dense(name)), name
+            assert generate(cached_pipeline(name)).equal(dense), name

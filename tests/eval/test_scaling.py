@@ -14,7 +14,7 @@ from dit_sparse import Grid, Pattern, Site
 from dit_sparse.eval.bench import scaling
 from dit_sparse.eval.bench.scaling import Scaling, fit_power_law
 from dit_sparse.eval.bench.synthetic_qkv import synthetic_qkv
-from dit_sparse.methods import method
+from dit_sparse.methods import method, name_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class FixedWindow(Pattern):
         return (index[:, None] - index).abs() <= self.blocks
 
 
+FIXED = name_of(FixedWindow())
 SMALL = dict(height=8, width=12, block=32, heads=2, dim=16)
 
 
@@ -46,9 +47,9 @@ def result():
 def test_exponents_agree_with_theory(result):
     exponent = lambda name, setting="own": result["exponents"][name][setting]["exponent"]
     assert exponent("dense") == pytest.approx(2, abs=1e-6)
-    assert exponent("FixedWindow") == pytest.approx(1, abs=0.03) and exponent("sink") == pytest.approx(1, abs=0.05)
+    assert exponent(FIXED) == pytest.approx(1, abs=0.03) and exponent("sink") == pytest.approx(1, abs=0.05)
     assert 1 < exponent("radial") < 1.8
-    for name in ("FixedWindow", "radial", "sink", "window", "svg"):
+    for name in (FIXED, "radial", "sink", "window", "svg"):
         assert exponent(name, "fixed") == pytest.approx(2, abs=0.02), name
     for name in ("sparge", "svg2"):  # their rows keep a whole number of blocks, of few
         assert exponent(name, "fixed") == pytest.approx(2, abs=0.1), name

@@ -85,7 +85,9 @@ def generate(stock: tiny.Tiny, **other) -> torch.Tensor:
 @functools.cache
 def generate_dense(name: str) -> torch.Tensor:
     """Return the latents of the cached pipeline without sparse attention."""
-    return generate(cached_pipeline(name))
+    stock = cached_pipeline(name)
+    assert not intercepted_modules(stock), "call it before sparse attention is enabled: the result is cached"
+    return generate(stock)
 
 
 def enable_sparse(model, method="radial", **settings) -> ds.Run:
