@@ -47,7 +47,7 @@ def kernel_launches(architecture: Architecture) -> Iterator[KernelLaunch]:
     yield from _block_sparse_launches(architecture)
     yield from _block_ragged_launches(architecture)
     yield from _block_mass_launches(architecture)
-    yield from _pooling_error_launches()
+    yield from _pooling_error_launches(architecture)
     yield from _kmeans_launches()
     yield from _permute_launches()
     yield from _selection_launches()
@@ -96,12 +96,12 @@ def _block_mass_launches(architecture: Architecture) -> Iterator[KernelLaunch]:
         yield KernelLaunch("block_mass", block, dim, features, block_mass_kernel, arguments)
 
 
-def _pooling_error_launches() -> Iterator[KernelLaunch]:
+def _pooling_error_launches(architecture: Architecture) -> Iterator[KernelLaunch]:
     from dit_sparse.kernels.gpu.pooling_error import mass_and_spread_kernel, pooling_error_kernel
 
     for block, dim in product(BLOCKS, (64, 80, 128)):
         q = _empty(dim)
-        arguments, _ = pooling_error.spread_arguments(q, q, block, 16, True)
+        arguments, _ = pooling_error.spread_arguments(q, q, block, 16, True, architecture)
         yield KernelLaunch("mass_and_spread", block, dim, "", mass_and_spread_kernel, arguments)
         arguments, _ = pooling_error.error_arguments(q, q, block, 16, torch.arange(0, block, 8))
         yield KernelLaunch("pooling_error", block, dim, "", pooling_error_kernel, arguments)

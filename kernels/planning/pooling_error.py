@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_sparse.kernels import cpu_library
 from dit_sparse.kernels.executors import block_sparse
 from dit_sparse.kernels.gpu import launching
-from dit_sparse.kernels.gpu.architectures import split_head_dim
+from dit_sparse.kernels.gpu.architectures import Architecture, split_head_dim
 from dit_sparse.plan import num_blocks
 
 KEYS = 64  # pooled terms or keys of one step of a Triton kernel
@@ -90,13 +90,16 @@ def _supports_triton(q: Tensor, k: Tensor, rows: int, columns: int) -> bool:
 def _mass_and_spread_triton(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool) -> Tensor:
     from dit_sparse.kernels.gpu.pooling_error import mass_and_spread_kernel
 
-    arguments, out = spread_arguments(q, k, rows, columns, spread)
+    architecture = launching.device_architecture(q.device)
+    arguments, out = spread_arguments(q, k, rows, columns, spread, architecture)
     with torch.cuda.device_of(q):
         mass_and_spread_kernel[(out.shape[:3].numel(),)](**arguments)
     return out
 
 
-def spread_arguments(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool) -> tuple[dict, Tensor]:
+def spread_arguments(
+    q: Tensor, k: Tensor, rows: int, columns: int, spread: bool, architecture: Architecture
+) -> tuple[dict, Tensor]:
     """Return the arguments of `mass_and_spread_kernel`, and its output."""
     (q,), dim = launching.with_contiguous_rows(q), q.shape[-1]
     means, variances = (x.to(q.dtype) for x in _tile_statistics(k.float(), columns))
@@ -120,7 +123,7 @@ def spread_arguments(q: Tensor, k: Tensor, rows: int, columns: int, spread: bool
         WIDTHS=split_head_dim(dim, 64),
         SPREAD=spread,
         num_warps=8 if rows == 128 else 4,
-        num_stages=3 if dim <= 64 else 2,  # with 3 it would exceed the shared memory of MI300
+        num_stages=3 if dim <= 64 or architecture.shared_memory > 65_536 else 2,
     )
     return arguments, out
 
