@@ -77,7 +77,7 @@ class QualityGuard:
         if self._least is None or (step is not None and 0 <= site.step - step < INTERVAL):
             return
         self._last_step[layer, site.branch] = site.step
-        with self._counters.guard.timing(call.q.device):
+        with self._counters.attention.timing(call.q.device):
             self._measured[layer].append(retained_mass(call, site, plan))
 
 

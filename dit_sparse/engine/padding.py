@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +30,17 @@ class KeyPadding:
     counts: tuple[int, ...]
     order: Tensor | None = None
 
+    @cached_property
+    def _inverse(self) -> Tensor:
+        return self.order.argsort(-1)
+
     def arrange(self, x: Tensor) -> Tensor:
         """Return ``x [B, H, N, D]`` with its padding at the end."""
         return x if self.order is None else x.gather(2, self.order[:, None, :, None].expand_as(x))
 
     def restore(self, x: Tensor) -> Tensor:
         """Return ``x [B, H, N, D]`` in the order of the model: the inverse of :meth:`arrange`."""
-        return x if self.order is None else x.gather(2, self.order.argsort(-1)[:, None, :, None].expand_as(x))
+        return x if self.order is None else x.gather(2, self._inverse[:, None, :, None].expand_as(x))
 
     def arrange_call(self, call: AttentionCall) -> AttentionCall:
         """Return the call in :attr:`order`; its ``stock`` computes the output in this order, too."""

@@ -125,7 +125,6 @@ class RunCounters:
     logged: set[str] = field(default_factory=set)
     attention: Stopwatch = field(default_factory=lambda: Stopwatch())
     planning: Stopwatch = field(default_factory=lambda: Stopwatch())
-    guard: Stopwatch = field(default_factory=lambda: Stopwatch())
 
     def count_sparse(self, site: Site, pairs: int, plan: Plan | ClusterPlan, executor: str) -> None:
         """Count a sparse call of ``pairs`` query-key pairs."""

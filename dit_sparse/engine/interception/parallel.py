@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def attend_in_parallel(
         compute: computes a call with the heads of this rank and all tokens.
     """
     config = _context_parallel(parallel_config)
-    if config is None or config.ulysses_degree == 1 or config.ring_degree > 1 or call.needs_gradient:
+    # A mask over all keys is in the order of the model, not in that of the exchanged tokens.
+    is_global = isinstance(call.mask, Tensor) and call.mask.shape[-1] != call.k.shape[2]
+    if config is None or config.ulysses_degree == 1 or config.ring_degree > 1 or call.needs_gradient or is_global:
         return compute(replace(call, is_parallel=True))
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention as ulysses_attention
@@ -62,6 +65,7 @@ def attend_in_parallel(
     return out.transpose(1, 2)
 
 
+@lru_cache(maxsize=16)
 def joint_order(ranks: int, grid: Grid, layout: TokenLayout, device: torch.device) -> Tensor | None:
     """Return the order ``[N]`` of a sequence whose text and video were split over the ranks separately: token i of the
     model's sequence is at ``order[i]`` after the all-to-all exchange. None without text."""
