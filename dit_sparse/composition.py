@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .grid import Grid, Site, short_repr
 from .kernels.tail import add_tail
-from .method import AttentionOutput, Method
+from .method import AttentionOutput, Method, nested_memory
 from .notation.settings import within
 from .pattern import Union
 from .plan import Plan
@@ -93,13 +93,13 @@ class Wrapper(Method):
         return self.inner.order(grid, block)
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan | None:
-        return self.inner.plan(q, k, v, site, memory.setdefault("inner", {}))
+        return self.inner.plan(q, k, v, site, nested_memory(memory, "inner"))
 
     def correct(self, result: AttentionOutput, site: Site, memory: dict) -> tuple[Tensor, Tensor | None]:
-        return self.inner.correct(result, site, memory.setdefault("inner", {}))
+        return self.inner.correct(result, site, nested_memory(memory, "inner"))
 
     def observe_dense(self, result: AttentionOutput, site: Site, memory: dict) -> None:
-        self.inner.observe_dense(result, site, memory.setdefault("inner", {}))
+        self.inner.observe_dense(result, site, nested_memory(memory, "inner"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ class PerHead(Method):
         for letter, method in self._methods_in(letters):
             heads = torch.tensor([head for head, own in enumerate(letters) if own == letter], device=q.device)
             own = (None if x is None else x[:, heads] for x in (q, k, v))
-            plan = self._plan_heads(method, *own, site, memory.setdefault(letter, {}))
+            plan = self._plan_heads(method, *own, site, nested_memory(memory, letter))
             choice[:, heads] = len(plans)
             plans.append(plan.expand_heads(heads, len(letters)))
         return Plan.by_head(plans, choice)

@@ -2,7 +2,7 @@
 
 Each file of ``methods/`` implements one paper. Methods are frozen dataclasses: comparable, hashable and without state,
 so pipelines can share them. State between steps lives in the ``memory`` dict, which the run keeps for each layer and
-pair of guidance branches.
+pair of guidance branches; its entry "shared" is one dict for all layers, see `shared_memory`.
 """
 
 from __future__ import annotations
@@ -177,6 +177,19 @@ class Method:
         from .pattern import Union
 
         return Union(density=self.density, parts=(replace(self, density=None), other))
+
+
+def shared_memory(memory: dict) -> dict:
+    """Return the part of a method's memory that all layers share, for methods that reuse plans or sums over layers.
+    Layers may be on different devices."""
+    return memory.setdefault("shared", {})
+
+
+def nested_memory(memory: dict, name: str) -> dict:
+    """Return the memory of an inner method of a composition."""
+    if name not in memory:
+        memory[name] = {"shared": shared_memory(memory).setdefault(name, {})}
+    return memory[name]
 
 
 def _to_json(value: Any) -> Any:

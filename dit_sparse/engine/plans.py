@@ -61,7 +61,8 @@ class Plans:
         self._cache: dict[tuple, CachedPlan] = {}
         self._previews: dict[tuple, CachedPlan] = {}
         self._methods: dict[tuple, Method] = {}  # key: everything that the density depends on
-        self._memory: dict[tuple, dict] = defaultdict(dict)
+        self._memory: dict[tuple, dict] = {}
+        self._shared_memory: dict[tuple, dict] = defaultdict(dict)  # of all layers
 
     def plan(
         self, q: Tensor, k: Tensor, site: Site, lengths: Tensor | None = None, v: Tensor | None = None
@@ -77,7 +78,7 @@ class Plans:
         if cached is not None and cached.method is not method:
             is_due = True
             if method.manages_own_plans:
-                self.memory(q, site).clear()  # its memory holds the plan of the previous density
+                self._memory.pop(self._key(q, site), None)  # it holds the plan of the previous density
         site = replace(site, needs_plan=is_due or site.step == cached.renewed)
         may_be_stale = not method.static and (method.manages_own_plans or site.needs_plan)
         if cached is None or (may_be_stale and not cached.is_shared_by(site)):
@@ -107,12 +108,16 @@ class Plans:
         return self._method_at(replace(site, references=0)).density
 
     def memory(self, q: Tensor, site: Site) -> dict:
-        """Return the method's memory for a layer, grid and pair of branches."""
-        return self._memory[self._key(q, site)]
+        """Return the method's memory for a layer, grid and pair of branches; its entry "shared" is that of all layers."""
+        key = self._key(q, site)
+        if key not in self._memory:
+            self._memory[key] = {"shared": self._shared_memory[self._key(q, replace(site, layer=-1))]}
+        return self._memory[key]
 
     def end_generation(self) -> None:
         """Drop memory and plans, except static plans, which depend on the grid alone."""
         self._memory.clear()
+        self._shared_memory.clear()
         self._previews.clear()
         if not self.method.static:
             self._cache.clear()

@@ -1,4 +1,5 @@
-"""Methods, one file per paper. The CLI, the demo, the tests and the README read the table ``METHODS``."""
+"""Methods, one file per paper, in one folder per kind. The CLI, the demo, the tests and the docs read ``KINDS`` and
+``METHODS``."""
 
 from __future__ import annotations
 
@@ -9,49 +10,22 @@ from ..method import Method
 from ..notation.parser import parse
 from ..notation.registry import LoadProfile, Registry
 from ..notation.syntax import has_settings, write
-from .adaspa import AdaSpa
-from .asa import ASA
-from .dense import Dense
-from .neighborhood import Neighborhood
-from .pbs import PBS
-from .pooled import Pooled
-from .radial import Radial
-from .random_blocks import RandomBlocks
-from .rettention import Rettention
-from .routed import Routed
-from .sink import Sink
-from .sol import Sol
-from .sparge import Sparge
-from .sparsed import SparseD
-from .subblock import SubBlock
-from .svg import SVG, Band, Temporal
-from .svg2 import SVG2
-from .vdit import Skip, VDiT, Vertical
-from .window import Window
-from .xattention import XAttention
+from .corrections import CORRECTIONS
+from .layouts import LAYOUTS
+from .patterns import PATTERNS
+from .patterns.svg import Band, Temporal
+from .patterns.vdit import Skip, Vertical
+from .schedules import SCHEDULES
+from .scorers import SCORERS
 
-METHODS: dict[str, type[Method]] = {
-    "dense": Dense,
-    "random_blocks": RandomBlocks,
-    "window": Window,
-    "neighborhood": Neighborhood,
-    "radial": Radial,
-    "svg": SVG,
-    "svg2": SVG2,
-    "adaspa": AdaSpa,
-    "sparsed": SparseD,
-    "asa": ASA,
-    "pbs": PBS,
-    "sparge": Sparge,
-    "subblock": SubBlock,
-    "xattention": XAttention,
-    "vdit": VDiT,
-    "sol": Sol,
-    "routed": Routed,
-    "sink": Sink,
-    "pooled": Pooled,
-    "rettention": Rettention,
+KINDS: dict[str, dict[str, type[Method]]] = {
+    "pattern": PATTERNS,
+    "scorer": SCORERS,
+    "layout": LAYOUTS,
+    "schedule": SCHEDULES,
+    "correction": CORRECTIONS,
 }
+METHODS: dict[str, type[Method]] = {name: cls for methods in KINDS.values() for name, cls in methods.items()}
 
 # Named components of papers, and compositions. The components are also candidates for the heads of a profile.
 PARTS: dict[str, type[Method]] = {
@@ -99,6 +73,11 @@ def method_at_density(
     if density is None and not settings and not has_settings(node):
         density = DEFAULT_DENSITY
     return REGISTRY.build(node, (settings or {}) | ({} if density is None else {"density": density}), load_profile)
+
+
+def kind_of(name: str) -> str | None:
+    """Return the kind of a method of ``METHODS``, a key of ``KINDS``; None for other names."""
+    return next((kind for kind, methods in KINDS.items() if name in methods), None)
 
 
 def method_text(method: Method) -> str:

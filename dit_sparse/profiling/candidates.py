@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ..composition import PerHead, nested_methods
 from ..method import Method
 from ..methods import method, name_of
-from ..methods.dense import Dense
-from ..methods.rettention import Rettention
+from ..methods.corrections.rettention import Rettention
+from ..methods.patterns.dense import Dense
 from ..notation.syntax import split_list
 
 VDIT_MODES = ("svg.spatial", "svg.temporal", "vdit.vertical", "vdit.skip")

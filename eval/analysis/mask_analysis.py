@@ -22,7 +22,7 @@ from dit_sparse.composition import nested_methods
 from dit_sparse.generation.checks import check_clip
 from dit_sparse.generation.generate import Progress, default_call, generate, load_pipeline
 from dit_sparse.methods import method, name_of
-from dit_sparse.methods.rettention import Rettention
+from dit_sparse.methods.corrections.rettention import Rettention
 from dit_sparse.output.environment import conditions
 from dit_sparse.plotting.plots import plot_heat_map
 from dit_sparse.profiling.probe import measured_steps

@@ -16,8 +16,8 @@ from dit_sparse.bundled import BUNDLED
 from dit_sparse.composition import nested_methods
 from dit_sparse.eval.analysis import retained_mass
 from dit_sparse.generation.generate import Progress, generate, load_pipeline
-from dit_sparse.methods.dense import Dense
-from dit_sparse.methods.rettention import Rettention
+from dit_sparse.methods.corrections.rettention import Rettention
+from dit_sparse.methods.patterns.dense import Dense
 from dit_sparse.output.environment import device_name, source_digest, versions, weights_digest
 from dit_sparse.profiling import probe
 from dit_sparse.profiling.candidates import Candidate

@@ -10,7 +10,7 @@ import re
 from dataclasses import fields
 
 from dit_sparse import METHODS, Method
-from dit_sparse.methods import name_of
+from dit_sparse.methods import kind_of, name_of
 from dit_sparse.notation.syntax import write
 
 from . import model_tables
@@ -23,6 +23,8 @@ def method_rows() -> list[dict]:
     return [
         {
             "name": name,
+            "kind": kind_of(name),
+            "file": "/".join(cls.__module__.split(".")[1:]) + ".py",
             "summary": _first_sentence(_file_docstring(cls)),
             "settings": {f.name: _value(f.default) for f in fields(cls) if f.name != "density"},
             "source": _source(_file_docstring(cls)),
@@ -53,7 +55,7 @@ def method_table() -> str:
         ("method", "keeps", "settings", "paper"),
         (
             (
-                f"[`{row['name']}`](dit_sparse/methods/{row['name']}.py)",
+                f"[`{row['name']}`](dit_sparse/{row['file']})",
                 row["summary"],
                 ", ".join(f"`{text}`" for text in setting_texts(row)) or "-",
                 f"[{row['source'].split('/', 3)[-1].removeprefix('abs/')}]({row['source']})",

@@ -11,7 +11,7 @@ import torch
 import dit_sparse as ds
 from dit_sparse.kernels.executors import reference
 from dit_sparse.method import AttentionOutput
-from dit_sparse.methods.window import Window
+from dit_sparse.methods.patterns.window import Window
 from sparse_pipelines import (
     STEPS,
     cached_pipeline,

@@ -7,7 +7,7 @@ import torch
 
 import dit_sparse as ds
 import tiny_pipelines as tiny
-from dit_sparse.methods.rettention import Rettention
+from dit_sparse.methods.corrections.rettention import Rettention
 from sparse_pipelines import (
     PLAN_EVERY_STEP,
     PLAN_PER_BRANCH,

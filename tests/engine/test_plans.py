@@ -19,9 +19,9 @@ from dit_sparse.clusters import ClusterPlan, Clusters
 from dit_sparse.composition import PerHead
 from dit_sparse.engine.plans import Plans
 from dit_sparse.kernels.executors import reference
-from dit_sparse.method import AttentionOutput, Method
+from dit_sparse.method import AttentionOutput, Method, shared_memory
 from dit_sparse.methods import method
-from dit_sparse.methods.rettention import Rettention
+from dit_sparse.methods.corrections.rettention import Rettention
 from dit_sparse.plan import Plan
 from dit_sparse.scoring import pool
 from sparse_pipelines import assert_near, cached_pipeline, count_layers, enable_sparse, generate
@@ -208,3 +208,26 @@ def per_head(one: ds.Method) -> ds.Method:
     return ds.PerHead(
         methods=(("a", one), ("b", other)), layers=("ab",) * count_layers(cached_pipeline("hunyuan_video"))
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstLayerPlans(ds.Method):
+    """The first layer plans; the others reuse its plan, in compositions, too."""
+
+    def plan(self, q, k, v, site, memory):
+        if site.layer == 0:
+            shared_memory(memory)["plan"] = random_plan(False, len(q), site.grid, "none")
+        return shared_memory(memory)["plan"]
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, lambda method: ds.Cached(inner=method, replan_interval=2)])
+def test_layers_share_one_dict_per_branch_until_the_generation_ends(wrap):
+    plans, q = Plans(wrap(FirstLayerPlans()), ds.Schedule(replan_interval=1)), torch.randn(1, 2, 32, 8)
+    site = lambda layer, branch, step=0: ds.Site(ds.Grid(2, 4, 4), 8, layer, 3, step, 9, branch, branch)
+    first = {branch: [plans.plan(q, q, site(i, branch)) for i in range(3)] for branch in ("cond", "uncond")}
+    for of_branch in first.values():
+        assert all(plan is of_branch[0] for plan in of_branch)
+    assert first["cond"][0] is not first["uncond"][0]
+    plans.end_generation()
+    with pytest.raises(KeyError):
+        plans.plan(q, q, site(1, "cond", 1))

@@ -17,7 +17,7 @@ from dit_sparse.eval.study.ablation import Variant, variants
 from dit_sparse.eval.study.screening import record_trajectory, step_errors
 from dit_sparse.generation.generate import load_pipeline
 from dit_sparse.methods import method, name_of
-from dit_sparse.methods.routed import Routed
+from dit_sparse.methods.corrections.routed import Routed
 
 PROMPT = "a red circle moves left"
 

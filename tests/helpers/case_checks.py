@@ -18,11 +18,11 @@ from dit_sparse.composition import PerHead, Wrapper, nested_methods
 from dit_sparse.method import AttentionOutput, Method
 from dit_sparse.methods import method as read_method
 from dit_sparse.methods import method_at_density, method_text
-from dit_sparse.methods.rettention import Rettention
-from dit_sparse.methods.routed import Routed
-from dit_sparse.methods.sol import Sol
-from dit_sparse.methods.svg2 import SVG2
-from dit_sparse.methods.vdit import Skip
+from dit_sparse.methods.corrections.rettention import Rettention
+from dit_sparse.methods.corrections.routed import Routed
+from dit_sparse.methods.corrections.sol import Sol
+from dit_sparse.methods.layouts.svg2 import SVG2
+from dit_sparse.methods.patterns.vdit import Skip
 from dit_sparse.pattern import Union
 from random_cases import Case
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from attention_cases import assert_near, block_sums, plan_of, qkv, softmax_map, token_mask
 from dit_sparse import Grid, Site, order
 from dit_sparse.kernels.planning.block_mass import block_mass, log_sum_exp
-from dit_sparse.methods.adaspa import AdaSpa
-from dit_sparse.methods.sparsed import SparseD
-from dit_sparse.methods.svg import SVG, Band
-from dit_sparse.methods.vdit import VDiT
+from dit_sparse.methods.patterns.svg import SVG, Band
+from dit_sparse.methods.patterns.vdit import VDiT
+from dit_sparse.methods.schedules.adaspa import AdaSpa
+from dit_sparse.methods.schedules.sparsed import SparseD
 
 GRID = Grid(5, 7, 3, after=11)  # 116 tokens: the last block is shorter
 

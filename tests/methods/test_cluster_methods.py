@@ -10,8 +10,8 @@ from attention_cases import assert_near, block_sums, qkv, softmax_map
 from dit_sparse import Grid, Site, attention
 from dit_sparse.kernels.planning.block_mass import log_sum_exp
 from dit_sparse.kernels.planning.cluster import kmeans
-from dit_sparse.methods.pbs import PBS
-from dit_sparse.methods.svg2 import SVG2
+from dit_sparse.methods.layouts.pbs import PBS
+from dit_sparse.methods.layouts.svg2 import SVG2
 
 LINE = Grid(4, 29, 1)  # 116 tokens
 every_text = pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from attention_cases import assert_near, plan_of, qkv, token_mask
 from dit_sparse import Cached, Grid, Method, PerHead, Plan, Site, attention, enable
 from dit_sparse.methods import PARTS, method, name_of
-from dit_sparse.methods.pooled import Pooled
-from dit_sparse.methods.radial import Radial
-from dit_sparse.methods.rettention import Rettention
-from dit_sparse.methods.sink import Sink
-from dit_sparse.methods.window import Window
+from dit_sparse.methods.corrections.pooled import Pooled
+from dit_sparse.methods.corrections.rettention import Rettention
+from dit_sparse.methods.patterns.radial import Radial
+from dit_sparse.methods.patterns.sink import Sink
+from dit_sparse.methods.patterns.window import Window
 from tiny_pipelines import ALL
 
 GRID = Grid(5, 7, 3, after=11)  # 116 tokens

@@ -20,7 +20,7 @@ from dit_sparse.kernels.executors import flex, reference
 from dit_sparse.kernels.tail import merge_attention
 from dit_sparse.method import AttentionOutput
 from dit_sparse.methods import method, rettention
-from dit_sparse.methods.rettention import Rettention
+from dit_sparse.methods.corrections.rettention import Rettention
 from tiny_pipelines import ALL
 
 GRID = Grid(5, 7, 3, after=11)  # 116 tokens

@@ -14,7 +14,7 @@ from dit_sparse import METHODS, ClusterPlan, Grid, Scorer, Site
 from dit_sparse.density import VideoBlocks, keep_pairs, pair_weights
 from dit_sparse.method import Method
 from dit_sparse.methods import method
-from dit_sparse.methods.radial import Radial
+from dit_sparse.methods.patterns.radial import Radial
 
 GRIDS = [
     Grid(9, 8, 10, after=40), Grid(12, 12, 8), Grid(13, 9, 11), Grid(13, 9, 11, before=17, after=5), Grid(7, 5, 3),

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from dit_sparse import Above, Cached, Grid, Mass, Method, PerHead, Top
 from dit_sparse.composition import changes_output
 from dit_sparse.methods import METHODS, PARTS, method, method_at_density, method_text, name_of
-from dit_sparse.methods.pooled import Pooled
-from dit_sparse.methods.radial import Radial
-from dit_sparse.methods.sink import Sink
+from dit_sparse.methods.corrections.pooled import Pooled
+from dit_sparse.methods.patterns.radial import Radial
+from dit_sparse.methods.patterns.sink import Sink
 from dit_sparse.notation.parser import parse, parse_value
 from dit_sparse.notation.presets import PRESETS
 from dit_sparse.notation.settings import _check_range

@@ -14,8 +14,8 @@ from dit_sparse import Cached, Grid, Site, attention
 from dit_sparse.kernels.executors import reference
 from dit_sparse.method import AttentionOutput
 from dit_sparse.methods import method
-from dit_sparse.methods.pooled import Pooled
-from dit_sparse.methods.rettention import Rettention
+from dit_sparse.methods.corrections.pooled import Pooled
+from dit_sparse.methods.corrections.rettention import Rettention
 
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(grid).replace(" ", ""))
 DIM = 16

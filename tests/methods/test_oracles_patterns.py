@@ -13,10 +13,10 @@ from oracles import BLOCK, GRIDS, attention_map, blocks_of, is_text
 
 from attention_cases import plan_of, qkv
 from dit_sparse import Grid, order
-from dit_sparse.methods.neighborhood import Neighborhood, sliding_tile
-from dit_sparse.methods.sink import Sink
-from dit_sparse.methods.svg import SVG, Band, Temporal
-from dit_sparse.methods.vdit import VDiT, Vertical
+from dit_sparse.methods.patterns.neighborhood import Neighborhood, sliding_tile
+from dit_sparse.methods.patterns.sink import Sink
+from dit_sparse.methods.patterns.svg import SVG, Band, Temporal
+from dit_sparse.methods.patterns.vdit import VDiT, Vertical
 
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(grid).replace(" ", ""))
 

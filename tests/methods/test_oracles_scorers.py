@@ -13,12 +13,12 @@ from torch import Tensor
 
 from attention_cases import plan_of, qkv
 from dit_sparse import Grid, order
-from dit_sparse.methods.asa import ASA
-from dit_sparse.methods.sol import Sol
-from dit_sparse.methods.sparge import Sparge
-from dit_sparse.methods.subblock import SubBlock
-from dit_sparse.methods.vdit import Vertical
-from dit_sparse.methods.xattention import XAttention
+from dit_sparse.methods.corrections.sol import Sol
+from dit_sparse.methods.patterns.vdit import Vertical
+from dit_sparse.methods.scorers.asa import ASA
+from dit_sparse.methods.scorers.sparge import Sparge
+from dit_sparse.methods.scorers.subblock import SubBlock
+from dit_sparse.methods.scorers.xattention import XAttention
 
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(grid).replace(" ", ""))
 Blocks = list[list[int]]

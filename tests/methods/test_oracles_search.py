@@ -11,10 +11,10 @@ from torch import Tensor
 
 from attention_cases import plan_of, qkv
 from dit_sparse import Grid, Site
-from dit_sparse.methods.adaspa import AdaSpa
-from dit_sparse.methods.pbs import PBS
-from dit_sparse.methods.sparsed import SparseD
-from dit_sparse.methods.svg2 import SVG2
+from dit_sparse.methods.layouts.pbs import PBS
+from dit_sparse.methods.layouts.svg2 import SVG2
+from dit_sparse.methods.schedules.adaspa import AdaSpa
+from dit_sparse.methods.schedules.sparsed import SparseD
 
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(grid).replace(" ", ""))
 

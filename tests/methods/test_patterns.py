@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from attention_cases import grids, make, plan_of
 from dit_sparse import Grid
-from dit_sparse.methods.neighborhood import Neighborhood, neighbors, sliding_tile
-from dit_sparse.methods.radial import Radial
-from dit_sparse.methods.window import Window
+from dit_sparse.methods.patterns.neighborhood import Neighborhood, neighbors, sliding_tile
+from dit_sparse.methods.patterns.radial import Radial
+from dit_sparse.methods.patterns.window import Window
 
 # --- radial: the rule of the authors' released masks (radial_attn/attn_mask.py)
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from attention_cases import BlockMeans, assert_near, block_sums, plan_of, qkv, softmax_map
 from dit_sparse import METHODS, Above, Grid, Mass, Scorer, Site, Top, order
 from dit_sparse.methods import method
-from dit_sparse.methods.asa import ASA
-from dit_sparse.methods.sparge import Sparge, self_similarity
-from dit_sparse.methods.subblock import SubBlock
-from dit_sparse.methods.vdit import Vertical
-from dit_sparse.methods.xattention import XAttention
+from dit_sparse.methods.patterns.vdit import Vertical
+from dit_sparse.methods.scorers.asa import ASA
+from dit_sparse.methods.scorers.sparge import Sparge, self_similarity
+from dit_sparse.methods.scorers.subblock import SubBlock
+from dit_sparse.methods.scorers.xattention import XAttention
 
 GRID = Grid(5, 7, 3, after=11)  # 116 tokens: the last block is shorter
 WHOLE = Grid(4, 4, 6)  # 96 tokens: whole blocks of 16

@@ -11,9 +11,9 @@ import pytest
 
 from dit_sparse import METHODS, Grid, Mass, Method, Top
 from dit_sparse.methods import PARTS, method
-from dit_sparse.methods.neighborhood import Neighborhood
-from dit_sparse.methods.radial import Radial
-from dit_sparse.methods.svg import SVG
+from dit_sparse.methods.patterns.neighborhood import Neighborhood
+from dit_sparse.methods.patterns.radial import Radial
+from dit_sparse.methods.patterns.svg import SVG
 from dit_sparse.notation.settings import POWER_OF_TWO, Range, check_fields, field_types, within
 
 CLASSES = {name: cls for name, cls in (METHODS | PARTS).items() if name not in ("cached", "per_head")}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dit_sparse import Grid, Plan, Schedule, Site, prepare
 from dit_sparse.kernels.executors import reference
 from dit_sparse.method import AttentionOutput
-from dit_sparse.methods.radial import Radial
+from dit_sparse.methods.patterns.radial import Radial
 from dit_sparse.profiling.candidates import Candidate, parse_candidates
 from dit_sparse.profiling.choice import choose, choose_least_error, select
 from dit_sparse.profiling.probe import measure_candidates, measured_steps, squared_error

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..density import video_blocks
-from ..grid import Site
-from ..method import Method
-from ..notation.settings import within
-from ..plan import Plan, num_blocks
+from ...density import video_blocks
+from ...grid import Site
+from ...method import Method
+from ...notation.settings import within
+from ...plan import Plan, num_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..clusters import ClusterPlan
-from ..composition import Correction
-from ..grid import Site
-from ..method import Method
-from ..notation.settings import within
-from ..plan import Plan
-from .radial import Radial
+from ...clusters import ClusterPlan
+from ...composition import Correction
+from ...grid import Site
+from ...method import Method
+from ...notation.settings import within
+from ...plan import Plan
+from ..patterns.radial import Radial
 
 DEFAULT_INNER = Radial()
 

@@ -19,10 +19,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import order
-from ..grid import Blocks, Grid
-from ..notation.settings import within
-from ..pattern import Pattern
+from ... import order
+from ...grid import Blocks, Grid
+from ...notation.settings import within
+from ...pattern import Pattern
 
 
 @dataclass(frozen=True, kw_only=True)

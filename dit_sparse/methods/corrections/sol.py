@@ -24,12 +24,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Above, Budget
-from ..grid import Grid, Site
-from ..kernels.tail import merge_attention
-from ..method import AttentionOutput, Scorer
-from ..plan import num_blocks
-from ..scoring import pool, split_blocks, without_padding
+from ...budget import Above, Budget
+from ...grid import Grid, Site
+from ...kernels.tail import merge_attention
+from ...method import AttentionOutput, Scorer
+from ...plan import num_blocks
+from ...scoring import pool, split_blocks, without_padding
 
 
 @dataclass(frozen=True, kw_only=True)

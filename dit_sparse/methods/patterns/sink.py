@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..grid import Grid
-from ..notation.settings import within
-from ..pattern import Pattern
-from ..plan import num_blocks
+from ...grid import Grid
+from ...notation.settings import within
+from ...pattern import Pattern
+from ...plan import num_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,13 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..clusters import ClusterPlan, Clusters
-from ..density import keep_pairs, text_density
-from ..grid import Grid, Site
-from ..kernels.planning.pooling_error import mass_and_spread, pooling_error
-from ..method import AttentionOutput, Method
-from ..notation.settings import within
-from ..order import nested_boxes
+from ...clusters import ClusterPlan, Clusters
+from ...density import keep_pairs, text_density
+from ...grid import Grid, Site
+from ...kernels.planning.pooling_error import mass_and_spread, pooling_error
+from ...method import AttentionOutput, Method
+from ...notation.settings import within
+from ...order import nested_boxes
 from .rettention import require_memory
 
 

@@ -26,13 +26,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import order
-from ..budget import Budget, Mass
-from ..grid import Grid, Site
-from ..method import Scorer
-from ..notation.settings import within
-from ..plan import num_blocks
-from ..scoring import score_in_chunks
+from ... import order
+from ...budget import Budget, Mass
+from ...grid import Grid, Site
+from ...method import Scorer
+from ...notation.settings import within
+from ...plan import num_blocks
+from ...scoring import score_in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)

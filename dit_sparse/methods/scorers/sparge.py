@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import order
-from ..grid import Grid, Site
-from ..method import Scorer
-from ..notation.settings import within
-from ..scoring import pool
+from ... import order
+from ...grid import Grid, Site
+from ...method import Scorer
+from ...notation.settings import within
+from ...scoring import pool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..grid import Site
-from ..method import AttentionOutput, Method, Scorer
-from ..notation.settings import within
-from ..plan import Plan
-from ..scoring import sampled_attention
+from ...grid import Site
+from ...method import AttentionOutput, Method, Scorer
+from ...notation.settings import within
+from ...plan import Plan
+from ...scoring import sampled_attention
 from .svg import Band, Temporal
 
 

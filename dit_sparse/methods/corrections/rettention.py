@@ -30,12 +30,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..composition import Correction
-from ..grid import Site
-from ..method import AttentionOutput, Method
-from ..notation.settings import within
-from ..plan import Plan
-from .window import Window
+from ...composition import Correction
+from ...grid import Site
+from ...method import AttentionOutput, Method
+from ...notation.settings import within
+from ...plan import Plan
+from ..patterns.window import Window
 
 DEFAULT_INNER = Window()
 MIN_LOG = -1e30  # of rho, for rows whose kept keys are all padding: subtracting -inf from -inf would give NaN

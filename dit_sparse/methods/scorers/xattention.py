@@ -22,11 +22,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..budget import Budget, Mass
-from ..grid import Site
-from ..method import Scorer
-from ..notation.settings import POWER_OF_TWO, within
-from ..scoring import score_in_chunks, split_blocks
+from ...budget import Budget, Mass
+from ...grid import Site
+from ...method import Scorer
+from ...notation.settings import POWER_OF_TWO, within
+from ...scoring import score_in_chunks, split_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

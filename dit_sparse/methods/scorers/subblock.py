@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..grid import Site
-from ..method import Scorer
-from ..notation.settings import POWER_OF_TWO, within
-from ..scoring import pool, score_in_chunks
+from ...grid import Site
+from ...method import Scorer
+from ...notation.settings import POWER_OF_TWO, within
+from ...scoring import pool, score_in_chunks
 
 
 @dataclass(frozen=True, kw_only=True)

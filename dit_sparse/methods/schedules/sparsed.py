@@ -22,12 +22,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..density import VideoBlocks, keep_pairs, video_blocks
-from ..grid import Site
-from ..kernels.planning.block_mass import block_mass_and_lse
-from ..method import Method
-from ..notation.settings import POWER_OF_TWO, within
-from ..plan import Plan
+from ...density import VideoBlocks, keep_pairs, video_blocks
+from ...grid import Site
+from ...kernels.planning.block_mass import block_mass_and_lse
+from ...method import Method
+from ...notation.settings import POWER_OF_TWO, within
+from ...plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

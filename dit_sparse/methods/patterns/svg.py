@@ -24,13 +24,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import order
-from ..grid import Grid, Site
-from ..method import Method
-from ..notation.settings import within
-from ..pattern import Pattern
-from ..plan import Plan, num_blocks
-from ..scoring import sampled_attention
+from ... import order
+from ...grid import Grid, Site
+from ...method import Method
+from ...notation.settings import within
+from ...pattern import Pattern
+from ...plan import Plan, num_blocks
+from ...scoring import sampled_attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import order
-from ..grid import Grid
-from ..notation.settings import within
-from ..pattern import Pattern
+from ... import order
+from ...grid import Grid
+from ...notation.settings import within
+from ...pattern import Pattern
 
 Sizes = tuple[int, int, int]
 

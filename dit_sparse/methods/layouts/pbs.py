@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..budget import Mass
-from ..clusters import ClusterPlan, Clusters
-from ..density import keep_pairs, text_density
-from ..grid import Grid, Site
-from ..method import Method
-from ..notation.settings import within
-from ..order import reorder
-from ..plan import num_blocks
-from ..scoring import score_in_chunks, split_blocks
+from ...budget import Mass
+from ...clusters import ClusterPlan, Clusters
+from ...density import keep_pairs, text_density
+from ...grid import Grid, Site
+from ...method import Method
+from ...notation.settings import within
+from ...order import reorder
+from ...plan import num_blocks
+from ...scoring import score_in_chunks, split_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,13 +30,13 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..budget import Mass
-from ..clusters import ClusterPlan, Clusters
-from ..density import keep_pairs, text_density
-from ..grid import Grid, Site
-from ..kernels.planning.cluster import kmeans
-from ..method import Method
-from ..notation.settings import within
+from ...budget import Mass
+from ...clusters import ClusterPlan, Clusters
+from ...density import keep_pairs, text_density
+from ...grid import Grid, Site
+from ...kernels.planning.cluster import kmeans
+from ...method import Method
+from ...notation.settings import within
 
 REFERENCE_TOKENS = 75_600
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..method import Method
+from ...method import Method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,22 @@
+"""Patterns: masks of fixed shape, chosen by the token grid or for each head."""
+
+from ...method import Method
+from .dense import Dense
+from .neighborhood import Neighborhood
+from .radial import Radial
+from .random_blocks import RandomBlocks
+from .sink import Sink
+from .svg import SVG
+from .vdit import VDiT
+from .window import Window
+
+PATTERNS: dict[str, type[Method]] = {
+    "dense": Dense,
+    "random_blocks": RandomBlocks,
+    "window": Window,
+    "neighborhood": Neighborhood,
+    "radial": Radial,
+    "sink": Sink,
+    "svg": SVG,
+    "vdit": VDiT,
+}
