@@ -108,7 +108,7 @@ class Plans:
         return self._method_at(replace(site, references=0)).density
 
     def memory(self, q: Tensor, site: Site) -> dict:
-        """Return the method's memory for a layer, grid and pair of branches; its entry "shared" is that of all layers."""
+        """Return the memory of a method for a layer, grid and pair of branches; "shared" holds that of all layers."""
         key = self._key(q, site)
         if key not in self._memory:
             self._memory[key] = {"shared": self._shared_memory[self._key(q, replace(site, layer=-1))]}
