@@ -19,7 +19,8 @@ from dit_sparse import ClusterPlan, Grid, Plan, Site, attention, enable
 from dit_sparse.kernels.executors import flex, reference
 from dit_sparse.kernels.tail import merge_attention
 from dit_sparse.method import AttentionOutput
-from dit_sparse.methods import method, rettention
+from dit_sparse.methods import method
+from dit_sparse.methods.corrections import rettention
 from dit_sparse.methods.corrections.rettention import Rettention
 from tiny_pipelines import ALL
 

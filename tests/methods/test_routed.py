@@ -15,7 +15,7 @@ from dit_sparse.engine.plans import Plans
 from dit_sparse.kernels.executors import reference
 from dit_sparse.kernels.planning.pooling_error import mass_and_spread, pooling_error
 from dit_sparse.method import AttentionOutput
-from dit_sparse.methods import rettention
+from dit_sparse.methods.corrections import rettention
 from dit_sparse.methods.corrections.routed import Routed
 from dit_sparse.order import nested_boxes
 from sparse_pipelines import cached_pipeline, enable_sparse, generate
