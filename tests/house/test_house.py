@@ -267,7 +267,7 @@ print(dit_sparse.kernels.executors.gather.__file__, dit_sparse.pipelines.wan.__f
     )
 
 
-METHOD_FILES = sorted(path for path in (ROOT / "dit_sparse" / "methods").glob("*.py") if path.stem != "__init__")
+METHOD_FILES = sorted(path for path in (ROOT / "dit_sparse" / "methods").glob("*/*.py") if path.stem != "__init__")
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.stem)
