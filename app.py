@@ -13,7 +13,7 @@ from time import monotonic
 try:
     import gradio as gr
 
-    from dit_sparse import METHODS
+    from dit_sparse import DEFAULT_METHOD, METHODS
     from dit_sparse.bundled import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT
     from dit_sparse.demo import settings_form
     from dit_sparse.demo.device_pool import Cancelled, DevicePool
@@ -114,7 +114,7 @@ class Page:
         steps = gr.Slider(2, MAX_STEPS, BUNDLED_CALL["num_inference_steps"], step=1, label="Denoising steps")
         info = "Also with settings, composed, or a profile: radial(sink=true), radial|sink, pooled(svg), profile:NAME."
         names = [name for name in METHODS if name != "dense"]
-        method = gr.Dropdown(names, value="radial", label="Method", info=info, allow_custom_value=True)
+        method = gr.Dropdown(names, value=DEFAULT_METHOD, label="Method", info=info, allow_custom_value=True)
         density = gr.Slider(0.02, 1.0, 0.25, step=0.01, label="Density: fraction of the query-key pairs to compute")
         own_density = gr.Checkbox(False, label="Let the settings of the method determine the density")
         dense_steps = gr.Slider(0.0, 1.0, 0.25, step=0.05, label="Dense steps: fraction of the first steps")

@@ -18,7 +18,7 @@ from .engine.enable import SparseAttnProcessor, enable, prepare  # noqa: E402
 from .engine.run import Run  # noqa: E402
 from .grid import Grid, Site  # noqa: E402
 from .method import Method, Scorer  # noqa: E402
-from .methods import METHODS  # noqa: E402
+from .methods import DEFAULT_METHOD, METHODS  # noqa: E402
 from .pattern import Pattern  # noqa: E402
 from .pipelines.family import Family  # noqa: E402
 from .pipelines.proposal import propose_family  # noqa: E402
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "METHODS", "Above", "Cached", "ClusterPlan", "Clusters", "Family", "Grid", "Mass", "Method", "Pattern", "PerHead",
-    "Plan", "Profile", "Run", "Schedule", "Scorer", "Site", "SparseAttnProcessor", "Top", "attention", "enable",
-    "prepare", "propose_family",
+    "DEFAULT_METHOD", "METHODS", "Above", "Cached", "ClusterPlan", "Clusters", "Family", "Grid", "Mass", "Method",
+    "Pattern", "PerHead", "Plan", "Profile", "Run", "Schedule", "Scorer", "Site", "SparseAttnProcessor", "Top",
+    "attention", "enable", "prepare", "propose_family",
 ]  # fmt: skip
 
 

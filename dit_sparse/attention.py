@@ -12,7 +12,7 @@ from torch import Tensor
 from .grid import Grid, Site, short_repr
 from .kernels.pick import pick
 from .method import AttentionOutput, Method
-from .methods import method_at_density
+from .methods import DEFAULT_METHOD, method_at_density
 from .plan import Plan
 from .scoring import without_padding
 
@@ -27,7 +27,7 @@ def attention(
     v: Tensor,
     *,
     grid: Grid,
-    method: str | Method = "radial",
+    method: str | Method = DEFAULT_METHOD,
     density: float | None = None,
     lengths: Tensor | None = None,
     block: int = 64,

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from dit_sparse import DEFAULT_METHOD
+
 from .options import (
     Block,
     DenseStepsOrProfile,
@@ -38,7 +40,7 @@ def batch(
     prompts: Annotated[Path, typer.Argument(help="A .txt, .csv or .jsonl file.")],
     out: OutFolder = Path("out/batch"),
     model: Model = "shapes-wan",
-    method: Method = "radial",
+    method: Method = DEFAULT_METHOD,
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
     ramp: DensityRamp = None,

@@ -10,6 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from dit_sparse import DEFAULT_METHOD
+
 from .options import Method, OutJson, method_list
 from .terminal import console, make_table, one_sentence, progress_bars
 
@@ -63,7 +65,7 @@ def attention(
 def transformer(
     out: OutJson = Path("out/transformer.json"),
     model: Annotated[list[str] | None, typer.Option(help=f"Model{REPEATED}. Default: all.")] = None,
-    method: Method = "radial",
+    method: Method = DEFAULT_METHOD,
     density: DensityList = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Timed forward passes, dense and sparse. Default: 2 on a GPU, 3 on a CPU.")

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from dit_sparse import DEFAULT_METHOD
+
 from .options import (
     Block,
     DenseStepsOrProfile,
@@ -36,7 +38,7 @@ from .terminal import console, make_table, one_sentence, progress_bars
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     model: Model = "shapes-wan",
-    method: Method = "radial",
+    method: Method = DEFAULT_METHOD,
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
     ramp: DensityRamp = None,
@@ -80,7 +82,7 @@ def generate(
 
 
 def demo(
-    method: Method = "radial",
+    method: Method = DEFAULT_METHOD,
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
     ramp: DensityRamp = None,

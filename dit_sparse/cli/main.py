@@ -16,7 +16,7 @@ from .show import doctor, methods, show
 from .study import study
 
 EXAMPLES = {
-    demo: "demo --method radial --density 0.2 --out out/demo",
+    demo: "demo --density 0.25 --out out/demo",
     generate: "generate 'a green square moves left' --method 'radial(sink=true)' --density 0.2 --out out/square.mp4",
     batch: "batch prompts.txt --density 0.25 --out out/batch",
     methods: "methods --json",

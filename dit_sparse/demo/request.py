@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_sparse import SparseAttnProcessor
+from dit_sparse import DEFAULT_METHOD, SparseAttnProcessor
 
 from ..bundled import BUNDLED
 from ..generation.checks import check_clip
@@ -55,7 +55,7 @@ class GenerationRequest:
     prompt: str = ""
     seed: int = 0
     steps: int = 16
-    method: str = "radial"
+    method: str = DEFAULT_METHOD
     density: float | None = 0.25
     dense_steps: float = 0.25
     frames: int | None = None

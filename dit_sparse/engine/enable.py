@@ -13,7 +13,7 @@ from torch import nn
 from ..grid import short_repr
 from ..kernels.executors import executor as executor_named
 from ..method import Method
-from ..methods import method_at_density
+from ..methods import DEFAULT_METHOD, method_at_density
 from ..notation.syntax import ProfileName, write
 from ..pipelines.family import Family, SetAttnProcessorMixin, class_names, family_of
 from ..pipelines.proposal import no_adapter_message
@@ -60,7 +60,7 @@ class SparseAttnProcessor:
 
     def __init__(
         self,
-        method: str | Method = "radial",
+        method: str | Method = DEFAULT_METHOD,
         *,
         density: float | None = None,
         schedule: Schedule | None = None,
@@ -132,7 +132,7 @@ class SparseAttnProcessor:
 
 def enable(
     model: Any,
-    method: str | Method = "radial",
+    method: str | Method = DEFAULT_METHOD,
     *,
     profile: str | Path | Profile | None = None,
     density: float | None = None,

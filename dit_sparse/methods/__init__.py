@@ -38,6 +38,7 @@ PARTS: dict[str, type[Method]] = {
 }
 
 REGISTRY = Registry(METHODS, PARTS)
+DEFAULT_METHOD = "routed"
 DEFAULT_DENSITY = 0.25
 
 

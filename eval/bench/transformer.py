@@ -15,7 +15,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from dit_sparse import Grid, enable
+from dit_sparse import DEFAULT_METHOD, Grid, enable
 
 from .timing import median_seconds
 
@@ -134,7 +134,7 @@ def measure_model(
     name: str,
     device: str,
     densities: Sequence[float] = DENSITIES,
-    method: str = "radial",
+    method: str = DEFAULT_METHOD,
     rounds: int = 2,
     compiled: bool = False,
 ) -> Iterator[dict]:

@@ -43,7 +43,7 @@ for _ in range(3000):
 BAD = {
     "unknown method": (dict(method="radiall"), "there is no method 'radiall'"),
     "no method": (dict(method=3), "method must be a .* or a dit_sparse.Method, got int"),
-    "unknown setting": (dict(decaay=1.0), "radial has no setting 'decaay'"),
+    "unknown setting": (dict(decaay=1.0), "routed has no setting 'decaay'"),
     "setting of a Method": (dict(method=ds.METHODS["radial"](), decay=1.0), "'decay'"),
     "setting out of range": (dict(method="window", radius=2.0), "radius"),
     "density 0": (dict(density=0.0), "1], got 0.0"),

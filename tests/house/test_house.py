@@ -31,13 +31,14 @@ class Group:
 
 
 GROUPS = {  # lowest first; a file belongs to the first group whose pattern it fits
-    "core": Group("grid order plan clusters schedule kernels.tail", lazily="plotting matplotlib"),
+    "core": Group("grid order plan clusters schedule kernels.tail kernels.free_memory", lazily="plotting matplotlib"),
     "planning": Group("kernels.planning kernels.planning.*", "core executors gpu"),
     "gpu": Group("kernels.gpu kernels.gpu.*", "triton"),
     "executors": Group("kernels.*", "core gpu platformdirs", lazily="triton xformers flash_attn flashinfer"),
     "adapters": Group("pipelines.*", "core", lazily="diffusers"),
     "methods": Group(
-        "budget density method pattern scoring composition notation notation.* methods methods.*", "core planning"
+        "budget density method pattern scoring composition notation notation.* methods methods.*",
+        "core planning",
     ),
     "profile": Group("profiling profiling.head_profile", "core methods pydantic"),
     "engine": Group(

@@ -15,12 +15,11 @@ from attention_cases import (
     exact,
     qkv,
 )
-from dit_sparse import ClusterPlan, Grid, Plan, Site, attention, enable
+from dit_sparse import ClusterPlan, Grid, Plan, Site, attention, enable, free_memory
 from dit_sparse.kernels.executors import flex, reference
 from dit_sparse.kernels.tail import merge_attention
 from dit_sparse.method import AttentionOutput
 from dit_sparse.methods import method
-from dit_sparse.methods.corrections import rettention
 from dit_sparse.methods.corrections.rettention import Rettention
 from tiny_pipelines import ALL
 
@@ -83,7 +82,7 @@ def test_rettention_follows_the_formula_between_refreshes():
 def test_rettention_checks_the_free_memory(monkeypatch, caplog):
     (q, _, _), site = qkv(GRID.tokens), Site(GRID, layers=4)
     need = 4 * 2 * 116 * (32 * 4 + 4)
-    free = lambda amount: monkeypatch.setattr(rettention, "_free_bytes", lambda device: amount)
+    free = lambda amount: monkeypatch.setattr(free_memory, "_free_bytes", lambda device: amount)
     with caplog.at_level("INFO", "dit_sparse"):
         Rettention().begin_generation(q, site)
     assert "4 layers" in caplog.text
@@ -99,7 +98,7 @@ def test_rettention_checks_the_free_memory(monkeypatch, caplog):
 
 
 def test_rettention_checks_the_memory_before_the_dense_steps(monkeypatch):
-    monkeypatch.setattr(rettention, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(free_memory, "_free_bytes", lambda device: 0)
     tiny, calls = ALL["wan"](), []
     with enable(tiny.pipe, "rettention", density=0.3, dense_steps=1, min_tokens=0, block=16):
         tiny.pipe.transformer.blocks[0].register_forward_hook(lambda *_: calls.append(1))

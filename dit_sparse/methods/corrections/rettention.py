@@ -22,16 +22,15 @@ Differs from the authors:
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...composition import Correction
 from ...grid import Site
+from ...kernels.free_memory import require_memory
 from ...method import AttentionOutput, Method
 from ...notation.settings import within
 from ...plan import Plan
@@ -39,8 +38,6 @@ from ..patterns.window import Window
 
 DEFAULT_INNER = Window()
 MIN_LOG = -1e30  # of rho, for rows whose kept keys are all padding: subtracting -inf from -inf would give NaN
-
-log = logging.getLogger("dit_sparse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +90,3 @@ class Rettention(Correction):
         log_ramp = log_ratio.new_full((), math.log(self.ramp) if self.ramp else -math.inf)
         statistics["log_ratio"] = log_ratio.logaddexp(log_ramp).clamp(max=0)
         return log_ratio.exp()[..., None].to(result.out.dtype) * result.out + residual, result.lse - log_ratio
-
-
-def require_memory(what: str, need: int, reserved_bytes: int, device: torch.device, advice: str) -> None:
-    """Log how much memory a method needs. Raises RuntimeError, with ``advice``, if it is not free."""
-    free, message = _free_bytes(device), f"{what} needs {need / 2**30:.2f} GiB on {device}"
-    if need + reserved_bytes > free:
-        reserved = f", {reserved_bytes / 2**30:.2f} GiB are reserved for other branches" if reserved_bytes else ""
-        raise RuntimeError(f"{message}{reserved}, and {free / 2**30:.2f} GiB are free; {advice}")
-    log.info("%s", message)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Return the free memory of a device; of the CPU what Linux reports as available without swapping."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 1 << 62)

@@ -36,19 +36,19 @@ from torch import Tensor
 from ...clusters import ClusterPlan, Clusters
 from ...density import keep_pairs, text_density
 from ...grid import Grid, Site
+from ...kernels.free_memory import has_memory
 from ...kernels.planning.pooling_error import mass_and_spread, pooling_error
-from ...method import AttentionOutput, Method
+from ...method import AttentionOutput, Method, shared_memory
 from ...notation.settings import within
 from ...order import nested_boxes
-from .rettention import require_memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routed(Method):
     """Exact tiles routed by the error of their pooled terms.
 
-    With a residual it keeps ``H * N * D * bytes`` bytes for every layer and prompt from the last dense step to the
-    second plan. It logs this, and raises before the generation if the memory is not free.
+    The residual takes ``H * N * D * bytes`` bytes for every layer and prompt from the last dense step to the second
+    plan. If this memory is not free at the last dense step, the residual is left out with a warning.
 
     Attributes:
         density: by default 0.25.
@@ -78,14 +78,6 @@ class Routed(Method):
     def least_density(self, grid: Grid, block: int) -> float:
         return text_density(grid)
 
-    def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
-        if self.residual is None:
-            return 0
-        need = site.layers * q.numel() * q.element_size() // (1 + site.both_branches)
-        what, advice = f"the residual of {site.layers} layers", "set residual=None, or use fewer frames"
-        require_memory(what, need, reserved_bytes, q.device, advice)
-        return need
-
     def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> ClusterPlan:
         if memory.pop("residual_applied", False):
             memory.pop("residual")
@@ -113,6 +105,12 @@ class Routed(Method):
         return score
 
     def observe_dense(self, result: AttentionOutput, site: Site, memory: dict) -> None:
+        shared, batch = shared_memory(memory), len(result.q) // (1 + site.both_branches)
+        if "has room" not in shared:
+            need = site.layers * batch * result.out[0].numel() * result.out.element_size()
+            shared["has room"] = has_memory(f"the residual of {site.layers} layers", need, result.q.device)
+        if not shared["has room"]:
+            return
         lost = result.dense()[0] - result.out
         if site.both_branches and len(lost) % 2 == 0:
             lost = lost.unflatten(0, (2, -1)).mean(0)
