@@ -15,7 +15,8 @@ from attention_cases import (
     exact,
     qkv,
 )
-from dit_sparse import ClusterPlan, Grid, Plan, Site, attention, enable, free_memory
+from dit_sparse import ClusterPlan, Grid, Plan, Site, attention, enable
+from dit_sparse.kernels import free_memory
 from dit_sparse.kernels.executors import flex, reference
 from dit_sparse.kernels.tail import merge_attention
 from dit_sparse.method import AttentionOutput
