@@ -28,7 +28,7 @@ class Pattern(Method):
     Attributes:
         knob: name of the field that widens the pattern.
         knob_range: smallest and largest value of the knob, from almost no blocks to all.
-        narrowing: names of further fields that are lowered, and their least values.
+        narrowing: names of further fields, and their narrowest values.
     """
 
     static: ClassVar[bool] = True

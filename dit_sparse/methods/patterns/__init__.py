@@ -1,12 +1,15 @@
 """Patterns: masks of fixed shape, chosen by the token grid or for each head."""
 
 from ...method import Method
+from .arrow import Arrow
 from .dense import Dense
 from .neighborhood import Neighborhood
+from .power import Power
 from .radial import Radial
 from .random_blocks import RandomBlocks
 from .sink import Sink
 from .svg import SVG
+from .svga import SVGA
 from .vdit import VDiT
 from .window import Window
 
@@ -17,6 +20,9 @@ PATTERNS: dict[str, type[Method]] = {
     "neighborhood": Neighborhood,
     "radial": Radial,
     "sink": Sink,
+    "power": Power,
+    "svga": SVGA,
+    "arrow": Arrow,
     "svg": SVG,
     "vdit": VDiT,
 }

@@ -58,7 +58,7 @@ class Neighborhood(Pattern):
 
     def keep(self, grid: Grid, block: int) -> Tensor:
         coordinates = grid.coordinates(self.order(grid, block))[:3]
-        axes = [_to_blocks(*axis, block) for axis in zip(coordinates, self._axes(grid, block), strict=True)]
+        axes = [axis_to_blocks(*axis, block) for axis in zip(coordinates, self._axes(grid, block), strict=True)]
         return axes[0] & axes[1] & axes[2]
 
     def window_density(self, grid: Grid, block: int) -> float:
@@ -76,14 +76,17 @@ class Neighborhood(Pattern):
         return [neighbors(size, ceil(self.window * size), s or side, d) for size, s, side, d in axes]
 
     def _tile(self, grid: Grid, block: int) -> Sizes:
-        if self.tile is not None:
-            return self.tile
-        side = [1, 1, 1]
-        sizes = (grid.frames, grid.height, grid.width)
-        while 2 * side[0] * side[1] * side[2] <= block:
-            longest = max(range(3), key=lambda i: (sizes[i] > side[i], -side[i], i))
-            side[longest] *= 2
-        return tuple(side)
+        return cubic_tile(grid, block) if self.tile is None else self.tile
+
+
+def cubic_tile(grid: Grid, block: int) -> Sizes:
+    """Return the sides of nearly cubic tiles that fill a block: frames, rows and columns, powers of two."""
+    side = [1, 1, 1]
+    sizes = (grid.frames, grid.height, grid.width)
+    while 2 * side[0] * side[1] * side[2] <= block:
+        longest = max(range(3), key=lambda i: (sizes[i] > side[i], -side[i], i))
+        side[longest] *= 2
+    return tuple(side)
 
 
 def sliding_tile(**settings) -> Neighborhood:
@@ -107,7 +110,7 @@ def neighbors(size: int, window: int, stride: int = 1, dilation: int = 1) -> Ten
     return near & (residue == residue[:, None])
 
 
-def _to_blocks(coordinate: Tensor, keep: Tensor, block: int) -> Tensor:
+def axis_to_blocks(coordinate: Tensor, keep: Tensor, block: int) -> Tensor:
     """Return which block pairs hold a kept pair of coordinates of this axis, bool ``[Qb, Qb]``."""
     blocks = -(-len(coordinate) // block)
     holds = torch.zeros(blocks, len(keep))
