@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from dit_sparse import METHODS, ClusterPlan, Grid, Site
+from dit_sparse import METHODS, ClusterPlan, Grid, Pattern, Site
 from dit_sparse import plan as plan_module
 from dit_sparse.composition import PerHead
 from dit_sparse.engine import padding, tracking
@@ -51,7 +51,7 @@ EXPECTED_KERNELS = {
         for key in ("asa", "sparge", "subblock", "xattention", "vdit", "sol", "pooled(subblock)")
     },
 }
-PATTERNS = ("window", "neighborhood", "radial", "sink", "radial|sink")
+PATTERNS = tuple(name for name, one in TESTED_METHODS.items() if isinstance(one, Pattern))
 PLANNED_ON_CPU = (*PATTERNS, "random_blocks", "svg", "pooled", "rettention")
 ATTENTION_KERNELS = ("block_sparse_kernel", "block_ragged_kernel")
 
