@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -23,17 +24,20 @@ MODELS = {
     "QwenImageTransformer2DModel": (1, 8, 12),
 }
 HEADS = 4
+IMPORTED_ONCE = [f"diffusers.models.transformers.transformer_{name}" for name in ("wan", "flux", "qwenimage")]
 PROFILE = ds.PerHead(
     methods=(("a", method("radial", density=0.4)), ("b", method("asa", density=0.6))), layers=("abba", "baaa")
 )
 
 
-def methods(name: str) -> dict[str, ds.Method]:
-    """Return the methods to test on a model: all of them on Wan, where a clip has several frames."""
+def methods(name: str, ranks: int) -> dict[str, ds.Method]:
+    """Return the methods to test on a model: on Wan, where a clip has several frames, all of them on two ranks, and one
+    of each kind on four."""
+    names = ("window", "svg2")
     if name == "WanTransformer3DModel":
-        every = {name: method(name, **({} if name == "dense" else {"density": 0.5})) for name in ds.METHODS}
-        return every | {"profile": PROFILE}
-    return {name: method(name, density=0.5) for name in ("window", "svg2")}
+        names = ds.METHODS if ranks == 2 else ("radial", "svg", "asa", "svg2", "adaspa", "routed")
+    profile = {"profile": PROFILE} if name == "WanTransformer3DModel" else {}
+    return {name: method(name, **({} if name == "dense" else {"density": 0.5})) for name in names} | profile
 
 
 def call_of(name: str) -> Call:
@@ -47,10 +51,10 @@ def build(name: str) -> torch.nn.Module:
     return tiny.build()
 
 
-def outputs(transformer: torch.nn.Module, name: str) -> dict[str, Tensor]:
+def outputs(transformer: torch.nn.Module, name: str, ranks: int) -> dict[str, Tensor]:
     """Return the output of a forward call with every method."""
     results = {}
-    for title, one in methods(name).items():
+    for title, one in methods(name, ranks).items():
         with torch.no_grad(), ds.enable(transformer, one, **SETTINGS) as run:
             results[title] = transformer(**tiny_models()[name].arguments(call_of(name)), return_dict=False)[0]
         report = run.report()
@@ -71,7 +75,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     for name in MODELS:
         transformer = build(name)
         transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
-        results[name] = outputs(transformer, name)
+        results[name] = outputs(transformer, name, ranks)
     torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -79,8 +83,9 @@ def work(rank: int, ranks: int, folder: str) -> None:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_compute_what_one_process_does(ranks: int, tmp_path: Path):
-    expected = {name: outputs(build(name), name) for name in MODELS}
-    torch.multiprocessing.spawn(work, (ranks, str(tmp_path)), ranks)
+    expected = {name: outputs(build(name), name, ranks) for name in MODELS}
+    multiprocessing.set_forkserver_preload(IMPORTED_ONCE)
+    torch.multiprocessing.start_processes(work, (ranks, str(tmp_path)), ranks, start_method="forkserver")
     for rank in range(ranks):
         results = torch.load(tmp_path / f"{rank}.pt")
         different = [

@@ -60,8 +60,11 @@ def gpu_tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-@pytest.mark.parametrize("both_branches", [False, True], ids=["", "both branches in one batch"])
-@pytest.mark.parametrize("grid", [Grid(5, 16, 16), Grid(5, 16, 16, after=30)], ids=str)
+@pytest.mark.parametrize(
+    ("grid", "both_branches"),
+    [(Grid(5, 16, 16), True), (Grid(5, 16, 16, after=30), False)],
+    ids=["both branches in one batch", "text"],
+)
 @pytest.mark.parametrize("name", TESTED_METHODS)
 def test_methods_plan_and_attend_without_synchronization(name, grid, both_branches, monkeypatch):
     plans = Plans(TESTED_METHODS[name])
@@ -91,7 +94,7 @@ def trim_lists_on_gpu(monkeypatch) -> None:
 def test_only_long_lists_are_trimmed(monkeypatch):
     """At 720p with 40 heads, lists of 56 MB per layer are trimmed, which synchronizes; with 12 heads they are not."""
     grid = Grid(21, 45, 80)
-    methods = [TESTED_METHODS[name] for name in ("asa", "adaspa", "svg2")]
+    methods = [TESTED_METHODS[name] for name in ("sparge", "adaspa", "svg2")]
 
     def make_plan(one, heads):
         q = gpu_tensor(1, heads, grid.tokens, 128)
@@ -137,8 +140,9 @@ def known_values(monkeypatch):
     monkeypatch.setattr(padding, "read_padding", lengths)
 
 
-@pytest.mark.parametrize("method", ["radial", "svg2"])
-@pytest.mark.parametrize("model", transformer_bench.MODELS)
+@pytest.mark.parametrize(
+    ("model", "method"), [*((model, "radial") for model in transformer_bench.MODELS), ("hunyuan-video", "svg2")]
+)
 def test_bench_transformer_at_full_size(model, method, known_values, monkeypatch):
     """Run `dit-sparse bench transformer` at 720p with two layers of each kind."""
     published = transformer_bench.MODELS[model]

@@ -38,31 +38,30 @@ def check(scores: torch.Tensor, target, weights=None, to_nearest: bool = False) 
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 64, 100, 513])
-@pytest.mark.parametrize("target", [0, 1, 3, 1000])
-def test_top_k(columns, target):
-    for seed in range(3):
-        scores = random_scores(columns, seed=seed)
-        kept = check(scores, target)
-        assert (kept.sum(-1) == min(target, columns)).all()
-        lowest, highest = scores.masked_fill(~kept, torch.inf), scores.masked_fill(kept, -torch.inf)
-        assert (lowest.amin(-1) >= highest.amax(-1)).all()
-        assert kept.equal(select_top(scores.cpu(), target).to(DEVICE))
+def test_top_k(columns):
+    scores, targets = random_scores(columns), torch.tensor([0, 1, 3, 1000], device=DEVICE).view(2, 2, 1, 1)
+    kept = check(scores, targets)
+    assert (kept.sum(-1) == targets[..., 0].clamp(max=columns)).all()
+    lowest, highest = scores.masked_fill(~kept, torch.inf), scores.masked_fill(kept, -torch.inf)
+    assert (lowest.amin(-1) >= highest.amax(-1)).all()
+    for one, expected, target in zip(scores.flatten(0, 1), kept.flatten(0, 1), targets.flatten().tolist(), strict=True):
+        assert expected.equal(select_top(one[None, None].cpu(), target)[0, 0].to(DEVICE))
+    assert (check(scores[:1, :1], 3).sum(-1) == min(3, columns)).all(), "one number for all rows"
 
 
-@pytest.mark.parametrize("to_nearest", [False, True])
-@pytest.mark.parametrize("rows", [1, 3], ids=["weights for all rows", "weights of each row"])
-@pytest.mark.parametrize("columns", [1, 7, 100])
+@pytest.mark.parametrize(
+    ("columns", "rows", "to_nearest"),
+    [(1, 1, True), (7, 1, False), (100, 1, True), (1, 3, False), (7, 3, True), (100, 3, False)],
+)
 def test_top_scores_by_weight(columns, rows, to_nearest):
-    for seed in range(3):
-        weights = eighths(columns, rows, seed)
-        for target in (0.0, 0.3, columns / 4, columns + 1.0):
-            kept = check(random_scores(columns, seed=seed), target, weights, to_nearest)
-            check(random_scores(columns, seed=seed), target, weights[:1, :1], to_nearest)
-            assert not (kept & (weights == 0)).any(), "scores of weight 0 are not kept"
-            if target > columns:
-                assert kept.equal((weights > 0).expand_as(kept))
-            if to_nearest:
-                assert (kept.any(-1) == (weights > 0).any(-1)).all(), "the highest score is always kept"
+    scores, weights = random_scores(columns), eighths(columns, rows)
+    targets = torch.tensor([0.0, 0.3, columns / 4, columns + 1.0], device=DEVICE).view(2, 2, 1, 1)
+    kept = check(scores, targets, weights, to_nearest)
+    check(scores, targets, weights[:1, :1], to_nearest)
+    assert not (kept & (weights == 0)).any(), "scores of weight 0 are not kept"
+    assert kept[1, 1].equal((weights[1, 1] > 0).expand_as(kept[1, 1])), "the target exceeds the sum of the weights"
+    if to_nearest:
+        assert (kept.any(-1) == (weights > 0).any(-1)).all(), "the highest score is always kept"
 
 
 def test_targets_per_row():
