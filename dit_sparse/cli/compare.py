@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,7 @@ from .options import (
     Executor,
     Frames,
     Height,
+    Kinds,
     Model,
     OutFolder,
     Prompts,
@@ -30,7 +33,15 @@ from .options import (
     numbers,
     read_prompts,
 )
-from .terminal import console, decimals, make_table, one_sentence, progress_bars
+from .terminal import (
+    console,
+    decimals,
+    make_number_table,
+    make_table,
+    one_sentence,
+    print_error,
+    progress_bars,
+)
 
 QUICK_PROMPTS, QUICK_STEPS = 2, 6
 
@@ -43,6 +54,7 @@ def compare(
             "METHOD@0.3 is one row at this density, METHOD@own one at the method's own settings."
         ),
     ] = "all",
+    kind: Kinds = None,
     density: Densities = "0.25",
     prompts: Prompts = "4",
     seeds: Seeds = 1,
@@ -64,7 +76,11 @@ def compare(
     quick: Annotated[bool, typer.Option("--quick", help="A quick run: two prompts, six steps, short clips.")] = False,
     out: OutFolder = Path("out/compare"),
 ) -> None:
-    """Compare methods with dense attention and with each other. The same command resumes an interrupted comparison."""
+    """Compare methods with dense attention and with each other. The same command resumes an interrupted comparison.
+
+    Clips are reused while model, settings and sources stay the same; a comparison of more methods adds to them. If rows
+    fail, the others are completed, and the exit code is 1.
+    """
     with one_sentence():
         from dit_sparse import Schedule
         from dit_sparse.eval.comparison.comparison import QUICK_CALL, Comparison
@@ -75,6 +91,7 @@ def compare(
             call = QUICK_CALL
         task = Comparison(
             methods=method_list(methods),
+            kinds=method_list(kind or ""),
             prompts=read_prompts(prompts)[: QUICK_PROMPTS if quick else None],
             densities=numbers(density),
             seeds=seeds,
@@ -92,10 +109,20 @@ def compare(
         with progress_bars() as stage:
             result = task.run(stage)
         write_page(result, out / "report.html")
-    console.print(_comparison_table(result["rows"]))
+    for table in _comparison_tables(result["rows"]):
+        console.print(table)
+    console.print(
+        "error: relative error of the attention output; mass: retained attention mass; PSNR and over random in dB; "
+        "planning: share of the attention time",
+        highlight=False,
+    )
     console.print(
         f"{len(result['prompts'])} prompts, {result['device']}; {escape(str(out / 'report.html'))}", soft_wrap=True
     )
+    for failure in result["failures"]:
+        print_error(f"{failure['name']} failed: {failure['error']}")
+    if result["failures"]:
+        raise typer.Exit(1)
 
 
 def report(
@@ -105,8 +132,8 @@ def report(
     """Print the table of a comparison, or write its HTML report, from compare.json."""
     with one_sentence():
         from dit_sparse.eval.comparison.result_schema import read_result
+        from dit_sparse.eval.report.comparison_tables import compare_table
         from dit_sparse.eval.report.page import write_page
-        from dit_sparse.eval.report.tables import compare_table
 
         path = results / "compare.json" if results.is_dir() else results
         result = read_result(path)
@@ -147,24 +174,35 @@ def reproduce(
     console.print("published speedups are end-to-end, measured speedups are of the denoising")
 
 
-def _comparison_table(rows: list[dict]) -> Table:
-    headings = ("density", "relative error", "retained mass", "PSNR (dB)", "over random (dB)", "SSIM")
-    table = make_table("method", *headings, "speedup", "attention speedup", "planning overhead")
+def _comparison_tables(rows: list[dict]) -> Iterator[Table]:
+    """Yield a table for each density, with the rows by kind."""
+    from dit_sparse.eval.report.comparison_tables import KIND_TITLES, row_kind, row_order
+
+    headings = ("density", "error", "mass", "PSNR", "over random", "SSIM", "speedup", "attention speedup", "planning")
+    for density, group in groupby(sorted(rows, key=row_order), lambda row: row["density_asked"]):
+        table = make_number_table(f"Density {density:g}" if density else "No density requested", "method", *headings)
+        for kind, of_kind in groupby(group, row_kind):
+            table.add_row(f"[bold]{KIND_TITLES.get(kind, kind)}[/]")
+            for row in of_kind:
+                table.add_row(*_comparison_cells(row))
+        yield table
+
+
+def _comparison_cells(row: dict) -> tuple[str, ...]:
     mean = lambda statistics: statistics and statistics["mean"]
-    for row in sorted(rows, key=lambda row: (row["density_asked"] or 0, -(mean(row["psnr"]) or 999))):
-        table.add_row(
-            escape(row["name"]),
-            decimals(row["density_achieved"], 3) + (" !" if row["density_hit"] is False else ""),
-            decimals(row["error"], 2),
-            decimals(row["retained"], 2),
-            decimals(mean(row["psnr"]), 1),
-            decimals(mean(row["over_random"]), 1),
-            decimals(mean(row["ssim"]), 3),
-            f"{row['speedup']:.2f}x",
-            f"{row['attention_speedup']:.2f}x",
-            f"{row['planning_share']:.0%}",
-        )
-    return table
+    name = row["name"] if row["density_asked"] is None else row["method"]
+    return (
+        escape(name),
+        decimals(row["density_achieved"], 3) + ("!" if row["density_hit"] is False else ""),
+        decimals(row["error"], 2),
+        decimals(row["retained"], 2),
+        decimals(mean(row["psnr"]), 1),
+        decimals(mean(row["over_random"]), 1),
+        decimals(mean(row["ssim"]), 3),
+        f"{row['speedup']:.2f}x",
+        f"{row['attention_speedup']:.2f}x",
+        f"{row['planning_share']:.0%}",
+    )
 
 
 def _reproduction_table(rows: list[dict]) -> Table:

@@ -19,7 +19,7 @@ EXAMPLES = {
     demo: "demo --density 0.25 --out out/demo",
     generate: "generate 'a green square moves left' --method 'radial(sink=true)' --density 0.2 --out out/square.mp4",
     batch: "batch prompts.txt --density 0.25 --out out/batch",
-    methods: "methods --json",
+    methods: "methods --kind scorer",
     show: "show 'radial(sink=true)' --grid 21x45x80 --density 0.25 --png mask.png",
     compare: "compare --methods 'radial,svg,pooled(svg),profile:shapes-wan' --density 0.15,0.25 --prompts 2",
     report: "report out/compare --html",

@@ -23,6 +23,10 @@ Method = Annotated[
 Methods = Annotated[
     str, typer.Option(help="Methods, separated by commas, such as 'radial(sink=true),svg,pooled(svg)'.")
 ]
+Kinds = Annotated[
+    str | None,
+    typer.Option("--kind", help="Kinds of methods, separated by commas, such as scorer,pattern. Default: every kind."),
+]
 Density = Annotated[
     float | None,
     typer.Option(

@@ -3,38 +3,82 @@
 from __future__ import annotations
 
 import json
-import re
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
-from .options import Density, JsonFlag
+from .options import Density, JsonFlag, Kinds, method_list
 from .terminal import console, make_table, one_sentence
 
 
-def methods(json_out: JsonFlag = False) -> None:
-    """List the methods, their settings with defaults, and their papers."""
-    from dit_sparse.eval.report.readme import method_rows, setting_texts
-    from dit_sparse.notation.presets import PRESETS
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Methods to describe in detail. Default: list all.")] = None,
+    kind: Kinds = None,
+    json_out: JsonFlag = False,
+) -> None:
+    """List the methods by kind, with their papers and what they need; or the settings of the named methods."""
+    with one_sentence():
+        from dit_sparse import METHODS
+        from dit_sparse.eval.report.method_catalog import method_rows
+        from dit_sparse.notation.presets import PRESETS
+        from dit_sparse.notation.settings import alternatives_to
 
-    rows = method_rows()
+        rows = method_rows(method_list(kind or ""))
+        for name in names or ():
+            if name not in METHODS:
+                raise ValueError(f"there is no method {name[:60]!r}; {alternatives_to(name, METHODS, METHODS)}")
+    rows = [row for row in rows if not names or row["name"] in names]
     if json_out:
         print(json.dumps(rows, indent=2))
         return
-    table = make_table("method", "keeps", "settings")
-    table.add_column("paper", overflow="fold")
-    for row in rows:
-        settings = ", ".join(setting_texts(row))
-        table.add_row(row["name"], row["summary"], settings, re.sub("https://(arxiv.org/abs/)?", "", row["source"]))
-    console.print(table)
+    if names:
+        for row in rows:
+            _print_details(row)
+        return
+    _print_list(rows)
     presets = ", ".join(f"{name} = {text}" for name, text in PRESETS.items())
     console.print(f"Presets: {presets}.", highlight=False)
     console.print(
-        "Compose them as in 'radial|sink', 'cached(svg2)' or 'pooled(svg)', with settings as in 'radial(sink=true)'.",
+        "`dit-sparse methods NAME` lists settings. Compose methods as in 'radial|sink', 'cached(svg2)' or "
+        "'pooled(svg)', with settings as in 'radial(sink=true)'.",
         highlight=False,
     )
+
+
+def _print_list(rows: list[dict]) -> None:
+    """Print a table for each kind: name, summary and needs, paper."""
+    from dit_sparse.eval.report.method_catalog import kind_summary, short_source
+
+    name_width = max((len(row["name"]) for row in rows), default=0)
+    for kind, group in groupby(rows, lambda row: row["kind"]):
+        console.print(f"[bold]{kind_summary(kind)}[/]", highlight=False)
+        table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), expand=True)
+        for options in ({"width": name_width}, {"ratio": 1}, {"width": 10, "overflow": "fold", "justify": "right"}):
+            table.add_column(**options)
+        for row in group:
+            needed = f" (needs {', '.join(row['needs'])})" if row["needs"] else ""
+            table.add_row(row["name"], escape(row["summary"] + needed), short_source(row))
+        console.print(table, highlight=False)
+        console.print()
+
+
+def _print_details(row: dict) -> None:
+    from dit_sparse.eval.report.method_catalog import setting_texts
+
+    paper = ", ".join(filter(None, (row["paper"]["authors"], row["paper"]["title"], row["source"])))
+    lines = [
+        row["summary"],
+        f"  paper     {paper}",
+        f"  settings  {', '.join(setting_texts(row)) or '-'}",
+        f"  needs     {', '.join(row['needs']) or '-'}",
+        f"  file      {row['file']}",
+    ]
+    console.print(f"[bold]{row['name']}[/], a {row['kind']}", highlight=False)
+    console.print("\n".join(lines) + "\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def show(

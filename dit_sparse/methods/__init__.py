@@ -9,7 +9,7 @@ from ..composition import Cached, PerHead
 from ..method import Method
 from ..notation.parser import parse
 from ..notation.registry import LoadProfile, Registry
-from ..notation.syntax import has_settings, write
+from ..notation.syntax import Call, Node, ProfileName, UnionNode, has_settings, write
 from .corrections import CORRECTIONS
 from .layouts import LAYOUTS
 from .patterns import PATTERNS
@@ -76,9 +76,29 @@ def method_at_density(
     return REGISTRY.build(node, (settings or {}) | ({} if density is None else {"density": density}), load_profile)
 
 
-def kind_of(name: str) -> str | None:
-    """Return the kind of a method of ``METHODS``, a key of ``KINDS``; None for other names."""
-    return next((kind for kind, methods in KINDS.items() if name in methods), None)
+def kind_of(text: str) -> str:
+    """Return the kind of the outermost method of a text.
+
+    Returns:
+        A key of ``KINDS``; "profile"; "other" for unknown names, such as methods of other packages, and for text that
+        cannot be read. A union is a pattern, ``cached`` has the kind of the method inside it.
+    """
+    try:
+        return _kind(parse(text))
+    except ValueError:
+        return "other"
+
+
+def _kind(node: Node) -> str:
+    if isinstance(node, UnionNode):
+        return "pattern"
+    if isinstance(node, ProfileName) or node.name == "per_head":
+        return "profile"
+    if node.name == "cached":
+        inner = [*node.positional, *(value for name, value in node.settings if name == "inner")]
+        return _kind(inner[0]) if inner and isinstance(inner[0], Call | UnionNode | ProfileName) else "other"
+    name = node.name.partition(".")[0]  # a component of a paper, such as svg.temporal
+    return next((kind for kind, methods in KINDS.items() if name in methods), "other")
 
 
 def method_text(method: Method) -> str:

@@ -6,17 +6,21 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 import dit_sparse
 
 from ..bundled import BUNDLED
+from ..composition import nested_methods
+from ..method import Method
 
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "xformers", "numpy")
-DIGESTED = ("assets", "engine", "generation", "methods", "notation", "profiling")  # folders of this package
+DIGESTED = ("assets", "engine", "generation", "notation", "profiling")  # folders of this package
 MAPPED = ("kernels", "pipelines", "profiles")  # inside the package in a wheel, next to it in a checkout
 
 
@@ -59,8 +63,8 @@ def commit() -> str | None:
 
 
 def source_digest(*more: Path) -> str:
-    """Return a digest of the files that determine a clip: methods, engine, kernels, adapters, profiles, bundled weights
-    and ``more``."""
+    """Return a digest of the files that determine the clips of every method: engine, kernels, adapters, profiles,
+    bundled weights and ``more``. `method_digest` covers the files of single methods."""
     package, *mapped = map(Path, dit_sparse.__path__)
     folders = [package / name for name in DIGESTED] + [place / name for place in (package, *mapped) for name in MAPPED]
     digest = hashlib.sha256()
@@ -69,6 +73,29 @@ def source_digest(*more: Path) -> str:
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     for path in (*sorted(package.glob("*.py")), *more):
         digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def method_digest(method: Method) -> str:
+    """Return a digest of the files that define a method and the methods inside it, and of the files of ``methods/``
+    that these import. A new method therefore changes no digest of the others."""
+    modules: dict[str, ModuleType] = {}
+
+    def add(name: object) -> None:
+        if not isinstance(name, str) or name in modules or not getattr(sys.modules.get(name), "__file__", None):
+            return
+        modules[name] = sys.modules[name]
+        for value in list(vars(modules[name]).values()):
+            imported = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            if isinstance(imported, str) and imported.startswith("dit_sparse.methods."):
+                add(imported)
+
+    for base in {base for part in nested_methods(method) for base in type(part).__mro__}:
+        if not base.__module__.startswith("dit_sparse.") or base.__module__.startswith("dit_sparse.methods."):
+            add(base.__module__)
+    digest = hashlib.sha256()
+    for name in sorted(modules):
+        digest.update(name.encode() + b"\0" + Path(modules[name].__file__).read_bytes())
     return digest.hexdigest()[:16]
 
 

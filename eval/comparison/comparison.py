@@ -18,7 +18,7 @@ from dit_sparse import METHODS, Schedule, SparseAttnProcessor
 from dit_sparse.bundled import BUNDLED
 from dit_sparse.generation.checks import check_clip
 from dit_sparse.generation.generate import Progress, default_call
-from dit_sparse.methods import method
+from dit_sparse.methods import KINDS, kind_of, method
 from dit_sparse.notation.parser import parse
 from dit_sparse.notation.syntax import has_settings
 from dit_sparse.output.environment import conditions
@@ -40,6 +40,7 @@ class Comparison:
     Attributes:
         methods: rows: methods as text, such as ``radial(sink=true)``, ``radial|sink`` or ``profile:NAME``, or ``all``;
             ``svg@0.3`` is a single row at this density, ``radial@own`` one at the method's own settings.
+        kinds: the kinds of methods that ``all`` stands for; empty: every kind.
         prompts: every row has a clip for each prompt and seed.
         out: folder for ``compare.json`` and the clips. An interrupted comparison resumes from the clips in it, and a
             larger comparison reuses them. If a finished ``compare.json`` is there, the new one is written to
@@ -58,6 +59,7 @@ class Comparison:
     methods: Sequence[str]
     prompts: Sequence[str]
     out: Path
+    kinds: Sequence[str] = ()
     densities: Sequence[float] = (0.25,)
     seeds: int = 1
     first_seed: int = 0
@@ -79,7 +81,12 @@ class Comparison:
             raise ValueError(f"the first seed must be at least 0, got {self.first_seed}")
         if not self.densities:
             raise ValueError("no density given: name at least one")
-        names = [name for text in self.methods for name in (METHODS if text == "all" else (text,))]
+        if self.kinds and "all" not in self.methods:
+            raise ValueError("kinds select from all methods: add all to the methods")
+        if unknown := next((kind for kind in self.kinds if kind not in KINDS), None):
+            raise ValueError(f"there is no kind {unknown[:60]!r}; there are {', '.join(KINDS)}")
+        chosen = [name for name in METHODS if not self.kinds or kind_of(name) in self.kinds]
+        names = [name for text in self.methods for name in (chosen if text == "all" else (text,))]
         object.__setattr__(self, "methods", list(dict.fromkeys([*BASELINES, *names])))
         object.__setattr__(self, "densities", sorted({round_density(density) for density in self.densities}))
         object.__setattr__(self, "call", default_call(self.model, small=True) | self.call)
@@ -127,6 +134,8 @@ class Comparison:
     def run(self, stage: Stage) -> dict:
         """Generate all clips and summarize the rows; the file is written after every row.
 
+        A row that fails is listed under ``failures``, and the other rows are completed. The next run tries it again.
+
         Args:
             stage: returns the progress callback of a named stage.
 
@@ -139,10 +148,12 @@ class Comparison:
         path = self.out / "compare.json"
         draft = path.with_name("compare.unfinished.json") if _is_finished(path) else path
         result = {key: value for key, value in asdict(self).items() if key not in ("out", "methods")}
-        result |= {"finished": False, "grids": [], "steps": None} | conditions() | {"rows": []}
+        result |= {"finished": False, "grids": [], "steps": None} | conditions() | {"failures": [], "rows": []}
         errors: dict[float | None, dict[str, float]] = {}
         for name, specs in self._row_groups(result["rows"]):
-            runner.generate_missing(specs, stage(name))
+            failed = runner.generate_missing(specs, stage(f"{name} (steps)"))
+            result["failures"] += [{"name": row, "error": error} for row, error in failed.items()]
+            specs = [spec for spec in specs if spec.name not in failed]
             self._measure_errors(specs, runner, errors, stage)
             progress = stage(f"{name}: metrics")
             for number, spec in enumerate(specs):

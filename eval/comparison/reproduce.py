@@ -151,16 +151,16 @@ def published_and_measured(recipe: Recipe, result: dict) -> Iterator[dict]:
     """Yield published and measured values by row: ``{"row": ..., "psnr": (published, measured), ...}``, or None.
 
     Only differences within one column are comparable: prompts, seeds and hardware differ, and published speedups are
-    end-to-end, measured ones of the denoising.
+    end-to-end, measured ones of the denoising. Rows that failed have no measured values.
     """
     measured = {(row["method"], row["density_asked"]): row for row in result["rows"] if row["steps"] == result["steps"]}
     mean = lambda statistics: (statistics or {}).get("mean")
     for published in recipe.published:
         name, density = published.method_and_density(recipe.density)
-        row = measured[name, density]
+        row = measured.get((name, density), {})
         yield {
             "row": published.row,
-            "density": (density, row["density_achieved"]),
-            **{key: (getattr(published, key), mean(row[key])) for key in ("psnr", "ssim", "lpips")},
-            "speedup": (published.speedup, row["speedup"]),
+            "density": (density, row.get("density_achieved")),
+            **{key: (getattr(published, key), mean(row.get(key))) for key in ("psnr", "ssim", "lpips")},
+            "speedup": (published.speedup, row.get("speedup")),
         }

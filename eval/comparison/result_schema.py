@@ -37,9 +37,15 @@ class _Unavailable(_Strict):
     unavailable: str
 
 
+class _Failure(_Strict):
+    name: str
+    error: str
+
+
 class _Row(_Strict):
     name: str
     method: str
+    kind: str | None = None
     steps: Annotated[int, Field(gt=0)]
     settings: dict
     density_asked: Density | None
@@ -88,6 +94,7 @@ class _Result(_Strict):
     commit: str | None
     rows: Annotated[list[_Row], NonEmpty]
     finished: bool = True
+    failures: list[_Failure] = []
 
     @model_validator(mode="after")
     def _check_consistency(self) -> _Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,16 +16,20 @@ from dit_sparse import Method, Schedule, SparseAttnProcessor, prepare
 from dit_sparse.bundled import BUNDLED
 from dit_sparse.composition import nested_methods
 from dit_sparse.eval.analysis import retained_mass
+from dit_sparse.eval.bench.timing import first_line
 from dit_sparse.generation.generate import Progress, generate, load_pipeline
 from dit_sparse.methods.corrections.rettention import Rettention
 from dit_sparse.methods.patterns.dense import Dense
-from dit_sparse.output.environment import device_name, source_digest, versions, weights_digest
+from dit_sparse.output.environment import commit, device_name, method_digest, source_digest, versions, weights_digest
 from dit_sparse.profiling import probe
 from dit_sparse.profiling.candidates import Candidate
 
 from . import recorder
 from .clip_store import ClipRecord, ClipStore
 from .recorder import ClipRecorder
+
+PROBED_TOGETHER = 8  # methods whose attention errors are measured on one generation; their plans are in memory together
+_log = logging.getLogger("dit_sparse")
 
 
 class Sample(NamedTuple):
@@ -102,30 +107,51 @@ class ClipRunner:
     @cached_property
     def pipe(self) -> Any:
         pipe = load_pipeline(self.model)
-        default_steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-        check_steps(self.schedule, self.call.get("num_inference_steps", default_steps))
+        check_steps(self.schedule, self.call.get("num_inference_steps", _default_steps(pipe)))
         return prepare(pipe)
 
-    def generate_missing(self, specs: Sequence[ClipSpec], progress: Progress) -> None:
+    def generate_missing(self, specs: Sequence[ClipSpec], progress: Progress) -> dict[str, str]:
         """Generate the clips that are not stored.
 
         All rows of a sample are generated before the next sample, so that a slow period of the machine slows all rows
-        alike.
+        alike. A row that fails is left out from then on.
 
         Args:
             specs: the rows.
-            progress: counts clips; a clip counts as many units as it has steps.
+            progress: counts denoising steps of the missing clips.
+
+        Returns:
+            The error of every row that failed, by its name. All other rows have all their clips.
+
+        Raises:
+            Exception: dense attention, which all rows are compared with, failed.
         """
         jobs = [(sample, spec) for sample in self.samples for spec in specs]
+        jobs = [(sample, spec) for sample, spec in jobs if self.store.get(*self.key(spec, sample)) is None]
+        total, done = sum(self._steps(spec) for _, spec in jobs), 0
+        progress(*((0, total) if jobs else (1, 1)))
         warmed_up: set[str] = set()
-        for number, (sample, spec) in enumerate(jobs):
-            if self.store.get(*self.key(spec, sample)) is None:
-                if spec.name not in warmed_up:
-                    self._warm_up(spec)
-                    warmed_up.add(spec.name)
-                report = lambda step, steps, n=number: progress(n * steps + step, len(jobs) * steps)
-                self.store.put(*self.key(spec, sample), self._generate(spec, sample, report))
-            progress(number + 1, len(jobs))
+        errors: dict[str, str] = {}
+        for sample, spec in jobs:
+            if spec.name not in errors:
+                try:
+                    if spec.name not in warmed_up:
+                        self._warm_up(spec)
+                        warmed_up.add(spec.name)
+                    clip = self._generate(spec, sample, lambda step, _, done=done: progress(done + step, total))
+                except Exception as error:
+                    if spec.is_reference:
+                        raise
+                    errors[spec.name] = first_line(error)
+                    _log.warning("%s failed and is left out: %s", spec.name, errors[spec.name])
+                else:
+                    self.store.put(*self.key(spec, sample), clip)
+            done += self._steps(spec)
+            progress(done, total)
+        return errors
+
+    def _steps(self, spec: ClipSpec) -> int:
+        return self._call(spec).get("num_inference_steps") or _default_steps(self.pipe)
 
     def clip_pairs(self, spec: ClipSpec) -> Iterator[tuple[ClipRecord, ClipRecord]]:
         """Yield every stored clip of a row with the dense clip of its prompt and seed."""
@@ -136,25 +162,42 @@ class ClipRunner:
     def attention_errors(self, specs: Sequence[ClipSpec], progress: Progress) -> dict[str, float]:
         """Return the relative error of each method's attention output, measured on calls of one dense clip.
 
-        Methods that depend on earlier calls are left out. Errors are stored like clips.
+        Methods that depend on earlier calls, and methods that fail, are left out. Errors are stored like clips.
         """
         methods = {spec.method: spec.processor.settings.method for spec in specs}
         methods = {name: method for name, method in methods.items() if _is_measurable_on_single_calls(method)}
-        if not methods:
-            return {}
+        missing = [name for name, method in methods.items() if self.store.get(*self._error_key(method)) is None]
+        batches = [missing[first : first + PROBED_TOGETHER] for first in range(0, len(missing), PROBED_TOGETHER)]
+        while batches:
+            names = batches.pop(0)
+            try:
+                errors = self._measure_errors({name: methods[name] for name in names}, progress)
+            except Exception as error:
+                if len(names) == 1:
+                    _log.warning("the attention error of %s cannot be measured: %s", names[0], first_line(error))
+                else:
+                    batches = [[name] for name in names] + batches
+                continue
+            for name, value in errors.items():
+                self.store.put(*self._error_key(methods[name]), ClipRecord(np.empty(0), {"error": value}))
+        stored = {name: self.store.get(*self._error_key(method)) for name, method in methods.items()}
+        return {name: record.metadata["error"] for name, record in stored.items() if record}
+
+    def _measure_errors(self, methods: dict[str, Method], progress: Progress) -> dict[str, float]:
+        candidates = [Candidate(name, method) for name, method in methods.items()]
+        make_clip = lambda: generate(self.pipe, *self.samples[0], self.call, progress)
+        measurements = probe.measure_candidates(self.pipe, make_clip, candidates, self.schedule, self.block)
+        return dict(zip(methods, measurements.error.mean((1, 2)).sqrt().tolist(), strict=True))
+
+    def _error_key(self, method: Method) -> tuple[str, dict]:
         sample = self.samples[0]
         key = self._shared_key | {"call": self.call, "prompt": sample.prompt, "seed": sample.seed}
-        key |= {"methods": {name: method.settings() for name, method in methods.items()}}
-        key |= {"schedule": asdict(self.schedule), "executor": self.executor, "block": self.block}
-        stored = self.store.get("errors", key)
-        if stored is None:
-            candidates = [Candidate(name, method) for name, method in methods.items()]
-            make_clip = lambda: generate(self.pipe, *sample, self.call, progress)
-            measurements = probe.measure_candidates(self.pipe, make_clip, candidates, self.schedule, self.block)
-            errors = measurements.error.mean((1, 2)).sqrt().tolist()
-            stored = ClipRecord(np.empty(0), dict(zip(methods, errors, strict=True)))
-            self.store.put("errors", key, stored)
-        return stored.metadata
+        key |= {"method": type(method).__name__, "method_sources": method_digest(method), "settings": method.settings()}
+        return "error", key | {"schedule": asdict(self.schedule), "executor": self.executor, "block": self.block}
+
+    @cached_property
+    def _commit(self) -> str | None:
+        return commit()
 
     @cached_property
     def _shared_key(self) -> dict:
@@ -175,7 +218,7 @@ class ClipRunner:
         """Return the name of a clip and everything that affects it."""
         settings = spec.processor.settings
         key = self._shared_key | {"call": self._call(spec), "prompt": sample.prompt, "seed": sample.seed}
-        key["method"] = type(settings.method).__name__
+        key |= {"method": type(settings.method).__name__, "method_sources": method_digest(settings.method)}
         if not isinstance(settings.method, Dense):
             key |= {"settings": settings.method.settings(), "schedule": asdict(settings.schedule)}
             key |= {"executor": settings.executor, "block": settings.block, "min_tokens": settings.min_tokens}
@@ -221,6 +264,7 @@ class ClipRunner:
             "steps": record.steps,
             "latent_error": record.latent_errors,
             "mass": record.mean_mass(),
+            "commit": self._commit,
         }
         return ClipRecord(clip.frames, metadata, np.stack(record.latents) if spec.is_reference else None)
 
@@ -231,6 +275,10 @@ def check_steps(schedule: Schedule, steps: int) -> None:
         raise ValueError(
             f"dense_steps={schedule.dense_steps} keeps all {steps} steps dense: lower it to compare sparse methods"
         )
+
+
+def _default_steps(pipe: Any) -> int:
+    return inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
 
 
 def _is_measurable_on_single_calls(method: Method) -> bool:

@@ -15,6 +15,7 @@ from scipy import stats
 from dit_sparse.eval.quality.fidelity import Unavailable, lpips, ms_ssim, psnr, ssim, summary_statistics
 from dit_sparse.eval.quality.vbench_style import quality
 from dit_sparse.generation.generate import default_fps
+from dit_sparse.methods import kind_of
 
 from .runner import ClipRunner, ClipSpec
 
@@ -46,6 +47,7 @@ def summarize_row(spec: ClipSpec, runner: ClipRunner, with_quality: bool = False
         "name": spec.name,
         "given": spec.requested_as,
         "method": spec.method,
+        "kind": kind_of(spec.method),
         "steps": runs[0]["steps"],
         "settings": runs[0]["settings"],
         "resolved": runs[0].get("resolved", {}),
@@ -58,6 +60,7 @@ def summarize_row(spec: ClipSpec, runner: ClipRunner, with_quality: bool = False
         row["equal_to"] = list(spec.equal_to)
     row |= {"over_random": None, "latent_error": _latent_error(runs), "quality": _mean_quality(scores)}
     row |= _cost(runs, dense_runs)
+    row |= {"commits": sorted({run["commit"] for run in runs if run.get("commit")})}
     return row | {"executors": runs[0]["executors"], "grids": runs[0]["grids"], "strip": strip}
 
 

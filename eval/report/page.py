@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,17 @@ from dit_sparse.output.files import atomic_write
 from dit_sparse.plotting.plots import Point, plot_intervals, plot_pareto
 from dit_sparse.plotting.style import DARK, LIGHT, figure_to_svg
 
-from .tables import TIMING_NOTE, count_clips, row_note, unfinished_note
+from .comparison_tables import (
+    BASELINES,
+    KIND_TITLES,
+    TIMING_NOTE,
+    completeness_notes,
+    count_clips,
+    row_kind,
+    row_note,
+    row_order,
+)
 
-BASELINES = ("dense", "random_blocks")
 SIZES = {"wide": (5.7, 5.2), "narrow": (3.3, 5.2)}  # inches of the Pareto plots, 100 pixels each on the page
 COSTS = {
     "density_run": ("density of the whole run", "Fewer computed pairs are to the left: up and to the left is better."),
@@ -29,7 +36,7 @@ class Column:
 
     Attributes:
         text: the cell of a row, "-" for none.
-        best: chooses the best number of a group.
+        best: chooses the best number of a density.
         explanation: for the list below the table.
     """
 
@@ -57,11 +64,11 @@ def render_page(result: dict) -> str:
         model=result["model"],
         facts=[count_clips(result), f"{', '.join(result['grids'])} tokens", f"{result['steps']} steps"],
         device=result["device"],
-        unfinished=unfinished_note(result),
+        warnings=completeness_notes(result),
         pareto=_pareto_figures(rows) if has_points else [],
         intervals=_interval_figures(groups) if has_points else [],
         columns=[column for column in COLUMNS if any(column.text(row) != "-" for row in rows)],
-        groups=[(title, [_table_row(row, group, rows) for row in group]) for title, group in groups],
+        groups=[(title, [_table_row(row, rows) for row in group]) for title, group in groups],
         timing_note=TIMING_NOTE,
         unavailable=_unavailable_metrics(rows),
         prompt=result["prompts"][0],
@@ -112,19 +119,19 @@ COLUMNS = (
 
 
 def _groups(rows: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """Return the rows by requested density, the most similar to the dense video first."""
-    quality = lambda row: math.inf if not row["psnr"] or row["psnr"]["mean"] is None else row["psnr"]["mean"]
-    groups = []
-    for density in sorted({row["density_asked"] for row in rows}, key=lambda density: density or 0):
-        group = [row for row in rows if row["density_asked"] == density]
-        title = f"Density {density:g}" if density else "Dense runs and methods that set their own density"
-        groups.append((title, sorted(group, key=quality, reverse=True)))
-    return groups
+    """Return the rows by requested density and kind, the most similar to the dense video first."""
+    groups: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=row_order):
+        density, kind = row["density_asked"], row_kind(row)
+        title = f"Density {density:g}" if density else "No density requested"
+        groups.setdefault(f"{title}: {KIND_TITLES.get(kind, kind)}", []).append(row)
+    return list(groups.items())
 
 
-def _table_row(row: dict, group: Sequence[dict], rows: Sequence[dict]) -> dict:
-    """Return a row with its note and cells. The best numbers of a group are marked, of rows that met the density."""
-    candidates = [other for other in group if other["density_hit"] and other["method"] not in BASELINES]
+def _table_row(row: dict, rows: Sequence[dict]) -> dict:
+    """Return a row with its note and cells. The best numbers of a density are marked, of rows that met it."""
+    same_density = (other for other in rows if other["density_asked"] == row["density_asked"])
+    candidates = [other for other in same_density if other["density_hit"] and other["method"] not in BASELINES]
     cells = []
     for column in COLUMNS:
         text = column.text(row)

@@ -16,7 +16,7 @@ from dit_sparse.cli.main import app
 from dit_sparse.cli.options import call_arguments, count_or_fraction, method_list
 from dit_sparse.cli.terminal import one_sentence
 from dit_sparse.kernels.executors import EXECUTORS
-from dit_sparse.methods import method
+from dit_sparse.methods import KINDS, method
 from dit_sparse.output.media import read_video, save_video
 
 STATIC = [name for name in METHODS if method(name, density=0.5).static]
@@ -46,12 +46,41 @@ def test_commands_of_groups_have_help_with_an_example(command):
     assert f"Example: dit-sparse {' '.join(command)}" in result.output
 
 
-def test_methods_as_table_and_as_json():
+def test_methods_are_listed_by_kind():
     output = call("methods").output
-    assert all(name in output for name in METHODS) and "sink=false" in output.replace("\n", "")
+    assert all(re.search(rf"^  {name} ", output, re.MULTILINE) for name in METHODS)
+    assert max(map(len, output.splitlines())) <= 80 and "\N{HORIZONTAL ELLIPSIS}" not in output
+    titles = re.findall(r"^([A-Z]\w+s): ", output, re.MULTILINE)
+    assert titles == [*(f"{kind}s".capitalize() for kind in KINDS), "Presets"]
+    output = call("methods", "--kind", "scorer,layout").output
+    assert all(name in output for name in KINDS["scorer"] | KINDS["layout"]) and "neighborhood" not in output
+
+
+def test_methods_as_json():
     rows = json.loads(call("methods", "--json").output)
     assert [row["name"] for row in rows] == list(METHODS)
-    assert all(row["source"].startswith("https://") and row["summary"] for row in rows)
+    for row in rows:
+        assert row["kind"] in KINDS and row["summary"] and row["source"] == row["paper"]["url"]
+        assert row["source"].startswith("https://") and isinstance(row["settings"], dict)
+        assert row["paper"]["title"] or not row["paper"]["arxiv"], row["name"]
+        assert set(row["needs"]) <= {"values", "log-sum-exp", "profile", "gate weights"}
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["sol"]["needs"] == ["log-sum-exp"] and by_name["radial"]["needs"] == []
+    paper = by_name["vdit"]["paper"]
+    assert paper["title"].startswith("Sparse-vDiT: ") and paper["authors"] == "P. Chen et al."
+    assert paper["arxiv"] == "2506.03065"
+    rows = json.loads(call("methods", "--kind", "layout", "--json").output)
+    assert [row["name"] for row in rows] == list(KINDS["layout"])
+
+
+def test_methods_describes_the_named_ones():
+    output = call("methods", "radial", "sol").output
+    assert "sink=false" in output and "arxiv.org/abs/2506.19852" in output and "needs     log-sum-exp" in output
+    assert "svg2" not in output
+    misspelt = call("methods", "radail")
+    assert misspelt.exit_code == 2 and "did you mean 'radial'?" in misspelt.stderr
+    misspelt = call("methods", "--kind", "scorers")
+    assert misspelt.exit_code == 2 and "there is no kind 'scorers'; there are pattern, " in misspelt.stderr
 
 
 @pytest.mark.parametrize("text", [*STATIC, "radial(sink=true)", "radial|sink(frames=2)", "pooled(window)"])

@@ -21,7 +21,7 @@ from dit_sparse.eval.comparison import runner
 from dit_sparse.eval.comparison.clip_store import ClipStore
 from dit_sparse.eval.comparison.comparison import Comparison, steps_of_equal_cost
 from dit_sparse.eval.comparison.row_syntax import RowRequest, parse_row
-from dit_sparse.methods import method_text
+from dit_sparse.methods import KINDS, kind_of, method_text
 
 SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
 CALL = {"num_inference_steps": 3, "num_frames": 2, "height": 32, "width": 32}
@@ -205,6 +205,54 @@ def test_all_stands_for_every_method(tmp_path):
     assert comparison.methods == [*METHODS, "radial|sink"]
 
 
+def test_kinds_select_from_all_methods(tmp_path):
+    comparison = Comparison(["all", "radial@own"], PROMPTS, tmp_path, kinds=["scorer", "layout"])
+    assert comparison.methods == ["dense", "random_blocks", *KINDS["scorer"], *KINDS["layout"], "radial@own"]
+    with pytest.raises(ValueError, match="no kind 'scorers'; there are pattern, scorer"):
+        Comparison(["all"], PROMPTS, tmp_path, kinds=["scorers"])
+    with pytest.raises(ValueError, match="add all to the methods"):
+        Comparison(["svg"], PROMPTS, tmp_path, kinds=["scorer"])
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("radial(sink=true)", "pattern"),
+        ("radial|sink", "pattern"),
+        ("svg.temporal", "pattern"),
+        ("cached(cached(asa), replan_interval=2)", "scorer"),
+        ("rettention(adaspa)", "correction"),
+        ("profile:shapes-wan", "profile"),
+        ("my_package:Method", "other"),
+    ],
+)
+def test_kind_of_a_row_is_that_of_its_outermost_method(text, kind):
+    assert kind_of(text) == kind
+
+
+def test_a_failing_row_leaves_the_others_complete(tmp_path, monkeypatch):
+    plan = METHODS["radial"].plan
+
+    def fail(self, *arguments):
+        if self.density == 0.3:
+            raise RuntimeError("out of memory")
+        return plan(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(METHODS["radial"], "plan", fail)
+        result = small_comparison(tmp_path, PROMPTS[:1], densities=(0.3, 0.4)).run(no_stages)
+    assert result["finished"] and result["failures"] == [{"name": "radial 0.3", "error": "out of memory"}]
+    assert [row["name"] for row in result["rows"][:4]] == [
+        "dense",
+        "random_blocks 0.3",
+        "random_blocks 0.4",
+        "radial 0.4",
+    ]
+    result = small_comparison(tmp_path, PROMPTS[:1], densities=(0.3, 0.4)).run(no_stages)
+    assert not result["failures"] and result["rows"][2]["name"] == "radial 0.3"
+    assert [row["kind"] for row in result["rows"][:3]] == ["pattern"] * 3
+
+
 # --- resuming
 
 
@@ -220,7 +268,7 @@ def test_an_unfinished_result_does_not_replace_a_finished_one(tmp_path, monkeypa
     path, draft = tmp_path / "compare.json", tmp_path / "compare.unfinished.json"
     comparison = small_comparison(tmp_path, PROMPTS[:1])
     monkeypatch.setattr(runner.ClipRunner, "attention_errors", lambda *_: {})
-    monkeypatch.setattr(runner.ClipRunner, "generate_missing", lambda *_: None)
+    monkeypatch.setattr(runner.ClipRunner, "generate_missing", lambda *_: {})
     row = summarized("radial 0.4", 0.4, 0.4, 0.6) | DENSE | {"psnr": None, "grids": ["1x2x3"], "equal_to": []}
 
     def summarize_row(spec, *_):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from html.parser import HTMLParser
+from itertools import groupby
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from attention_cases import ALL
+from dit_sparse.cli.compare import _comparison_tables
 from dit_sparse.cli.main import app
+from dit_sparse.eval.report.comparison_tables import TIMING_NOTE, branches_table, compare_table
 from dit_sparse.eval.report.page import render_page
-from dit_sparse.eval.report.tables import RESULTS, TIMING_NOTE, branches_table, compare_table
+from dit_sparse.eval.report.tables import RESULTS
 from dit_sparse.plotting.style import DARK, LIGHT
 
 LARGEST = json.loads((RESULTS / "cpu" / "compare.json").read_text())
@@ -107,6 +112,41 @@ def test_report_has_a_light_and_a_dark_theme(result):
     for name, color in LIGHT.css_variables().items():
         assert f"{name}: {color};" in light and f"{name}: {DARK.css_variables()[name]};" in dark
     assert f"fill: {LIGHT.ink}" not in html, "figures take their colours from the theme"
+
+
+def test_rows_are_grouped_by_kind():
+    """Also in results without the kinds, which are older."""
+    assert "kind" not in LARGEST["rows"][0]
+    lines = [line.split(" | ")[:2] for line in compare_table(LARGEST, 0.25).splitlines()[2:] if line.startswith("|")]
+    kinds = [kind.removeprefix("| ") for kind, _ in lines]
+    expected = ["baseline", "profile", "baseline", "pattern", "scorer", "layout", "schedule", "correction"]
+    assert [kind for kind, _ in groupby(kinds)] == expected
+    text = " ".join(parsed(render_page(LARGEST)).text)
+    titles = ["Density 0.25: patterns", "Density 0.25: scorers", "No density requested: profiles"]
+    assert all(title in text for title in titles)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_table_of_the_command_fits_the_width(width):
+    console = Console(width=width, file=io.StringIO())
+    names = {row["name"] for row in LARGEST["rows"] if row["density_asked"] is None}
+    names |= {row["method"] for row in LARGEST["rows"] if row["density_asked"]}
+    for table in _comparison_tables(LARGEST["rows"]):
+        console.print(table)
+    text = console.file.getvalue()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text and max(map(len, text.splitlines())) <= width
+    for heading in ["density", "error", "mass", "PSNR", "random", "SSIM", "attention", "speedup", "planning"]:
+        assert heading in text
+    first = next(line.index("density") for line in text.splitlines() if line.startswith("method")) - 1
+    folded = "".join(line[:first] for line in text.splitlines()).replace(" ", "")
+    assert all(name.replace(" ", "") in folded for name in names)
+
+
+def test_failed_rows_and_other_commits_are_named(result):
+    result |= {"failures": [{"name": "svg 0.25", "error": "out of memory"}]}
+    result["rows"][1]["commits"] = ["abc", result["commit"]]
+    for text in (compare_table(result), render_page(result)):
+        assert "Failed: svg 0.25 (out of memory)." in text and "Some clips were generated at abc" in text
 
 
 def test_missed_density_is_marked(page):

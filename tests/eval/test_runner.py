@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -48,7 +49,7 @@ def test_everything_that_affects_a_clip_is_in_its_key(tmp_path, monkeypatch):
     changes = [{"method": "svg2"}, {"density": 0.4}, {"executor": "auto"}, {"block": 64}]
     changes += [{"dense_steps": 2}, {"dense_layers": 1}, {"replan_interval": 1}]
     paths += [path(base, make_spec(**change)) for change in changes]
-    for name in ("source_digest", "versions", "device_name"):
+    for name in ("source_digest", "method_digest", "versions", "device_name"):
         monkeypatch.setattr(runner, name, lambda *_: "another")
         paths.append(path(make_runner(tmp_path), spec))
     monkeypatch.setattr(runner, "weights_digest", lambda _: "another")
@@ -82,6 +83,21 @@ def test_sources_cover_the_code_that_generates_clips(tmp_path, monkeypatch):
         changed = environment.source_digest()
         assert changed != before
         before = changed
+
+
+def test_the_sources_of_a_method_are_its_own_files_and_what_they_import(tmp_path, monkeypatch):
+    digest = lambda text: environment.method_digest(SparseAttnProcessor(text).settings.method)
+    assert digest("radial") != digest("radial|sink") and digest("radial") == digest("radial(sink=true)")
+    names = ("radial", "vdit", "svg", "pooled(svg)", "asa", "cached(asa)")
+    before = {name: digest(name) for name in names}
+    other = tmp_path / "svg.py"
+    other.write_text("other code")
+    monkeypatch.setattr(sys.modules["dit_sparse.methods.patterns.svg"], "__file__", str(other))
+    changed = [name for name in names if digest(name) != before[name]]
+    assert changed == ["vdit", "svg", "pooled(svg)"], "vdit imports the bands of svg"
+    foreign = type("Foreign", (type(processor("svg").settings.method),), {"__module__": "test_foreign"})
+    monkeypatch.setitem(sys.modules, "test_foreign", SimpleNamespace(__file__=str(other)))
+    assert environment.method_digest(foreign()) != digest("svg"), "methods of other packages count as well"
 
 
 # --- generation
@@ -134,11 +150,37 @@ def test_rows_take_turns_and_warm_up_once(tmp_path, calls):
     calls.clear()
     clips.generate_missing(specs, lambda *counts: progress.append(counts))
     assert [(prompt, steps) for prompt, _, steps, _ in calls] == [("a", 1), ("a", 4), ("b", 4)]
-    assert progress[-1] == (6, 6) and [a / b for a, b in progress] == sorted(a / b for a, b in progress)
+    assert progress[0] == (0, 8) and progress[-1] == (8, 8), "steps of the missing clips"
+    assert [a / b for a, b in progress] == sorted(a / b for a, b in progress)
     calls.clear()
     make_runner(tmp_path / "other").generate_missing(specs, no_progress)
     assert [prompt for prompt, _, steps, _ in calls if steps == 4] == ["a"] * 3 + ["b"] * 3
     assert sum(steps == 1 for *_, steps, _ in calls) == 3
+
+
+def test_a_row_that_fails_does_not_stop_the_others(tmp_path, calls, monkeypatch, caplog):
+    generate = runner.generate
+
+    def fail(pipe, prompt, *arguments):
+        if pipe.processor.settings.method.density == 0.4 and prompt == "b":
+            raise RuntimeError("no memory\nmore")
+        return generate(pipe, prompt, *arguments)
+
+    specs = [DENSE_SPEC, make_spec(density=0.4), replace(make_spec(), requested_as="y", method="y")]
+    clips, progress = make_runner(tmp_path, prompts=("a", "b", "c")), []
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "generate", fail)
+        assert clips.generate_missing(specs, lambda *counts: progress.append(counts)) == {"x 0.3": "no memory"}
+    assert progress[-1] == (36, 36) and "x 0.3 failed" in caplog.text
+    stored = lambda: [len([clip for clip, _ in clips.clip_pairs(spec) if clip]) for spec in specs]
+    assert stored() == [3, 1, 3]
+    assert clips.generate_missing(specs, no_progress) == {} and stored() == [3, 3, 3]
+
+
+def test_failing_dense_attention_stops_a_comparison(tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(runner, "generate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_runner(tmp_path).generate_missing([DENSE_SPEC, make_spec()], no_progress)
 
 
 def test_larger_comparisons_generate_only_missing_clips(tmp_path, calls):
@@ -169,6 +211,25 @@ def test_attention_errors_are_stored_by_clip_and_settings(tmp_path, calls, monke
             clips = ClipRunner("shapes-wan", **shared | setup)
             assert clips.attention_errors([make_spec()], no_progress) == {"x": 0.5}
         assert len(measured) == count
+
+
+def test_attention_errors_of_further_methods_are_added_and_failing_ones_left_out(tmp_path, calls, monkeypatch):
+    measured = []
+
+    def measure(pipe, generate, candidates, *_):
+        measured.append([candidate.name for candidate in candidates])
+        if "bad" in measured[-1]:
+            raise ValueError("no")
+        return SimpleNamespace(error=torch.full((len(candidates), 2, 2), 0.25))
+
+    monkeypatch.setattr(runner.probe, "measure_candidates", measure)
+    monkeypatch.setattr(runner, "PROBED_TOGETHER", 2)
+    specs = [replace(make_spec(method=method), method=name) for name, method in
+             {"a": "svg", "b": "radial", "bad": "window", "c": "asa"}.items()]  # fmt: skip
+    clips = make_runner(tmp_path)
+    assert clips.attention_errors(specs[:1], no_progress) == {"a": 0.5}
+    assert clips.attention_errors(specs, no_progress) == {"a": 0.5, "b": 0.5, "c": 0.5}
+    assert measured == [["a"], ["b", "bad"], ["b"], ["bad"], ["c"]]
 
 
 def test_default_steps_of_a_pipeline_are_checked(monkeypatch, tmp_path):
