@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
+
+from dit_sparse import __version__
 
 from .batch import batch
 from .bench import bench
@@ -30,14 +33,33 @@ EXAMPLES = {
 }
 
 app = typer.Typer(
-    help="Sparse attention for diffusion transformers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and the commit of a checkout, and exit."""
+    if not wanted:
+        return
+    from dit_sparse.output.environment import commit
+
+    print(f"dit-sparse {__version__}" + (f" ({known})" if (known := commit()) else ""))
+    raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Sparse attention for diffusion transformers."""
+
+
 for command, example in EXAMPLES.items():
     app.command(epilog=f"Example: dit-sparse {example}")(command)
 

@@ -11,7 +11,7 @@ import typer
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from typer.testing import CliRunner
 
-from dit_sparse import METHODS
+from dit_sparse import METHODS, __version__
 from dit_sparse.cli.main import app
 from dit_sparse.cli.options import call_arguments, count_or_fraction, method_list
 from dit_sparse.cli.terminal import one_sentence
@@ -44,6 +44,11 @@ def test_commands_of_groups_have_help_with_an_example(command):
     result = call(*command, "--help")
     assert result.exit_code == 0
     assert f"Example: dit-sparse {' '.join(command)}" in result.output
+
+
+def test_version():
+    output = call("--version").output
+    assert re.fullmatch(rf"dit-sparse {re.escape(__version__)}( \([0-9a-f]+\+?\))?", output.strip())
 
 
 def test_methods_are_listed_by_kind():
