@@ -241,9 +241,11 @@ class PerHead(Method):
         k, v = (None if x is None else x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         plans, choice = [], torch.zeros(1, len(letters), dtype=torch.long, device=q.device)
         for letter, method in self._methods_in(letters):
-            heads = torch.tensor([head for head, own in enumerate(letters) if own == letter], device=q.device)
+            numbers = [head for head, own in enumerate(letters) if own == letter]
+            heads = torch.tensor(numbers, device=q.device)
             own = (None if x is None else x[:, heads] for x in (q, k, v))
-            plan = self._plan_heads(method, *own, site, nested_memory(memory, letter))
+            own_site = replace(site, heads=tuple((site.first_head or 0) + head for head in numbers))
+            plan = self._plan_heads(method, *own, own_site, nested_memory(memory, letter))
             choice[:, heads] = len(plans)
             plans.append(plan.expand_heads(heads, len(letters)))
         return Plan.by_head(plans, choice)

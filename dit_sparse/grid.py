@@ -132,6 +132,8 @@ class Site:
         both_branches: whether the batch holds both branches, the conditional one as its second half.
         needs_plan: whether the schedule asks for a new plan at this step.
         first_head: number of the first head of the call, under context parallelism; None: the call has all heads.
+        heads: numbers of the heads of the call, where a composition gives a method only some of them; None: consecutive
+            ones from ``first_head``.
         component: name of the transformer in its pipeline, which may have two.
         references: tokens that are neither video nor text, such as history frames: always computed, like text, but not
             counted in the density.
@@ -148,6 +150,7 @@ class Site:
     both_branches: bool = False
     needs_plan: bool = True
     first_head: int | None = None
+    heads: tuple[int, ...] | None = None
     component: str = ""
     references: int = 0
 

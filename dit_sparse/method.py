@@ -130,6 +130,10 @@ class Method:
     def check_model(self, layers: int, heads: int) -> None:
         """Raise ValueError if the method does not fit the model. Called when a model is made sparse."""
 
+    def check_transformer(self, classes: tuple[str, ...]) -> None:
+        """Raise ValueError if the method is for another transformer than that with these names of its class and base
+        classes. Called when a model is made sparse, for every method of a composition."""
+
     def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
         """Prepare for a generation. Called at the first attention call of each branch, dense or sparse.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..composition import nested_methods
 from ..methods import name_of
 from ..pipelines.family import Family
 from .dispatcher import AttentionDispatcher, Observer
@@ -144,6 +145,8 @@ class Run:
             raise ValueError("this transformer is already sparse: call disable() on the earlier run first")
         refuse_ring(transformer)
         self._settings.method.check_model(len(modules), getattr(modules[0], "heads", 0))
+        for method in nested_methods(self._settings.method):
+            method.check_transformer(tuple(cls.__name__ for cls in type(transformer).__mro__))
         links = []
         for layer, module in enumerate(modules):
             site = AttentionSite(name, layer, len(modules), family.text, module)

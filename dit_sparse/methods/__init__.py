@@ -11,6 +11,7 @@ from ..notation.parser import parse
 from ..notation.registry import LoadProfile, Registry
 from ..notation.syntax import Call, Node, ProfileName, UnionNode, has_settings, write
 from .corrections import CORRECTIONS
+from .gates import GATES
 from .layouts import LAYOUTS
 from .patterns import PATTERNS
 from .patterns.svg import Band, Temporal
@@ -24,6 +25,7 @@ KINDS: dict[str, dict[str, type[Method]]] = {
     "layout": LAYOUTS,
     "schedule": SCHEDULES,
     "correction": CORRECTIONS,
+    "gate": GATES,
 }
 METHODS: dict[str, type[Method]] = {name: cls for methods in KINDS.values() for name, cls in methods.items()}
 

@@ -3,11 +3,12 @@
     method    = term { "|" term }
     term      = NAME [ "(" [ argument { "," argument } ] ")" ] | "profile:" PATH | "(" method ")"
     argument  = [ NAME "=" ] value
-    value     = NUMBER | STRING | "true" | "false" | "none" | "(" [ value { "," value } ] ")" | method
+    value     = NUMBER | STRING | WORD | "true" | "false" | "none" | "(" [ value { "," value } ] ")" | method
 
 Examples: ``radial(sink=true)|sink``, ``cached(svg2, replan_interval=3)``, ``asa(budget=mass(0.9, min_ratio=0.1))``,
 ``neighborhood(stride=(1, 2, 2))``, ``my_module:MyMethod(density=0.2)``, ``profile:wan2.1-14b``,
-``profile:"my profiles/a, b.json"``. A preset such as ``balanced`` is replaced by its method.
+``profile:"my profiles/a, b.json"``, ``seer(weights=shapes-wan)``. A WORD, with hyphens or slashes, is a string without
+quotes. A preset such as ``balanced`` is replaced by its method.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _TOKEN = re.compile(
     |(?P<profile>profile:(?:\s*(?:{QUOTED})|{BARE_PATH})?)
     |(?P<string>{QUOTED})
     |(?P<number>[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|inf)(?![\w.]))
+    |(?P<word>[a-z_][\w.]*(?:[-/][\w.]+)+|\.{{0,2}}/[\w./-]+)
     |(?P<name>[a-z_][\w.]*(?::[a-z_]\w*)?)
     |(?P<sign>[(),=|])""",
     re.VERBOSE | re.ASCII | re.IGNORECASE,
@@ -100,6 +102,8 @@ class _Parser:
             return self.number(text, position)
         if kind == "string":
             return self.string(text, position)
+        if kind == "word":
+            return text
         if kind == "profile":
             name = text.partition(":")[2].strip()
             name = self.string(name, position) if name.startswith(('"', "'")) else name

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..grid import short_repr
 from .parser import parse_value
-from .syntax import Node, write
+from .syntax import Call, Node, write
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "none"}
 
@@ -166,6 +166,8 @@ def _convert(value: Any, hint: Any, build: Build | None) -> Any:
     classes = [one for one in types if isinstance(one, type) and get_origin(one) is None and one not in WORDS]
     if build and isinstance(value, str) and str not in types and classes:
         value = parse_value(value)
+    if isinstance(value, Call) and str in types and not value.positional and not value.settings:
+        return value.name  # a string without quotes
     if build and isinstance(value, Node):
         return build(value, classes[0]) if classes else _mismatch()
     if type(value) in types or any(isinstance(value, one) for one in classes):

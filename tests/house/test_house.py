@@ -37,8 +37,9 @@ GROUPS = {  # lowest first; a file belongs to the first group whose pattern it f
     "executors": Group("kernels.*", "core gpu platformdirs", lazily="triton xformers flash_attn flashinfer"),
     "adapters": Group("pipelines.*", "core", lazily="diffusers"),
     "methods": Group(
-        "budget density method pattern scoring composition notation notation.* methods methods.*",
+        "budget density method pattern scoring composition notation notation.* methods methods.* gating gating.*",
         "core planning",
+        lazily="safetensors",
     ),
     "profile": Group("profiling profiling.head_profile", "core methods pydantic"),
     "engine": Group(
@@ -54,8 +55,8 @@ GROUPS = {  # lowest first; a file belongs to the first group whose pattern it f
         lazily="diffusers matplotlib",
     ),
     "generation": Group(
-        "generation generation.* profiling.*",
-        "core profile engine methods executors adapters output bundled plotting numpy pydantic",
+        "generation generation.* profiling.* training training.*",
+        "core profile engine methods planning executors adapters output bundled plotting numpy pydantic",
         lazily="diffusers transformers",
     ),
     "eval": Group(

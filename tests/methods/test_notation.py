@@ -36,7 +36,7 @@ BUDGETS = st.one_of(
     st.builds(Above, st.floats(allow_nan=False)),
 )
 WHOLE = st.integers(1, 300) | st.sampled_from([1, 2, 4, 8, 64])
-SMALL = {int: WHOLE, float: numbers(0.01, 1), bool: st.booleans(), type(None): st.none()}
+SMALL = {int: WHOLE, float: numbers(0.01, 1), bool: st.booleans(), type(None): st.none(), str: st.just("shapes-wan")}
 
 
 def values_of(hint: object) -> st.SearchStrategy:

@@ -1,0 +1,1 @@
+"""Gates: scorers with trained parameters, and the files that hold them."""
