@@ -151,7 +151,7 @@ class Page:
         if not self.local and model not in self.models:
             raise ValueError(f"the model must be one of {', '.join(self.models)}")
         if not self.local:
-            settings_form.check_profiles(method)
+            settings_form.check_names(method, form)
         settings = settings_form.changed_settings(method, form)
         if own_density:  # a method with a setting gets no default density
             settings = {one.name: one.default for one in settings_form.method_settings(method)} | settings

@@ -17,6 +17,7 @@ from .generate import demo, generate
 from .profiles import profile
 from .show import doctor, methods, show
 from .study import study
+from .train import train
 
 EXAMPLES = {
     demo: "demo --density 0.25 --out out/demo",
@@ -29,6 +30,7 @@ EXAMPLES = {
     study: "study --methods 'svg2,pooled(svg2)' --ablate routed --prompts 3",
     reproduce: "reproduce wan2.1-t2v-14b-720p --prompts prompts.txt --out out/wan",
     profile: "profile shapes-wan --candidates 'radial(sink=true),svg.temporal,asa' --out profiles/mine.json",
+    train: "train seer --model shapes-wan --prompts 8 --out out/seer.safetensors",
     doctor: "doctor --json > environment.json",
 }
 

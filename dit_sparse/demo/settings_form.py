@@ -71,11 +71,16 @@ def sets_density(method: str) -> bool:
     return syntax.sets_density(parse(method))
 
 
-def check_profiles(method: str) -> None:
-    """Raise ValueError if the text of a method names a profile that is not one of ``profiles/``, such as a file."""
-    names = {node.name for node in nodes(parse(method)) if isinstance(node, ProfileName)}
+def check_names(method: str, form: dict[str, Any]) -> None:
+    """Raise ValueError if the text of a method names a profile that is not one of ``profiles/``, such as a file, or if
+    the text or the form names a file of weights."""
+    tree = list(nodes(parse(method)))
+    names = {node.name for node in tree if isinstance(node, ProfileName)}
     if not names <= set(profile_names()):
         raise ValueError(f"the profile must be one of {', '.join(profile_names())}")
+    given = [value for node in tree if isinstance(node, Call) for name, value in node.settings if name == "weights"]
+    if any(".safetensors" in str(value) for value in (*given, form.get("weights"))):
+        raise ValueError("weights must be the name of bundled weights, not a file")
 
 
 def _outermost(node: Node) -> Node:

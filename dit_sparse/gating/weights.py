@@ -124,7 +124,8 @@ def _read(path: Path, modified: int, name: str) -> GateWeights:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"weights {shown} cannot be read: {str(error).splitlines()[0][:100]}") from None
     if metadata.get("schema") != str(SCHEMA):

@@ -107,24 +107,35 @@ def train(
 
 
 def example_loss(gate: Gate, example: Example, parameters: Tensors) -> Tensor:
-    """Return the loss of a gate on stacked examples. The own block of a row, which is always kept, has no part in it."""
+    """Return the loss of a gate on stacked examples. The own block of a row, always kept, takes no part in it."""
     scores, mass, own = _scores(gate, example, parameters)
     return gate.loss(scores.masked_fill(own, -1e9), mass.masked_fill(own, 0.0))
 
 
 @torch.no_grad()
 def kept_mass(gate: Gate, groups: Groups, state: TrainingState, density: float) -> float:
-    """Return the attention mass that the best blocks at a density hold, as a part of that of all blocks without text:
-    the mean over rows, heads, layers and examples."""
+    """Return the attention mass that the best blocks at a density hold by the scores of a gate, as a part of that of
+    all blocks without text: the mean over rows, heads, layers and examples."""
     kept = []
     for example in groups.values():
-        for one in range(len(example.mass)):
-            parameters = state.layer(example.component, example.layer)
-            scores, mass, own = _scores(gate, select(example, torch.tensor([one])), parameters)
-            number = max(1, round(density * mass.shape[-1]))
-            keep = select_top(scores.masked_fill(own, torch.inf), number)
-            kept.append((mass * keep).sum(-1) / mass.sum(-1).clamp(min=1e-12))
-    return float(torch.stack([one.mean() for one in kept]).mean())
+        parameters = state.layer(example.component, example.layer)
+        for item in range(len(example.mass)):
+            kept.append(_kept(*_scores(gate, select(example, torch.tensor([item])), parameters), density))
+    return float(torch.stack(kept).mean())
+
+
+def best_mass(groups: Groups, density: float) -> float:
+    """Return what `kept_mass` is for scores that are the mass: no gate keeps more."""
+    kept = []
+    for example in groups.values():
+        mass = example.mass.float()
+        kept.append(_kept(mass, mass, _own_blocks(example), density))
+    return float(torch.stack(kept).mean())
+
+
+def _kept(scores: Tensor, mass: Tensor, own: Tensor, density: float) -> Tensor:
+    keep = select_top(scores.masked_fill(own, torch.inf), max(1, round(density * mass.shape[-1])))
+    return ((mass * keep).sum(-1) / mass.sum(-1).clamp(min=1e-12)).mean()
 
 
 def select(example: Example, items: Tensor) -> Example:
@@ -144,8 +155,11 @@ def _scores(gate: Gate, example: Example, parameters: Tensors) -> tuple[Tensor, 
     columns = example.columns[0].to(device)  # of examples of one group they are equal
     scores = gate.gate(queries, keys, parameters)[..., columns]
     mass = example.mass.float().to(device)
-    places = torch.arange(mass.shape[-1], device=device)
-    return scores.expand_as(mass), mass, (example.own.to(device)[..., None] == places)[:, None]
+    return scores.expand_as(mass), mass, _own_blocks(example).to(device)
+
+
+def _own_blocks(example: Example) -> Tensor:
+    return (example.own[..., None] == torch.arange(example.mass.shape[-1]))[:, None]
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -16,7 +16,7 @@ from attention_cases import ALL
 from dit_sparse import METHODS
 from dit_sparse.demo.device_pool import Cancelled, DevicePool
 from dit_sparse.demo.request import GenerationRequest, Limits
-from dit_sparse.demo.settings_form import changed_settings, check_profiles, method_settings, sets_density
+from dit_sparse.demo.settings_form import changed_settings, check_names, method_settings, sets_density
 from dit_sparse.methods import method_text
 
 ROOT = Path(__file__).parents[2]
@@ -107,10 +107,17 @@ def test_texts_that_set_their_density():
 
 
 def test_only_shipped_profiles_have_a_name():
-    check_profiles("cached(profile:shapes-wan)|radial")
+    check_names("cached(profile:shapes-wan)|radial", {})
     for text in ("profile:/etc/passwd", "cached(profile:../x.json)"):
         with pytest.raises(ValueError, match="the profile must be one of"):
-            check_profiles(text)
+            check_names(text, {})
+
+
+def test_only_bundled_weights_have_a_name():
+    check_names("cached(seer(weights=shapes-wan))", {"weights": "shapes-wan"})
+    for text, form in (("cached(seer(weights=/x.safetensors))", {}), ("seer", {"weights": "x.safetensors"})):
+        with pytest.raises(ValueError, match="weights must be the name of bundled weights"):
+            check_names(text, form)
 
 
 def test_the_script_generates_the_video(tmp_path, monkeypatch):

@@ -28,8 +28,7 @@ from torch import Tensor
 from ...gating.gate import Gate, Tensors
 from ...grid import Site
 from ...notation.settings import within
-from ...plan import num_blocks
-from ...scoring import pool, split_blocks
+from ...scoring import split_blocks
 
 TAPS = 5  # of the filter
 MIN_MASS = 1e-9
