@@ -68,12 +68,12 @@ def test_absence_of_a_plan_is_cached():
 def test_plans_do_not_depend_on_padding(name, both_branches):
     grid, lengths = ds.Grid(3, 4, 5, after=30), torch.tensor([60, 90, 71, 66])
     padding = (torch.arange(grid.tokens) >= lengths[:, None])[:, None, :, None]
-    q, k = torch.randn(2, 4, 2, grid.tokens, 16, generator=torch.Generator().manual_seed(0))
+    tensors = torch.randn(3, 4, 2, grid.tokens, 16, generator=torch.Generator().manual_seed(0))
     masks = []
     for value in (0.0, 9.0, torch.nan, torch.inf):
-        inputs = (x.masked_fill(padding, value) for x in (q, k))
+        q, k, v = (x.masked_fill(padding, value) for x in tensors)
         site = ds.Site(grid, 16, steps=4, both_branches=both_branches)
-        plan = Plans(method(name, density=0.4)).plan(*inputs, site, lengths)
+        plan = Plans(method(name, density=0.4)).plan(q, k, site, lengths, v)
         masks.append(True if plan is None else plan.token_mask(torch.arange(grid.tokens)))
     assert all(torch.as_tensor(mask).equal(torch.as_tensor(masks[0])) for mask in masks)
 

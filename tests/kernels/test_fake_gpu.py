@@ -72,7 +72,7 @@ def test_methods_plan_and_attend_without_synchronization(name, grid, both_branch
         q, k, v = (gpu_tensor(2, 4, grid.tokens, 64) for _ in range(3))
         for step in (3, 4):
             site = Site(grid, 64, layer=1, layers=4, step=step, steps=10, both_branches=both_branches)
-            plan = plans.plan(q, k, site)
+            plan = plans.plan(q, k, site, v=v)
             attend = (block_ragged if isinstance(plan, ClusterPlan) else block_sparse).attend
             dense = lambda plan=plan, attend=attend: attend(q, k, v, plan.full())
             done = AttentionOutput(q, k, v, plan, None, *attend(q, k, v, plan), dense)

@@ -88,7 +88,7 @@ def test_rows_keep_the_same_number_of_blocks_or_one_more(name, grid):
     plan = plan_of(one, grid, 16, q, k)
     order = one.order(grid, 16)
     ordered = (q, k) if order is None else (q[:, :, order], k[:, :, order])
-    always = (required | one.score(*ordered, None, Site(grid, 16), {}).isposinf()).sum(-1)
+    always = (required | one.score(*ordered, ordered[1], Site(grid, 16), {}).isposinf()).sum(-1)
     chosen = plan.count[plan.count > always]
     assert not len(chosen) or chosen.max() - chosen.min() <= 1 + (grid.tokens % 16 > 0)
 

@@ -131,14 +131,14 @@ def test_plans_do_not_depend_on_an_offset_or_a_rotation(name, what):
     """Softmax weights do not, and all estimates but those of subblock, whose rows compete by unnormalized mass, are
     made of them. A few blocks with nearly equal scores may differ."""
     one = method(name, density=0.3)
-    q, k, _ = qkv(GRID.tokens, batch=2, dim=DIM)
+    q, k, v = qkv(GRID.tokens, batch=2, dim=DIM)
     generator = torch.Generator().manual_seed(11)
     if what == "offset":
         others = q, k + torch.randn(2, HEADS, 1, DIM, generator=generator)
     else:
         rotation = torch.linalg.qr(torch.randn(DIM, DIM, generator=generator))[0]
         others = q @ rotation, k @ rotation
-    plan, other = (one.plan(*x, None, Site(GRID, BLOCK), {}) for x in ((q, k), others))
+    plan, other = (one.plan(*x, v, Site(GRID, BLOCK), {}) for x in ((q, k), others))
     if plan is None:
         return
     tokens = torch.arange(GRID.tokens)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from oracles import blocks_of
 from torch import Tensor
 
-from attention_cases import plan_of, qkv
+from attention_cases import qkv
 from dit_sparse import Grid, PerHead, Site
 from dit_sparse.gating.gate import Gate
 from dit_sparse.gating.weights import GateWeights
@@ -220,18 +220,5 @@ def test_a_changed_file_is_read_again(tmp_path):
     assert gate.score(q, k, v, at, {}).equal(before)
     content = gate.stored_weights()
     replace(content, tensors={name: 2 * tensor for name, tensor in content.tensors.items()}).write(path)
-    import os
-
     os.utime(path, ns=(1, 1))
     assert not gate.score(q, k, v, at, {}).allclose(before)
-
-
-@pytest.mark.parametrize("text", ["seer(weights=shapes-wan)", "cached(seer(weights=shapes-wan))"])
-def test_bundled_weights_have_a_name(text):
-    gate = method(text, density=0.25)
-    inner = getattr(gate, "inner", gate)
-    stored = inner.stored_weights()
-    assert (stored.layers, stored.heads, stored.head_dim) == (6, 3, 64) and stored.model == "shapes-wan"
-    assert json.dumps(stored.training)
-    with pytest.raises(ValueError, match="layers=6"):
-        plan_of(inner, Grid(4, 6, 8), BLOCK)
