@@ -92,6 +92,13 @@ class VideoBlocks:
         ragged = self.tokens % self.block > 0
         return keep_pairs(scores, pairs, self.sizes, self.sizes, self.own, equal=True, ragged=ragged)
 
+    def keep_by_head(self, scores: Tensor, pairs: float | Tensor) -> Tensor:
+        """Return the mask of the best blocks of each head, ``[B, H, V, V]``. All rows of a head have the same threshold
+        and therefore keep different numbers of blocks, at least their own."""
+        sizes, one = (self.sizes[:, None] * self.sizes).flatten(), torch.ones_like(self.sizes[:1])
+        keep = keep_pairs(scores.flatten(2)[:, :, None], pairs, one, sizes, self.own.flatten(), ragged=False)
+        return keep.view(scores.shape)
+
 
 @lru_cache(maxsize=16)
 def video_blocks(grid: Grid, block: int, device: torch.device) -> VideoBlocks:

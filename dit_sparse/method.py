@@ -214,9 +214,12 @@ class Scorer(Method):
         budget: how many of the blocks without text to keep. None: the best blocks up to the density, or
             ``default_budget`` without a density.
         default_budget: the authors' budget.
+        selects_by_head: whether a density sets one threshold for all rows of a head, which then keep different numbers
+            of blocks; otherwise rows keep the same number.
     """
 
     default_budget: ClassVar[Budget] = Top(0.25)
+    selects_by_head: ClassVar[bool] = False
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
@@ -231,6 +234,14 @@ class Scorer(Method):
         """
         raise NotImplementedError
 
+    def paper_budget(self, blocks: VideoBlocks) -> Budget:
+        """Return the authors' budget for these blocks, for budgets that depend on their number."""
+        return self.default_budget
+
+    def blocks(self, site: Site, device: torch.device) -> VideoBlocks:
+        """Return the blocks without text, which the scorer ranks, in its order."""
+        return _cached_order(self, site.grid, site.block, device)[1]
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:
         order, blocks = _cached_order(self, site.grid, site.block, q.device)
         if order is not None:
@@ -239,11 +250,12 @@ class Scorer(Method):
         k, v = (None if x is None else x.repeat_interleave(groups, 1) for x in (k, v))
         scores = self.score(q, k, v, site, memory).float()
         if self.density is None:
-            budget = self.budget or self.default_budget
+            budget = self.budget or self.paper_budget(blocks)
             keep = blocks.choose(scores, lambda scores: budget.keep(scores, blocks.own))
         else:
             pairs = blocks.pairs(self.density)
-            keep = blocks.choose(scores, lambda scores: blocks.keep_at(scores, pairs))
+            select = blocks.keep_by_head if self.selects_by_head else blocks.keep_at
+            keep = blocks.choose(scores, lambda scores: select(scores, pairs))
         return Plan.from_mask(keep, site.grid.tokens, site.block, order)
 
 

@@ -32,6 +32,30 @@ def pool(x: Tensor, block: int) -> Tensor:
     return split_blocks(x, block).sum(3) / sizes[:, None]
 
 
+def sample_positions(tokens: int, block: int, count: int) -> Tensor:
+    """Return the positions of ``count`` tokens of each block, or of all if it holds fewer, ``[Qb, S]``, ascending.
+
+    They are spread by the golden ratio, because an even spacing may hit the same column of every image row. A shorter
+    last block repeats its last token.
+    """
+    within = (
+        torch.arange(block) if count >= block else (torch.arange(count) * 0.618034 % 1 * block).long().sort().values
+    )
+    return (torch.arange(num_blocks(tokens, block))[:, None] * block + within).clamp(max=tokens - 1)
+
+
+def sample_queries(q: Tensor, block: int, count: int) -> Tensor:
+    """Return the queries at `sample_positions`, float32 ``[B, H, Qb, S, D]``."""
+    position = sample_positions(q.shape[2], block, count)
+    return q[:, :, position.flatten().to(q.device)].float().unflatten(2, position.shape)
+
+
+def repeat_last_key(k: Tensor, block: int) -> Tensor:
+    """Return ``k [B, H, N, D]`` in float32 with its last key repeated up to a whole number of blocks, which leaves the
+    maximum over the keys of a block unchanged."""
+    return torch.cat([k, k[:, :, -1:].expand(-1, -1, -k.shape[2] % block, -1)], 2).float()
+
+
 def score_in_chunks(score: Callable[[slice], Tensor], blocks: int, per_block: int) -> Tensor:
     """Concatenate the scores of a few query blocks at a time to ``[B, H, Qb, Qb]``, which bounds the memory.
 

@@ -35,6 +35,16 @@ SETTINGS: dict[str, dict[str, tuple]] = {
     "sparge": {"similarity_threshold": (0.0, 0.3, 0.9), "hilbert": (True, False), **BUDGETED},
     "subblock": {"subblocks": (1, 2, 4), **BUDGETED},
     "xattention": {"stride": (1, 2, 8), **BUDGETED},
+    "flexprefill": {
+        "gamma": (0.5, 1.0), "tau": (0.0, 0.1, 1.0), "probe_blocks": (2, 8), "queries_per_block": (1, 16),
+    },
+    "anchor": BUDGETED,
+    "sale": {"queries_per_block": (1, 4), "max_error": (0.01, 0.5), **BUDGETED},
+    "hip": {"keys": (64, 512), "queries_per_block": (1, 16)},
+    "infllm_v2": {
+        "stride": (1, 8), "window": (0, 2), "min_tokens": (0, 8192), "head_group": (1, 2, 3), **BUDGETED,
+    },
+    "spark": {"channels": (0.1, 0.5, 1.0), "keys": (16, 256), **BUDGETED},
     "vdit": SAMPLED,
     "sol": BUDGETED,
     "routed": {

@@ -24,6 +24,13 @@ every_correction = pytest.mark.parametrize("name", CORRECTIONS)
 every_padding = pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "padded"])
 
 
+DEPENDS_ON = {  # fraction of the pairs that may differ
+    ("subblock", "offset"): 0.2,  # rows compete by unnormalized mass
+    ("sale", "rotation"): 0.1,  # channels are rounded
+    ("spark", "rotation"): 1.0,  # the first channels predict the others
+}
+
+
 def inputs() -> list[list[Tensor]]:
     """q, k and v of two steps."""
     return [qkv(GRID.tokens, batch=2, dim=DIM, seed=seed) for seed in (0, 1)]
@@ -128,8 +135,8 @@ def test_a_rotation_of_queries_and_keys_changes_nothing(name):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("what", ["offset", "rotation"])
 def test_plans_do_not_depend_on_an_offset_or_a_rotation(name, what):
-    """Softmax weights do not, and all estimates but those of subblock, whose rows compete by unnormalized mass, are
-    made of them. A few blocks with nearly equal scores may differ."""
+    """Softmax weights do not, and all estimates but those of ``DEPENDS_ON`` are made of them. A few blocks with nearly
+    equal scores may differ."""
     one = method(name, density=0.3)
     q, k, v = qkv(GRID.tokens, batch=2, dim=DIM)
     generator = torch.Generator().manual_seed(11)
@@ -143,7 +150,7 @@ def test_plans_do_not_depend_on_an_offset_or_a_rotation(name, what):
         return
     tokens = torch.arange(GRID.tokens)
     differs = plan.token_mask(tokens) != other.token_mask(tokens)
-    assert differs.double().mean() < (0.2 if (name, what) == ("subblock", "offset") else 0.01)
+    assert differs.double().mean() < DEPENDS_ON.get((name, what), 0.01)
 
 
 def permutation_within(group: Tensor, lengths: Tensor | None) -> Tensor:

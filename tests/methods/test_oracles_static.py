@@ -6,13 +6,10 @@ import pytest
 import torch
 from oracles import BLOCK, blocks_of
 
-from attention_cases import plan_of
 from dit_sparse import Grid, order
 from dit_sparse.methods.patterns.arrow import Arrow
-from dit_sparse.methods.patterns.masformer import MASFormer
 from dit_sparse.methods.patterns.power import Power
 from dit_sparse.methods.patterns.svga import SVGA
-from dit_sparse.methods.patterns.window import Window
 
 GRIDS = [Grid(5, 7, 3, after=11), Grid(5, 7, 3, before=19), Grid(1, 23, 31), Grid(40, 2, 2)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(grid).replace(" ", ""))
@@ -145,33 +142,3 @@ def test_arrow(grid, band, plus, frames):
         )
 
     check_mask(keep, rule)
-
-
-# --- MASFormer
-
-
-@every_grid
-@pytest.mark.parametrize("layers", [1, 6, 24])
-@pytest.mark.parametrize("density", [0.15, 0.5, 0.8, 1.0])
-def test_masformer_meets_the_density_over_all_layers(grid, layers, density):
-    """The first layers are full, the others have one window, and the mean over the layers is the density."""
-    one = MASFormer(density=density)
-    plans = [plan_of(one, grid, BLOCK, layer=layer, layers=layers) for layer in range(layers)]
-    densities = [plan.density for plan in plans]
-    full = sum(plan.order is None for plan in plans)
-    least = one.least_density(grid, BLOCK)
-    assert full <= layers / 3 and full <= max(0.0, density * layers / 2 + 1e-6)
-    assert densities[:full] == [1.0] * full and len(set(densities[full:])) == 1
-    pair = (BLOCK / grid.tokens) ** 2
-    assert sum(densities) / layers == pytest.approx(max(density, least), abs=pair / 2 + 1e-9)
-    left = (density * layers - full) / (layers - full)
-    assert plans[-1].block_mask().equal(plan_of(Window(density=left), grid, BLOCK).block_mask())
-
-
-def test_masformer_has_full_layers_where_the_density_allows_them():
-    grid = Grid(16, 8, 8)
-    counts = [MASFormer(density=density).count_full(grid, BLOCK, 24) for density in (0.02, 0.1, 0.25, 0.5, 1.0)]
-    assert counts == [0, 1, 3, 6, 8] and MASFormer().count_full(grid, BLOCK, 24) == 8
-    note = MASFormer(density=0.25).density_note(grid, BLOCK, 0.1)
-    assert note == "layers with full attention are among those that stay dense"
-    assert MASFormer(density=0.25).density_note(grid, BLOCK, 0.251) is None

@@ -3,7 +3,6 @@
 from ...method import Method
 from .arrow import Arrow
 from .dense import Dense
-from .masformer import MASFormer
 from .neighborhood import Neighborhood
 from .power import Power
 from .radial import Radial
@@ -24,7 +23,6 @@ PATTERNS: dict[str, type[Method]] = {
     "power": Power,
     "svga": SVGA,
     "arrow": Arrow,
-    "masformer": MASFormer,
     "svg": SVG,
     "vdit": VDiT,
 }
