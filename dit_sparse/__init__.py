@@ -24,6 +24,7 @@ from .pipelines.family import Family  # noqa: E402
 from .pipelines.proposal import propose_family  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .schedule import Schedule  # noqa: E402
+from .voxels.grid import VoxelGrid  # noqa: E402
 
 if TYPE_CHECKING:
     from .profiling.head_profile import Profile
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_METHOD", "METHODS", "Above", "Cached", "ClusterPlan", "Clusters", "Family", "Grid", "Mass", "Method",
     "Pattern", "PerHead", "Plan", "Profile", "Run", "Schedule", "Scorer", "Site", "SparseAttnProcessor", "Top",
-    "attention", "enable", "prepare", "propose_family",
+    "VoxelGrid", "attention", "enable", "prepare", "propose_family",
 ]  # fmt: skip
 
 

@@ -9,10 +9,11 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from .grid import Grid, Site, short_repr
+from .composition import check_grid
+from .grid import BaseGrid, Site, short_repr
 from .kernels.pick import pick
 from .method import AttentionOutput, Method
-from .methods import DEFAULT_METHOD, method_at_density
+from .methods import default_method, method_at_density
 from .plan import Plan
 from .scoring import without_padding
 
@@ -26,8 +27,8 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    grid: Grid,
-    method: str | Method = DEFAULT_METHOD,
+    grid: BaseGrid,
+    method: str | Method | None = None,
     density: float | None = None,
     lengths: Tensor | None = None,
     block: int = 64,
@@ -40,8 +41,10 @@ def attention(
     Args:
         q: queries after RoPE, ``[B, H, N, D]``, float16, bfloat16, float32 or float64.
         k, v: keys and values, ``[B, Hkv, N, D]``, with the dtype and the device of q; Hkv divides H.
-        grid: layout of the N tokens.
-        method: a Method, or its text such as ``"radial"``, ``"radial(sink=true)"`` or ``"pooled(svg)"``.
+        grid: layout of the N tokens: a Grid, or a VoxelGrid for voxels in any order. The batch items of a packed
+            VoxelGrid are computed separately.
+        method: a Method, or its text such as ``"radial"``, ``"radial(sink=true)"`` or ``"pooled(svg)"``. Default:
+            ``"routed"``, for voxels ``"svg2"``.
         density: fraction of the query-key pairs to compute, for a method given as text; a Method has its own. Default:
             0.25 if the text has no settings.
         lengths: tokens of each batch item before its padding, whole numbers ``[B]``; None: no padding. Padded rows may
@@ -56,17 +59,35 @@ def attention(
 
     Raises:
         ValueError: an argument has the wrong type or value, the shapes do not fit each other or the grid, or the method
-            is unknown.
+            is unknown or does not apply to the grid.
         RuntimeError: the named executor cannot run here.
     """
     _check_tensors(q, k, v)
     _check_settings(grid, lengths, block, scale, q)
-    if isinstance(method, str):
-        method = method_at_density(method, density)
+    if method is None or isinstance(method, str):
+        method = method_at_density(default_method(grid) if method is None else method, density)
     if not isinstance(method, Method):
         raise ValueError(f"method must be a text or a dit_sparse.Method, got {type(method).__name__}")
-    block, memory = int(block), {}
-    site = Site(grid, block)
+    check_grid(method, grid)
+    attend = partial(_attend, method=method, lengths=lengths, block=int(block), executor=executor, scale=scale)
+    items = [(None if tokens is None else tokens.to(q.device), item) for tokens, item in grid.items()]
+    if lengths is not None and lengths.min() < grid.tokens - grid.after and items[0][0] is not None:
+        raise ValueError("padding must be text at the end of the sequence, because voxels are reordered")
+    if items[0][0] is None:
+        return attend(q, k, v, grid=grid)
+    parts = [attend(*(x.index_select(2, tokens) for x in (q, k, v)), grid=item) for tokens, item in items]
+    inverse = torch.cat([tokens for tokens, _ in items]).argsort()
+    outs, lses = zip(*parts, strict=True)
+    lse = None if lses[0] is None else torch.cat(lses, 2).index_select(2, inverse)
+    return torch.cat(outs, 2).index_select(2, inverse), lse
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, *, grid: BaseGrid, method: Method, lengths: Tensor | None, block: int,
+    executor: str, scale: float | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Compute sparse self-attention of one item whose tokens are in the order of ``grid``."""
+    site, memory = Site(grid, block), {}
     method.begin_generation(q, site)
     visible = [q, k, v if method.needs_values else None]
     if lengths is not None:
@@ -101,10 +122,13 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError("sparse attention has no backward pass: call it under torch.no_grad()")
 
 
-def _check_settings(grid: Grid, lengths: Tensor | None, block: int, scale: float | None, q: Tensor) -> None:
+def _check_settings(grid: BaseGrid, lengths: Tensor | None, block: int, scale: float | None, q: Tensor) -> None:
     is_a = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)
-    if not isinstance(grid, Grid):
-        raise ValueError(f"grid must be a dit_sparse.Grid, such as Grid(21, 45, 80), got {type(grid).__name__}")
+    if not isinstance(grid, BaseGrid):
+        given = type(grid).__name__
+        raise ValueError(
+            f"grid must be a dit_sparse.Grid, such as Grid(21, 45, 80), or a VoxelGrid(voxels), got {given}"
+        )
     if not is_a(block, Integral) or not 1 <= block <= MAX_BLOCK:
         raise ValueError(f"block must be a whole number of tokens from 1 to {MAX_BLOCK}, got {short_repr(block)}")
     if scale is not None and not (is_a(scale, Real) and abs(scale) <= sys.float_info.max):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grid import Grid, Site, short_repr
+from .grid import BaseGrid, Grid, Site, short_repr
 from .kernels.tail import add_tail
 from .method import AttentionOutput, Method, nested_memory
 from .notation.settings import within
@@ -144,6 +144,13 @@ def nested_methods(method: Method) -> Iterator[Method]:
         parts = tuple(part for _, part in method.methods)
     for part in parts:
         yield from nested_methods(part)
+
+
+def check_grid(method: Method, grid: BaseGrid) -> None:
+    """Raise ValueError if a method, or a method inside it, does not apply to a grid."""
+    for part in nested_methods(method):
+        if reason := part.why_not(grid):
+            raise ValueError(f"{type(part).__name__} does not apply to {grid}: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True)

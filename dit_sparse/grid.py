@@ -1,4 +1,7 @@
-"""Token layout of a self-attention sequence (Grid), of its blocks (Blocks), and the position of one call (Site)."""
+"""Token layout of a self-attention sequence (Grid), of its blocks (Blocks), and the position of one call (Site).
+
+`dit_sparse.voxels.grid.VoxelGrid` is the layout of a set of voxels.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,68 @@ def short_repr(value: Any) -> str:
     return " ".join(_REPR.repr(value).split())
 
 
+class BaseGrid:
+    """Layout of one self-attention sequence: text tokens, tokens with a position in 3-D space, called video tokens, and
+    text tokens. Base class of `Grid` and of `dit_sparse.voxels.grid.VoxelGrid`.
+
+    Attributes:
+        before, after: text tokens before and after the video tokens.
+        video: number of video tokens.
+        sides: size of their bounding box along the three axes.
+    """
+
+    before: int
+    after: int
+    video: int
+    sides: tuple[int, int, int]
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, video and text: N."""
+        return self.before + self.video + self.after
+
+    def items(self) -> list[tuple[Tensor | None, BaseGrid]]:
+        """Return the independent sequences that a packed sequence holds, in the token order in which they are computed.
+
+        Returns:
+            For each item the numbers of its tokens in the packed sequence, int64 ``[N]``, and its grid. None in place
+            of the numbers: the sequence is computed as it is.
+        """
+        return [(None, self)]
+
+    def coordinates(self, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the three coordinates (int64, from 0) and is-text (bool) of every token in the given order, each
+        ``[N]``. Text tokens have the coordinates of the nearest video token of the sequence."""
+        raise NotImplementedError
+
+    def _video_index(self, order: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the number of the video token at each position, or of the nearest one, and whether it is text."""
+        index = torch.arange(self.tokens) if order is None else order.cpu()
+        video = index - self.before
+        return video.clamp(0, self.video - 1), (video < 0) | (video >= self.video)
+
+    def with_text(self, tokens: int, side: str | None) -> BaseGrid | None:
+        """Return this grid with the text length that makes it ``tokens`` long.
+
+        Args:
+            tokens: length of the sequence.
+            side: "before" or "after" the video; None: the model has no text in its self-attention.
+
+        Returns:
+            None if no text length gives ``tokens``.
+        """
+        text = tokens - self.video
+        if text < 0 or (text and side is None):
+            return None
+        return replace(self, before=text, after=0) if side == "before" else replace(self, before=0, after=text)
+
+
 @dataclass(frozen=True)
-class Grid:
+class Grid(BaseGrid):
     """Layout of one self-attention sequence: text tokens, video tokens in row-major order, text tokens.
+
+    A volume is a video whose frames are its slices: depth x height x width. Sets of tokens without positions, one set
+    for each frame or part, are ``Grid(frames, 1, tokens)``.
 
     Attributes:
         frames, height, width: size of the video in latent tokens.
@@ -78,34 +140,16 @@ class Grid:
         return self.frames * self.frame
 
     @property
-    def tokens(self) -> int:
-        """All tokens, video and text: N."""
-        return self.before + self.video + self.after
-
-    def with_text(self, tokens: int, side: str | None) -> Grid | None:
-        """Return this grid with the text length that makes it ``tokens`` long.
-
-        Args:
-            tokens: length of the sequence.
-            side: "before" or "after" the video; None: the model has no text in its self-attention.
-
-        Returns:
-            None if no text length gives ``tokens``.
-        """
-        text = tokens - self.video
-        if text < 0 or (text and side is None):
-            return None
-        return replace(self, before=text, after=0) if side == "before" else replace(self, before=0, after=text)
+    def sides(self) -> tuple[int, int, int]:
+        """Frames, height and width."""
+        return self.frames, self.height, self.width
 
     def coordinates(self, order: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return frame, row, column (int64) and is-text (bool) of every token in the given order, each ``[N]``.
 
         Text tokens have the coordinates of the nearest video token.
         """
-        index = torch.arange(self.tokens) if order is None else order.cpu()
-        video = index - self.before
-        text = (video < 0) | (video >= self.video)
-        video = video.clamp(0, self.video - 1)
+        video, text = self._video_index(order)
         return video // self.frame, video % self.frame // self.width, video % self.width, text
 
     def __str__(self) -> str:
@@ -123,7 +167,7 @@ class Site:
     """Position of one attention call in a generation.
 
     Attributes:
-        grid: token layout of the call.
+        grid: token layout of the call: one item, see `BaseGrid.items`.
         block: tokens in a block.
         layer, layers: number of the self-attention layer, from 0, and how many there are.
         step, steps: number of the denoising step, from 0, and how many there are; None: unknown.
@@ -139,7 +183,7 @@ class Site:
             counted in the density.
     """
 
-    grid: Grid
+    grid: BaseGrid
     block: int = 128
     layer: int = 0
     layers: int = 1
@@ -192,7 +236,7 @@ class Blocks:
     text: Tensor
 
     @classmethod
-    def from_grid(cls, grid: Grid, block: int, order: Tensor | None = None) -> Blocks:
+    def from_grid(cls, grid: BaseGrid, block: int, order: Tensor | None = None) -> Blocks:
         """Return the boxes of blocks of ``block`` tokens, cut from the tokens in ``order [N]``."""
         *axes, text = grid.coordinates(order)
         missing = -grid.tokens % block

@@ -18,7 +18,7 @@ from torch import Tensor
 from .budget import Budget, Top
 from .clusters import ClusterPlan
 from .density import VideoBlocks, pair_weights
-from .grid import Blocks, Grid, Site
+from .grid import BaseGrid, Blocks, Grid, Site
 from .notation.settings import check_fields, within
 from .plan import Plan
 
@@ -60,6 +60,7 @@ class Method:
             decide.
         density_exception: why plans may not meet the density, for reports; None: `dit_sparse.density` holds.
         static: whether the plan depends on the grid alone, so that all layers and steps share it.
+        needs_raster: whether the method needs frames, rows and columns without gaps, which voxels do not have.
         depends_on_shape: for static plans, whether frames, height and width matter, or the number of tokens alone.
         manages_own_plans: whether the method is called at every sparse step, instead of when the schedule asks for a
             plan, and decides itself when to make a new one.
@@ -74,6 +75,7 @@ class Method:
 
     density_exception: ClassVar[str | None] = None
     static: ClassVar[bool] = False
+    needs_raster: ClassVar[bool] = False
     depends_on_shape: ClassVar[bool] = True
     manages_own_plans: ClassVar[bool] = False
     makes_cluster_plans: ClassVar[bool] = False
@@ -99,7 +101,14 @@ class Method:
         settings = ((f, getattr(self, f.name)) for f in fields(self))
         return ((f.name, value) for f, value in settings if value != f.default)
 
-    def order(self, grid: Grid, block: int) -> Tensor | None:
+    def why_not(self, grid: BaseGrid) -> str | None:
+        """Return why the method does not apply to a grid, or None if it does. Inner methods are asked separately, see
+        `dit_sparse.composition.check_grid`."""
+        if self.needs_raster and not isinstance(grid, Grid):
+            return "it needs frames, rows and columns without gaps"
+        return None
+
+    def order(self, grid: BaseGrid, block: int) -> Tensor | None:
         """Return the token order that blocks are cut from, ``[N]``; None: the order of the input."""
         return None
 

@@ -12,13 +12,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .grid import Grid
+from .grid import BaseGrid, Grid
 
 Cell = tuple[int, int, int]
 Axis = tuple[int, int]  # a dimension and a signed length
 
 
-def row_major(grid: Grid) -> Tensor:
+def row_major(grid: BaseGrid) -> Tensor:
     """Frame by frame, row by row: the order of the models."""
     return torch.arange(grid.tokens)
 
@@ -42,7 +42,7 @@ def tiles(grid: Grid, frames: int, height: int, width: int) -> Tensor:
 BOXES = ((4, 4, 4), (2, 4, 4), (2, 2, 4))  # frames, height, width; each box is filled by the next smaller ones
 
 
-def nested_boxes(grid: Grid, boxes: Sequence[Cell] = BOXES) -> Tensor:
+def nested_boxes(grid: BaseGrid, boxes: Sequence[Cell] = BOXES) -> Tensor:
     """Box by box of 4x4x4 tokens, in each box half by half (2x4x4), in each half quarter by quarter (2x2x4).
 
     Blocks of 64, 32 and 16 tokens are therefore compact. Complete boxes come first, and boxes that exceed the video
@@ -51,7 +51,7 @@ def nested_boxes(grid: Grid, boxes: Sequence[Cell] = BOXES) -> Tensor:
     Args:
         boxes: sides of the boxes, the largest first; each divides the one before it.
     """
-    cell, sides = _video_coordinates(grid), (grid.frames, grid.height, grid.width)
+    cell, sides = _video_coordinates(grid), grid.sides
     whole = [side // length * length for side, length in zip(sides, boxes[0], strict=True)]
     position = torch.zeros_like(cell[0])
     for axis, end in zip(cell, whole, strict=True):
@@ -62,22 +62,31 @@ def nested_boxes(grid: Grid, boxes: Sequence[Cell] = BOXES) -> Tensor:
     return _sort_video(grid, position)
 
 
-def hilbert(grid: Grid) -> Tensor:
+def hilbert(grid: BaseGrid) -> Tensor:
     """Along the Hilbert curve of the smallest cube with power-of-two sides that holds the video.
 
     Cells outside the video are skipped, so the curve may jump there. Blocks of 64 are nevertheless whole cubes, and
     more compact than those of :func:`gilbert`.
     """
-    bits = max(1, (max(grid.frames, grid.height, grid.width) - 1).bit_length())
+    bits = max(1, (max(grid.sides) - 1).bit_length())
     return _sort_video(grid, hilbert_index(_video_coordinates(grid), bits))
 
 
+def morton(grid: BaseGrid) -> Tensor:
+    """Along the Morton curve (Z-order): the tokens of every aligned cube with sides ``2 ** n`` are consecutive."""
+    bits = max(1, (max(grid.sides) - 1).bit_length())
+    return _sort_video(grid, morton_index(_video_coordinates(grid), bits))
+
+
 @lru_cache(maxsize=8)
-def gilbert(grid: Grid) -> Tensor:
+def gilbert(grid: BaseGrid) -> Tensor:
     """Along the generalized Hilbert curve, which covers a video of any size and no cells outside of it.
 
     Blocks of 128 are more compact than those of :func:`hilbert`. Cached, because it takes seconds for 100,000 tokens.
+    Voxels fill a small part of their box, so they follow :func:`hilbert`.
     """
+    if not isinstance(grid, Grid):
+        return hilbert(grid)
     cells = generalized_hilbert((grid.frames, grid.height, grid.width))
     frame, row, column = torch.tensor(list(cells)).T
     position = torch.empty_like(frame)
@@ -102,12 +111,12 @@ def reorder(x: Tensor, order: Tensor | None) -> Tensor:
     return x.gather(2, order)
 
 
-def _video_coordinates(grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def _video_coordinates(grid: BaseGrid) -> tuple[Tensor, Tensor, Tensor]:
     frame, row, column, text = grid.coordinates()
     return frame[~text], row[~text], column[~text]
 
 
-def _sort_video(grid: Grid, position: Tensor) -> Tensor:
+def _sort_video(grid: BaseGrid, position: Tensor) -> Tensor:
     """Return the order that sorts the video tokens by ``position [video]`` and leaves the text in place."""
     order = torch.arange(grid.tokens)
     order[grid.before : grid.before + grid.video] = position.argsort(stable=True) + grid.before
@@ -141,6 +150,19 @@ def hilbert_index(cells: Sequence[Tensor], bits: int) -> Tensor:
     for bit in range(bits - 1, -1, -1):
         for axis in axes:
             index = index << 1 | ((axis ^ parity) >> bit & 1)
+    return index
+
+
+def morton_index(cells: Sequence[Tensor], bits: int) -> Tensor:
+    """Return the position of cells on the 3-D Morton curve: the bits of their coordinates, interleaved.
+
+    Args:
+        cells: three int64 tensors of coordinates from 0 to ``2 ** bits - 1``, ``[N]`` each.
+    """
+    index = torch.zeros_like(cells[0])
+    for bit in range(bits - 1, -1, -1):
+        for cell in cells:
+            index = index << 1 | (cell >> bit & 1)
     return index
 
 

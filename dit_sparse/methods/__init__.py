@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..composition import Cached, PerHead
+from ..grid import BaseGrid, Grid
 from ..method import Method
 from ..notation.parser import parse
 from ..notation.registry import LoadProfile, Registry
@@ -41,7 +42,13 @@ PARTS: dict[str, type[Method]] = {
 
 REGISTRY = Registry(METHODS, PARTS)
 DEFAULT_METHOD = "routed"
+DEFAULT_VOXEL_METHOD = "svg2"
 DEFAULT_DENSITY = 0.25
+
+
+def default_method(grid: BaseGrid) -> str:
+    """Return the name of the method that is used on a grid unless the user names another one."""
+    return DEFAULT_METHOD if isinstance(grid, Grid) else DEFAULT_VOXEL_METHOD
 
 
 def method(text: str, /, **settings: Any) -> Method:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from dit_sparse.grid import Grid
+from dit_sparse.grid import BaseGrid, Grid
 from dit_sparse.plan import BasePlan, Plan
 
 from .style import LIGHT, SMALL_SIZE, TEXT_SIZE, Theme, finish, new_figure, style_axes
@@ -18,21 +18,22 @@ from .style import LIGHT, SMALL_SIZE, TEXT_SIZE, Theme, finish, new_figure, styl
 SIDE = 4.2  # inches of the block map
 
 
-def plot_plan(plan: BasePlan, grid: Grid | None = None, title: str | None = None, theme: Theme = LIGHT) -> Figure:
-    """Plot the block or cluster mask of the first head and, with a grid, the keys of one query frame by frame.
+def plot_plan(plan: BasePlan, grid: BaseGrid | None = None, title: str | None = None, theme: Theme = LIGHT) -> Figure:
+    """Plot the block or cluster mask of the first head and, with frames, the keys of one query frame by frame.
 
     Args:
-        grid: the token grid of the plan. None draws the block mask alone.
+        grid: the token grid of the plan. None, or voxels: the block mask is drawn alone.
         title: None for the density alone.
     """
     density = f"density {plan.density:.3f}"
     title = f"{title}, {density}" if title else density
     if grid is not None:
         title += f", {grid} tokens"
-    figure = new_figure(SIDE * (2 if grid else 1) + 0.9, SIDE + 0.5, theme, title)
-    panels = figure.subplots(1, 2 if grid else 1, squeeze=False)[0]
+    has_frames = isinstance(grid, Grid)
+    figure = new_figure(SIDE * (1 + has_frames) + 0.9, SIDE + 0.5, theme, title)
+    panels = figure.subplots(1, 1 + has_frames, squeeze=False)[0]
     _plot_block_mask(panels[0], plan, theme)
-    if grid is not None:
+    if has_frames:
         _plot_keys_of_one_query(panels[1], plan, grid, theme)
     return finish(figure)
 

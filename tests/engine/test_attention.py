@@ -74,7 +74,7 @@ BAD = {
     "scale of nan": (LOOSE(scale=float("nan")), "scale must be a finite number or None, got nan"),
     "scale as text": (LOOSE(scale="1"), "scale must be a finite number or None, got '1'"),
     "unknown method": (LOOSE(method="radail"), "no method 'radail'"),
-    "no method": (LOOSE(method=None), "method must be a text or a dit_sparse.Method"),
+    "a number as method": (LOOSE(method=3), "method must be a text or a dit_sparse.Method"),
     "density above one": (LOOSE(method="radial", density=1.5), "density must be in"),
     "density as text": (LOOSE(method="radial", density="x"), "density of radial must be a number or none, got 'x'"),
     "unknown executor": (LOOSE(method="radial", executor="cuda"), "executor must be one of .* got 'cuda'"),

@@ -31,7 +31,10 @@ class Group:
 
 
 GROUPS = {  # lowest first; a file belongs to the first group whose pattern it fits
-    "core": Group("grid order plan clusters schedule kernels.tail kernels.free_memory", lazily="plotting matplotlib"),
+    "core": Group(
+        "grid order plan clusters schedule voxels voxels.* kernels.tail kernels.free_memory",
+        lazily="plotting matplotlib",
+    ),
     "planning": Group("kernels.planning kernels.planning.*", "core executors gpu"),
     "gpu": Group("kernels.gpu kernels.gpu.*", "triton"),
     "executors": Group("kernels.*", "core gpu platformdirs", lazily="triton xformers flash_attn flashinfer"),

@@ -44,6 +44,7 @@ class Arrow(Pattern):
         frames: part of the video that is global, in frames; 0: text alone.
     """
 
+    needs_raster: ClassVar[bool] = True
     knob: ClassVar[str] = "band"
     knob_range: ClassVar[tuple[float, float]] = (1e-4, 1.0)
     narrowing: ClassVar[tuple[tuple[str, float], ...]] = (("plus", 0.0), ("frames", 0.0))

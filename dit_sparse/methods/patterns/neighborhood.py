@@ -45,6 +45,7 @@ class Neighborhood(Pattern):
         tile: sides of the tiles that blocks are cut from; None: nearly cubic tiles that fill the block.
     """
 
+    needs_raster: ClassVar[bool] = True
     knob: ClassVar[str] = "window"
     knob_range: ClassVar[tuple[float, float]] = (1e-3, 1.0)
 

@@ -53,6 +53,10 @@ class Power(Pattern):
     sink: bool = True
     by_frame: bool = True
 
+    @property
+    def needs_raster(self) -> bool:
+        return self.by_frame
+
     def keep(self, grid: Grid, block: int) -> Tensor:
         unit = grid.frame if self.by_frame else block
         start = torch.arange(num_blocks(grid.tokens, block)) * block

@@ -50,6 +50,7 @@ class Radial(Pattern):
         sink: whether every query attends to frame 0; the authors: yes for Wan, no for HunyuanVideo.
     """
 
+    needs_raster: ClassVar[bool] = True
     knob: ClassVar[str] = "decay"
     knob_range: ClassVar[tuple[float, float]] = (1e-4, 1e4)
     narrowing: ClassVar[tuple[tuple[str, float], ...]] = (("min_width", 0.0), ("dense_distance", -1))

@@ -32,6 +32,7 @@ class Sink(Pattern):
         frames: size of the sink in frames; fractions are allowed.
     """
 
+    needs_raster: ClassVar[bool] = True
     depends_on_shape: ClassVar[bool] = False
     knob: ClassVar[str] = "frames"
     knob_range: ClassVar[tuple[float, float]] = (1e-6, 1e6)

@@ -56,6 +56,7 @@ class Band(Pattern):
 class Temporal(Band):
     """Band around the diagonal in place-by-place order: the temporal heads."""
 
+    needs_raster: ClassVar[bool] = True
     depends_on_shape: ClassVar[bool] = True
 
     def order(self, grid: Grid, block: int) -> Tensor:
@@ -71,6 +72,8 @@ class SVG(Method):
         samples: number of random queries that compare the two patterns.
         seed: of the sample.
     """
+
+    needs_raster: ClassVar[bool] = True
 
     samples: int = within("[1, 10000]", 64)
     seed: int = within("[0, 4294967296)", 0)

@@ -40,6 +40,7 @@ class SVGA(Pattern):
         stride: K, in tiles.
     """
 
+    needs_raster: ClassVar[bool] = True
     knob: ClassVar[str] = "width"
     knob_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     narrowing: ClassVar[tuple[tuple[str, float], ...]] = (("stride", 10_000),)

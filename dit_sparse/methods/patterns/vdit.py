@@ -79,6 +79,7 @@ class VDiT(Method):
         seed: of the sample.
     """
 
+    needs_raster: ClassVar[bool] = True
     manages_own_plans: ClassVar[bool] = True
 
     samples: int = within("[1, 10000]", 64)

@@ -44,6 +44,6 @@ class Window(Pattern):
 
     def keep(self, grid: Grid, block: int) -> Tensor:
         blocks = Blocks.from_grid(grid, block, self.order(grid, block))
-        axes = ((blocks.frame, grid.frames), (blocks.row, grid.height), (blocks.column, grid.width))
+        axes = zip((blocks.frame, blocks.row, blocks.column), grid.sides, strict=True)
         near = [span.gap() <= self.radius * length for span, length in axes]
         return near[0] & near[1] & near[2]

@@ -1,0 +1,1 @@
+"""Sets of voxels as token layouts, for 3-D generation."""
