@@ -74,6 +74,5 @@ def _token_positions(grid: Grid) -> Tensor:
     """Positions of the tokens as fractions of the grid: 0 is the first, 1 the last; the middle of an axis of length 1.
     Float32 ``[N, 3]``."""
     *axes, _ = grid.coordinates()
-    sizes = grid.frames, grid.height, grid.width
-    pairs = zip(axes, sizes, strict=True)
+    pairs = zip(axes, grid.sides, strict=True)
     return torch.stack([axis / (size - 1) if size > 1 else torch.full((grid.tokens,), 0.5) for axis, size in pairs], 1)

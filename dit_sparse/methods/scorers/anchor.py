@@ -58,5 +58,5 @@ class Anchor(Scorer):
 def anchor_region(grid: Grid, block: int) -> Tensor:
     """Return the key blocks that are in the anchor region of each query block, bool ``[Qb, Qb]``."""
     blocks = Blocks.from_grid(grid, block)
-    line = blocks.frame if grid.frames > 1 else blocks.row
+    line = blocks.frame if grid.sides[0] > 1 else blocks.row
     return (line.gap() <= 1) | (line.low == 0) | blocks.text
