@@ -18,6 +18,8 @@ from .syntax import Call, Node, write
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", type(None): "none"}
 
+MAX_LISTED = 160  # characters of a list of names in a message
+
 Build = Callable[[Node, type], Any]
 
 
@@ -158,7 +160,10 @@ def _is_checkable(hint: Any) -> bool:
 def alternatives_to(word: str, known: Collection[str], listed: Collection[str] | None = None) -> str:
     """Return the end of a message about an unknown word: the closest known word, or else the list of them."""
     match = get_close_matches(word.lower(), known, 1)
-    return f"did you mean {match[0]!r}?" if match else f"there are {', '.join(known if listed is None else listed)}"
+    if match:
+        return f"did you mean {match[0]!r}?"
+    names = ", ".join(known if listed is None else listed)
+    return f"there are {names if len(names) <= MAX_LISTED else names[:MAX_LISTED].rpartition(',')[0] + ', ...'}"
 
 
 def _convert(value: Any, hint: Any, build: Build | None) -> Any:
