@@ -16,6 +16,7 @@ from dit_sparse import Method, Schedule, SparseAttnProcessor, prepare
 from dit_sparse.bundled import BUNDLED
 from dit_sparse.composition import nested_methods
 from dit_sparse.eval.analysis import retained_mass
+from dit_sparse.gating.gate import gate_weights_digests
 from dit_sparse.eval.bench.timing import first_line
 from dit_sparse.generation.generate import Progress, generate, load_pipeline
 from dit_sparse.methods.corrections.rettention import Rettention
@@ -222,6 +223,8 @@ class ClipRunner:
         if not isinstance(settings.method, Dense):
             key |= {"settings": settings.method.settings(), "schedule": asdict(settings.schedule)}
             key |= {"executor": settings.executor, "block": settings.block, "min_tokens": settings.min_tokens}
+            if gates := gate_weights_digests(list(nested_methods(settings.method))):
+                key["gates"] = gates
         return spec.name, key
 
     def _call(self, spec: ClipSpec) -> dict:

@@ -69,6 +69,18 @@ def test_training_lowers_the_loss_and_keeps_more_mass(name):
     assert kept < kept_mass(gate, groups, state, 0.3) <= best_mass(groups, 0.3) + 1e-6
 
 
+def test_a_higher_price_keeps_fewer_entries():
+    """The mask of `SwinBERT`, the mean of its sigmoid after the training; without a price nothing holds it down."""
+    groups, kept = group(examples_of("swinbert")), []
+    for price in (0.3, 1.0, 3.0):
+        gate, state = method("swinbert", price=price), state_of("swinbert")
+        train(gate, state, groups, 60, seed=0)
+        one = next(iter(groups.values()))
+        queries, keys = ({name: x.float() for name, x in part.items()} for part in (one.queries, one.keys))
+        kept.append(float(gate.gate(queries, keys, state.layer("transformer", 0)).sigmoid().detach().mean()))
+    assert kept[0] > 1.2 * kept[1] > 1.2 * 1.2 * kept[2]
+
+
 @every_gate
 def test_the_state_before_training_is_the_untrained_gate(name):
     """Every layer and head scores as the gate without weights does."""

@@ -12,7 +12,9 @@ Differs from the authors:
   frames, rows and columns, and one of the position of the key. So it fits every size of video.
 - Untrained, it is the negative distance between query and key.
 - Each row keeps its largest entries at the density; the authors keep those above 0.5.
-{loss}
+- The task loss is the attention mass that the mask drops. By default there is no price, and E is trained like the other
+  gates: on the bundled model this keeps more of the mass at a density, because a price separates the entries above and
+  below it but does not rank them.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 from ...gating.features import block_positions
 from ...gating.gate import Gate, Tensors
 from ...grid import Site
+from ...notation.settings import within
 
 OFFSETS = (13, 13, 5)  # of -1 to 1, frames, rows and columns: a block holds whole rows or parts of them
 POSITIONS = (5, 7, 3)  # of 0 to 1
@@ -33,7 +36,14 @@ POSITIONS = (5, 7, 3)  # of 0 to 1
 
 @dataclass(frozen=True, kw_only=True)
 class SwinBERT(Gate):
-    """A trained mask of each head."""
+    """A trained mask of each head.
+
+    Attributes:
+        price: lambda of the authors' loss, with which entries pay for themselves if they hold more than lambda times
+            the mean mass; None: the loss of `Gate`.
+    """
+
+    price: float | None = within("(0, 1000]", None)
 
     def initial(self, head_dim: int) -> Tensors:
         axes = (torch.linspace(-1, 1, number) for number in OFFSETS)
@@ -48,6 +58,15 @@ class SwinBERT(Gate):
         offset = keys["position"][:, :, None] - queries["position"][:, :, :, None]  # [B, 1, R, Qb, 3]
         bias = _interpolate(parameters["position"], 2 * keys["position"][:, :, None] - 1)
         return _interpolate(parameters["offset"], offset) + bias
+
+    def loss(self, scores: Tensor, mass: Tensor) -> Tensor:
+        if self.price is None:
+            return super().loss(scores, mass)
+        mask = scores.sigmoid()
+        return (mass * (1 - mask)).sum(-1).mean() + self.price * mask.mean()
+
+    def shape_settings(self) -> dict:
+        return {}  # the price matters to the training alone
 
 
 def _interpolate(table: Tensor, points: Tensor) -> Tensor:
