@@ -16,8 +16,8 @@ from dit_sparse import Method, Schedule, SparseAttnProcessor, prepare
 from dit_sparse.bundled import BUNDLED
 from dit_sparse.composition import nested_methods
 from dit_sparse.eval.analysis import retained_mass
-from dit_sparse.gating.gate import gate_weights_digests
 from dit_sparse.eval.bench.timing import first_line
+from dit_sparse.gating.gate import gate_weights_digests
 from dit_sparse.generation.generate import Progress, generate, load_pipeline
 from dit_sparse.methods.corrections.rettention import Rettention
 from dit_sparse.methods.patterns.dense import Dense
