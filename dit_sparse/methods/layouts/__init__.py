@@ -2,9 +2,11 @@
 
 from ...method import Method
 from .pbs import PBS
+from .spatial import Spatial
 from .svg2 import SVG2
 
 LAYOUTS: dict[str, type[Method]] = {
     "svg2": SVG2,
     "pbs": PBS,
+    "spatial": Spatial,
 }
