@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .grid import BaseGrid, Grid, Site, short_repr
@@ -16,7 +15,7 @@ from .method import AttentionOutput, Method, nested_memory
 from .notation.settings import within
 from .pattern import Union
 from .plan import Plan
-from .scoring import pool
+from .scoring import QueryDrift, pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +161,8 @@ class Cached(Wrapper):
 
     Attributes:
         replan_interval: largest number of steps between two plans; None: no limit.
-        drift: new plan if 1 - cosine similarity, averaged over blocks, exceeds this; None: no limit. Synchronizes with
-            the GPU once per call.
+        drift: new plan if 1 - cosine similarity, averaged over blocks, exceeded this at the previous call; None: no
+            limit.
     """
 
     static = False
@@ -174,13 +173,14 @@ class Cached(Wrapper):
     def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan | None:
         means = None if self.drift is None else pool(q, site.block)
         if "plan" not in memory or self._is_stale(means, site, memory):
-            memory.update(plan=super().plan(q, k, v, site, memory), step=site.step, means=means)
+            drift = None if means is None else QueryDrift(means)
+            memory.update(plan=super().plan(q, k, v, site, memory), step=site.step, drift=drift)
         return memory["plan"]
 
     def _is_stale(self, means: Tensor | None, site: Site, memory: dict) -> bool:
         if self.replan_interval is not None and site.step - memory["step"] >= self.replan_interval:
             return True
-        return means is not None and float(1 - F.cosine_similarity(means, memory["means"], -1).mean()) > self.drift
+        return means is not None and memory["drift"].exceeds(self.drift, means)
 
 
 @dataclass(frozen=True, kw_only=True)

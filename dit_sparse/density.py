@@ -167,6 +167,26 @@ def keep_pairs(
     return keep
 
 
+def share_pairs(pairs: float, weights: Tensor, least: float, most: float) -> Tensor:
+    """Divide token pairs among heads in proportion to weights, within bounds.
+
+    Args:
+        pairs: mean over the heads.
+        weights: positive, ``[B, H]``.
+        least, most: bounds of one head.
+
+    Returns:
+        float64 ``[B, H]`` with the mean ``pairs``, or the nearer bound in all heads if ``pairs`` exceeds it.
+    """
+    weights, pairs = weights.double(), min(max(pairs, least), most)
+    scales = torch.cat([least / weights, most / weights], -1).sort(-1).values  # where a head leaves or meets a bound
+    means = (scales[..., None] * weights[:, None]).clamp(least, most).mean(-1)
+    above = (means <= pairs).sum(-1, keepdim=True).clamp(max=scales.shape[-1] - 1)
+    (low, high), (low_mean, high_mean) = ((x.gather(-1, above - 1), x.gather(-1, above)) for x in (scales, means))
+    part = (pairs - low_mean) / (high_mean - low_mean).clamp(min=1e-9)
+    return ((low + part * (high - low)) * weights).clamp(least, most)
+
+
 def _level(forced: Tensor, sizes: Tensor, pairs: Tensor) -> Tensor:
     """Return the number of tokens t, ``[B, H]``, at which rows that keep max(forced, t) tokens hold ``pairs`` pairs.
 

@@ -1,4 +1,4 @@
-"""Functions for methods that score q and k: block means, sampled attention, scores in chunks."""
+"""Functions for methods that score q and k: block means, sampled attention, scores in chunks, drift of queries."""
 
 from __future__ import annotations
 
@@ -74,3 +74,43 @@ def sampled_attention(q: Tensor, k: Tensor, grid: Grid, samples: int, seed: int)
     rows = torch.randint(grid.before, grid.before + grid.video, (samples,), generator=generator).to(q.device)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
     return rows, (q[:, :, rows].float() @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+
+
+class QueryDrift:
+    """Drift of queries since a plan was made.
+
+    The drift of a call is compared with the limit at the next call, when it has long been computed, so that no call
+    waits for the device.
+
+    Args:
+        means: block means of the queries that the plan was made from, ``[B, H, Qb, D]``.
+    """
+
+    def __init__(self, means: Tensor) -> None:
+        self._means = means
+        self._last: _DelayedNumber | None = None
+
+    def exceeds(self, limit: float, means: Tensor) -> bool:
+        """Return whether the drift of the previous call exceeded the limit, and start to measure that of this call:
+        1 - cosine similarity to the means of the plan, averaged over blocks."""
+        last, drift = self._last, 1 - F.cosine_similarity(means, self._means, -1)
+        self._last = _DelayedNumber(drift.mean())
+        return last is not None and last.read() > limit
+
+
+class _DelayedNumber:
+    """A number on a GPU that is copied to the host in the background; on other devices, the tensor."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._copied = value, None
+        if value.is_cuda:
+            with torch.cuda.device_of(value):
+                host = torch.empty((), dtype=value.dtype, pin_memory=True)
+                self._value = host.copy_(value, non_blocking=True)
+                self._copied = torch.cuda.Event()
+                self._copied.record()
+
+    def read(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._value)

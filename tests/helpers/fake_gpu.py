@@ -55,6 +55,10 @@ class FakeCudaMode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
+        if func is torch.ops.aten.empty.memory_format and kwargs.get("pin_memory"):
+            kwargs = kwargs | {"pin_memory": False}  # there is no pinned memory without a GPU
+        if func is torch.ops.aten.copy_.default and args[2:] == (True,) and not args[0].is_cuda:
+            return args[0].zero_()  # a copy to the host in the background
         if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
             return func(*args, **kwargs)
         with self.fake:
@@ -86,8 +90,7 @@ class FakeKernel:
 class FakeEvent:
     """Replacement of ``torch.cuda.Event``."""
 
-    def __init__(self, enable_timing: bool = False) -> None:
-        assert enable_timing
+    def __init__(self, enable_timing: bool = False) -> None: ...
 
     def record(self) -> None: ...
 

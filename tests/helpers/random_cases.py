@@ -31,6 +31,15 @@ SETTINGS: dict[str, dict[str, tuple]] = {
     "adaspa": {"head_adaptive": (True, False), "search_interval": (1, 0.4), "queries_per_block": (None, 1, 4)},
     "sparsed": {"groups": (1, 5), "queries_per_block": (None, 1, 4)},
     "asa": {"samples": (1, 4, 64), "seed": (0, 7), **BUDGETED},
+    "dhsa": {"window": (1, 4), "threshold": (1.0, 1.5), "spacing": (1, 8, 99), **BUDGETED},
+    "double_sparsity": {
+        "share": (0.1, 0.5, 1.0), "adjacent_pairs": (True, False), "samples": (1, 256), "queries_per_block": (1, 4, 64),
+        **BUDGETED,
+    },
+    "gui_kv": {
+        "samples": (1, 16), "rank": (1, 99), "norm_weight": (0.0, 1.0), "redundancy": (0.0, 1.0), **BUDGETED,
+    },
+    "proxyattn": {"group_size": (1, 2, 9), "stride": (1, 4), "probes": (1, 64), "mass": (0.3, 1.0)},
     "pbs": {"probe_queries": (1, 16), "segment_blocks": (1, 3), "queries_per_block": (1, 9), "top_p": (0.5, 1.0)},
     "sparge": {"similarity_threshold": (0.0, 0.3, 0.9), "hilbert": (True, False), **BUDGETED},
     "subblock": {"subblocks": (1, 2, 4), **BUDGETED},
@@ -45,6 +54,9 @@ SETTINGS: dict[str, dict[str, tuple]] = {
         "stride": (1, 8), "window": (0, 2), "min_tokens": (0, 8192), "head_group": (1, 2, 3), **BUDGETED,
     },
     "spark": {"channels": (0.1, 0.5, 1.0), "keys": (16, 256), **BUDGETED},
+    "deltallm": {"threshold": (0.0, 0.5, 2.0), "window": (0, 1, 99), **BUDGETED},
+    "nosa": {"agnostic": (0.0, 0.5, 1.0), **SAMPLED},
+    "token_select": {"similarity": (0.9, -1.0), "queries_per_block": (None, 1, 4)},
     "vdit": SAMPLED,
     "sol": BUDGETED,
     "routed": {

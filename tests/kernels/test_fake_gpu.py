@@ -31,7 +31,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the tests run
 HEAD_METHODS = ("radial", "svg", "adaspa", "pooled(sparge)")
 TESTED_METHODS = {
     name: method(name, density=0.25)
-    for name in [*METHODS, "radial|sink", "rettention(adaspa)", "cached(svg2)", "pooled(subblock)"]
+    for name in [
+        *METHODS,
+        "radial|sink",
+        "rettention(adaspa)",
+        "cached(svg2)",
+        "pooled(subblock)",
+        "cached(asa, drift=0.1)",
+    ]
     if name != "dense"
 }
 TESTED_METHODS["per head"] = PerHead(

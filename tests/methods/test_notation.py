@@ -44,6 +44,8 @@ def values_of(hint: object) -> st.SearchStrategy:
         return st.none() | BUDGETS
     if get_origin(hint) is UnionType:
         return st.one_of(*map(values_of, get_args(hint)))
+    if get_args(hint)[1:] == (...,):
+        return st.lists(values_of(get_args(hint)[0]), max_size=3).map(tuple)
     if get_origin(hint) is tuple:
         return st.tuples(*map(values_of, get_args(hint)))
     return SMALL[hint]

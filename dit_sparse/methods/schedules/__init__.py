@@ -2,9 +2,15 @@
 
 from ...method import Method
 from .adaspa import AdaSpa
+from .deltallm import DeltaLLM
+from .nosa import NOSA
 from .sparsed import SparseD
+from .token_select import TokenSelect
 
 SCHEDULES: dict[str, type[Method]] = {
     "adaspa": AdaSpa,
+    "deltallm": DeltaLLM,
+    "nosa": NOSA,
     "sparsed": SparseD,
+    "token_select": TokenSelect,
 }
