@@ -26,6 +26,9 @@ every_padding = pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "pa
 
 DEPENDS_ON = {  # fraction of the pairs that may differ
     ("subblock", "offset"): 0.2,  # rows compete by unnormalized mass
+    ("hip", "offset"): 0.2,  # the best score of several queries, without their log-sum-exp
+    ("double_sparsity", "rotation"): 0.2,  # few channels predict the others
+    ("sea", "rotation"): 0.2,  # features are random
     ("sale", "rotation"): 0.1,  # channels are rounded
     ("spark", "rotation"): 1.0,  # the first channels predict the others
 }
@@ -137,7 +140,7 @@ def test_a_rotation_of_queries_and_keys_changes_nothing(name):
 def test_plans_do_not_depend_on_an_offset_or_a_rotation(name, what):
     """Softmax weights do not, and all estimates but those of ``DEPENDS_ON`` are made of them. A few blocks with nearly
     equal scores may differ."""
-    one = method(name, density=0.3)
+    one = method(name, density=0.6)
     q, k, v = qkv(GRID.tokens, batch=2, dim=DIM)
     generator = torch.Generator().manual_seed(11)
     if what == "offset":
