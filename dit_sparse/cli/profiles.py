@@ -30,7 +30,8 @@ def profile(
     model: Annotated[str, typer.Argument(help="shapes-wan, a local diffusers folder, or a name on the hub.")],
     prompts: Prompts = "2",
     candidates: Annotated[
-        str, typer.Option(help="Methods to try for every head, separated by commas; vdit stands for its four modes.")
+        str,
+        typer.Option(help="Methods to try for every head, separated by commas; vdit: its four modes, moa: its spans."),
     ] = "svg.spatial,svg.temporal,radial,vdit.vertical,subblock,xattention,asa,sparge",
     target_density: Annotated[float | None, typer.Option(help="Mean density of the heads. Default: 0.25.")] = None,
     max_error: Annotated[
@@ -39,6 +40,10 @@ def profile(
     spread: Annotated[
         str | None,
         typer.Option(help="Densities to try, as multiples of the target: 0.5,1,2. Default: one density for all heads."),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Numbers of frames to measure at: 9,21. The density is met at each. Default: --frames."),
     ] = None,
     dense_steps: DenseSteps = "0.25",
     block: Block = None,
@@ -77,6 +82,7 @@ def profile(
             schedule=Schedule(dense_steps=count_or_fraction(dense_steps)),
             block=block,
             call=call,
+            lengths=[int(n) if n.is_integer() else n for n in numbers(lengths or "", "--lengths")],
         )
         with progress_bars() as stage:
             result = search.run(stage)

@@ -11,9 +11,11 @@ from ..method import Method
 from ..methods import method, name_of
 from ..methods.corrections.rettention import Rettention
 from ..methods.patterns.dense import Dense
+from ..methods.patterns.moa import MoA
 from ..notation.syntax import split_list
 
 VDIT_MODES = ("svg.spatial", "svg.temporal", "vdit.vertical", "vdit.skip")
+MOA_ALPHAS, MOA_BETAS = (0.5, 1.0, 2.0, 4.0), (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # spans in frames, see `MoA`
 SPREAD = (0.4, 0.7, 1.0, 1.5, 2.5)  # densities as multiples of the target, if heads may differ in density
 LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 
@@ -36,7 +38,7 @@ def parse_candidates(names: str, density: float, spread: Sequence[float] = SPREA
 
     Args:
         names: methods separated by commas, such as ``radial(sink=true),svg.temporal``; ``vdit`` stands for its four
-            modes.
+            modes, ``moa`` for its spans, whose densities depend on the length of the video.
         density: the target density.
         spread: densities to try, as multiples of ``density``. Those of 1 and above are skipped.
 
@@ -50,10 +52,10 @@ def parse_candidates(names: str, density: float, spread: Sequence[float] = SPREA
             f"got {list(spread)}"
         )
     densities = [factor * density for factor in spread if factor * density < 1]
-    candidates = [Candidate("dense", Dense())]
+    candidates, spans = [Candidate("dense", Dense())], _spans()
     for name in _expand(names):
         _check(name)
-        if name == "vdit.skip":  # has no density
+        if name == "vdit.skip" or name in spans:  # they have no density
             candidates.append(Candidate(name, method(name)))
         elif name != "dense":
             candidates += [Candidate(name, method(name, density=density)) for density in densities]
@@ -65,9 +67,21 @@ def parse_candidates(names: str, density: float, spread: Sequence[float] = SPREA
 
 
 def _expand(names: str) -> list[str]:
-    """Return the names without repetitions, with the modes of ``vdit`` in its place."""
+    """Return the names without repetitions, with the modes of ``vdit`` and the spans of ``moa`` in their places."""
     split = [name_of(method(name)) for name in split_list(names) if name]
-    return list(dict.fromkeys(mode for name in split for mode in (VDIT_MODES if name == "vdit" else (name,))))
+    parts = {"vdit": VDIT_MODES, "moa": _spans()}
+    return list(dict.fromkeys(part for name in split for part in parts.get(name, (name,))))
+
+
+def _spans() -> list[str]:
+    """Return the spans of MoA that a search compares, as names of methods."""
+    return [name_of(MoA(alpha=alpha, beta=beta)) for alpha in MOA_ALPHAS for beta in MOA_BETAS]
+
+
+def have_one_density(candidates: Sequence[Candidate]) -> bool:
+    """Return whether all candidates have the same density, those without one by their nature excepted."""
+    methods = [candidate.method for candidate in candidates if not candidate.method.density_exception]
+    return None not in (densities := {one.density for one in methods}) and len(densities) == 1
 
 
 def _check(name: str) -> None:

@@ -43,8 +43,9 @@ def choose(
 
     Args:
         error: squared relative errors, ``[candidates, L, H]``.
-        density: densities, ``[candidates, L, H]``. One candidate is dense, with density 1 and error 0.
-        target_density: limit of the mean density. Minimizes the error.
+        density: densities, ``[candidates, L, H]``, or at several lengths of the video, ``[lengths, candidates, L, H]``.
+            One candidate is dense, with density 1 and error 0.
+        target_density: limit of the mean density, at each length. Minimizes the error.
         max_error: limit of the root mean squared error. Minimizes the density.
 
     Returns:
@@ -55,11 +56,13 @@ def choose(
     """
     if (target_density is None) == (max_error is None):
         raise ValueError("give either a target density or a maximum error")
-    at_price = lambda price: (error + price * density).argmin(0)
+    density = density.view(-1, *error.shape)
+    mean_density = density.mean(0)
+    at_price = lambda price: (error + price * mean_density).argmin(0)
     if max_error is not None:
         _, price = _bisect(lambda price: select(error, at_price(price)).mean() > max_error**2)
         return at_price(price)
-    meets_target = lambda price: select(density, at_price(price)).mean() <= target_density + TOLERANCE
+    meets_target = lambda price: bool((_left(density, at_price(price), target_density) >= 0).all())
     if not meets_target(HIGHEST_PRICE):
         raise ValueError(f"no candidate is sparse enough for a mean density of {target_density}")
     price, _ = _bisect(meets_target)
@@ -87,14 +90,19 @@ def _bisect(is_high_enough: Callable[[float], bool | Tensor]) -> tuple[float, fl
     return high, low
 
 
+def _left(density: Tensor, choice: Tensor, target: float) -> Tensor:
+    """Return by how much the mean density of a choice is below the target at each length, ``[lengths]``."""
+    return torch.stack([target + TOLERANCE - select(table, choice).mean() for table in density])
+
+
 def _spend_rest(error: Tensor, density: Tensor, choice: Tensor, target: float) -> Tensor:
     """Spend the density left below the target: repeat the change of one head that removes most error per density."""
     choice, heads = choice.clone(), choice.numel()
     while True:
         gain = select(error, choice) - error
-        cost = (density - select(density, choice)) / heads
-        left = target + TOLERANCE - select(density, choice).mean()
-        value = torch.where((gain > 0) & (cost <= left), gain / cost.clamp(min=1e-9), -1.0)
+        cost = torch.stack([(table - select(table, choice)) / heads for table in density])
+        fits = (cost <= _left(density, choice, target).view(-1, 1, 1, 1)).all(0)
+        value = torch.where((gain > 0) & fits, gain / cost.mean(0).clamp(min=1e-9), -1.0)
         best = int(value.argmax())
         if value.flatten()[best] <= 0:
             return choice

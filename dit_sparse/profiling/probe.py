@@ -45,6 +45,13 @@ class Measurements:
     grids: set[str]
     steps: set[int]
 
+    @classmethod
+    def mean(cls, measurements: Sequence[Measurements]) -> Measurements:
+        """Return the means over several measurements of the same candidates, such as of several lengths."""
+        tables = ([getattr(one, name) for one in measurements] for name in ("error", "density", "seconds"))
+        grids, steps = ([getattr(one, name) for one in measurements] for name in ("grids", "steps"))
+        return cls(*(torch.stack(table).mean(0) for table in tables), set().union(*grids), set().union(*steps))
+
 
 def measure_candidates(
     pipe: Any,

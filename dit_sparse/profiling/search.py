@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..notation.reading import shorten_path
 from ..output.environment import conditions
 from ..output.files import atomic_write, save_figure, writable_file
 from ..plotting.plots import plot_heat_map
-from .candidates import SPREAD, Candidate, parse_candidates
+from .candidates import SPREAD, Candidate, have_one_density, parse_candidates
 from .choice import assign_letters, choose, choose_least_error, select
 from .head_profile import Profile
 from .probe import STEPS_MEASURED, Measurements, measure_candidates, measured_steps
@@ -43,6 +44,8 @@ class ProfileSearch:
         schedule: steps and layers that stay dense.
         block: tokens in a block.
         call: arguments of the pipeline call.
+        lengths: numbers of frames to measure at, so that a profile of `MoA` spans serves other lengths; the density is
+            limited at each of them. Empty: the frames of ``call``.
 
     Raises:
         ValueError: an argument is unknown or out of range.
@@ -58,6 +61,7 @@ class ProfileSearch:
     schedule: Schedule = Schedule()  # noqa: RUF009
     block: int | None = None
     call: dict = field(default_factory=dict)
+    lengths: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -76,8 +80,8 @@ class ProfileSearch:
         if self.target_density is not None and min(self.spread) > 1:
             raise ValueError(f"the spread {list(self.spread)} cannot meet the target: start it at 1 or below")
         object.__setattr__(self, "call", default_call(self.model) | self.call)
-        for prompt in self.prompts:
-            check_clip(prompt, 0, self.call, model=self.model)
+        for prompt, (_, call) in product(self.prompts, self._calls()):
+            check_clip(prompt, 0, call, model=self.model)
         _check_steps(self.schedule, self.call)
         for file in (self.out, self.out.with_suffix(".png")):
             writable_file(file)
@@ -89,10 +93,9 @@ class ProfileSearch:
             stage: returns a progress callback for a named stage.
         """
         pipe, candidates = prepare(load_pipeline(self.model)), self._parse_candidates()
-        progress = stage("measuring")
-        generate_clips = lambda: _generate_clips(pipe, self.prompts, self.call, progress)
-        measurements = measure_candidates(pipe, generate_clips, candidates, self.schedule, self.block)
-        choice = self._choose(measurements)
+        by_length = [self._measure(pipe, candidates, call, stage(name)) for name, call in self._calls()]
+        measurements = Measurements.mean(by_length)
+        choice = self._choose(candidates, measurements.error, torch.stack([one.density for one in by_length]))
         by_letter, layers = assign_letters(candidates, choice)
         names = ("dense_steps", "dense_layers", "replan_interval", "density_ramp")
         schedule = {name: value for name in names if (value := getattr(self.schedule, name)) is not None}
@@ -103,7 +106,7 @@ class ProfileSearch:
             schedule=schedule,
             methods={letter: {"method": c.name, "settings": c.settings} for letter, c in by_letter.items()},
             layers=layers,
-            measured=self._results(candidates, measurements, choice) | conditions(),
+            measured=self._results(candidates, measurements, choice, by_length) | conditions(),
         )
         with atomic_write(self.out) as file:
             file.write_text(profile.dumps())
@@ -113,22 +116,40 @@ class ProfileSearch:
     def _parse_candidates(self) -> list[Candidate]:
         return parse_candidates(self.candidates, self.target_density or 0.25, self.spread)
 
-    def _choose(self, measurements: Measurements) -> torch.Tensor:
-        if self.target_density is not None and self.spread == ONE_DENSITY:
-            return choose_least_error(measurements.error)
-        return choose(measurements.error, measurements.density, self.target_density, self.max_error)
+    def _calls(self) -> list[tuple[str, dict]]:
+        """Return a name of the stage and the arguments of the pipeline for every length."""
+        calls = [(f"measuring {frames} frames", self.call | {"num_frames": frames}) for frames in self.lengths]
+        return calls or [("measuring", self.call)]
 
-    def _results(self, candidates: Sequence[Candidate], measurements: Measurements, choice: torch.Tensor) -> dict:
+    def _measure(self, pipe: Any, candidates: Sequence[Candidate], call: dict, progress: Progress) -> Measurements:
+        generate_clips = lambda: _generate_clips(pipe, self.prompts, call, progress)
+        return measure_candidates(pipe, generate_clips, candidates, self.schedule, self.block)
+
+    def _choose(self, candidates: Sequence[Candidate], error: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
+        """Return the candidate of every head, from the densities ``[lengths, candidates, L, H]``."""
+        if self.target_density is not None and have_one_density(candidates):
+            return choose_least_error(error)
+        return choose(error, density, self.target_density, self.max_error)
+
+    def _results(
+        self,
+        candidates: Sequence[Candidate],
+        measurements: Measurements,
+        choice: torch.Tensor,
+        by_length: Sequence[Measurements],
+    ) -> dict:
         """Return results and arguments of the search for the profile."""
         error, density, seconds = measurements.error, measurements.density, measurements.seconds
         return {
             "density": _round(select(density, choice).mean()),
+            "densities": [_round(select(one.density, choice).mean()) for one in by_length],
             "error": _round(select(error, choice).mean().sqrt()),
             "seconds_of_dense": _round(select(seconds, choice).sum() / seconds[0].sum()),
             "grids": sorted(measurements.grids),
             "steps": sorted(measurements.steps),
             "prompts": list(self.prompts),
             "call": self.call,
+            "lengths": list(self.lengths),
             "block": self.block,
             "search": {name: getattr(self, name) for name in ("target_density", "max_error", "spread")},
             "errors": [[_round(value) for value in layer] for layer in select(error, choice).sqrt()],
@@ -147,7 +168,8 @@ class ProfileSearch:
         """Write the heat map of the relative errors ``[L, H]`` next to the profile."""
         density = profile.measured["density"]
         title = f"{profile.model}: relative error of every head at mean density {density:.3f}"
-        legend = [f"{letter}  {c.name}, density {c.method.density or 1:.3g}" for letter, c in by_letter.items()]
+        suffix = lambda method: f", density {method.density:.3g}" if method.density else ""
+        legend = [f"{letter}  {c.name}{suffix(c.method)}" for letter, c in by_letter.items()]
         figure = plot_heat_map(error.clamp(max=1), title, profile.layers, legend)
         save_figure(self.out.with_suffix(".png"), figure)
 

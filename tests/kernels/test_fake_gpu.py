@@ -59,7 +59,7 @@ EXPECTED_KERNELS = {
     },
 }
 PATTERNS = tuple(name for name, one in TESTED_METHODS.items() if isinstance(one, Pattern))
-PLANNED_ON_CPU = (*PATTERNS, "random_blocks", "svg", "pooled", "rettention")
+PLANNED_ON_CPU = (*PATTERNS, "masformer", "random_blocks", "svg", "pooled", "rettention")
 ATTENTION_KERNELS = ("block_sparse_kernel", "block_ragged_kernel")
 
 

@@ -6,10 +6,14 @@ import pytest
 import torch
 from oracles import BLOCK, blocks_of
 
+from attention_cases import plan_of
 from dit_sparse import Grid, order
 from dit_sparse.methods.patterns.arrow import Arrow
+from dit_sparse.methods.patterns.masformer import MASFormer
+from dit_sparse.methods.patterns.moa import MoA
 from dit_sparse.methods.patterns.power import Power
 from dit_sparse.methods.patterns.svga import SVGA
+from dit_sparse.methods.patterns.window import Window
 
 GRIDS = [Grid(5, 7, 3, after=11), Grid(5, 7, 3, before=19), Grid(1, 23, 31), Grid(40, 2, 2)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: str(grid).replace(" ", ""))
@@ -142,3 +146,58 @@ def test_arrow(grid, band, plus, frames):
         )
 
     check_mask(keep, rule)
+
+
+# --- MASFormer
+
+
+@every_grid
+@pytest.mark.parametrize("layers", [1, 6, 24])
+@pytest.mark.parametrize("density", [0.15, 0.5, 0.8, 1.0])
+def test_masformer_meets_the_density_over_all_layers(grid, layers, density):
+    """The first layers are full, the others have one window, and the mean over the layers is the density."""
+    one = MASFormer(density=density)
+    plans = [plan_of(one, grid, BLOCK, layer=layer, layers=layers) for layer in range(layers)]
+    densities = [plan.density for plan in plans]
+    full = sum(plan.order is None for plan in plans)
+    least = one.least_density(grid, BLOCK)
+    assert full <= layers / 3 and full <= max(0.0, density * layers / 2 + 1e-6)
+    assert densities[:full] == [1.0] * full and len(set(densities[full:])) == 1
+    pair = (BLOCK / grid.tokens) ** 2
+    assert sum(densities) / layers == pytest.approx(max(density, least), abs=pair / 2 + 1e-9)
+    left = (density * layers - full) / (layers - full)
+    assert plans[-1].block_mask().equal(plan_of(Window(density=left), grid, BLOCK).block_mask())
+
+
+def test_masformer_has_full_layers_where_the_density_allows_them():
+    grid = Grid(16, 8, 8)
+    counts = [MASFormer(density=density).count_full(grid, BLOCK, 24) for density in (0.02, 0.1, 0.25, 0.5, 1.0)]
+    assert counts == [0, 1, 3, 6, 8] and MASFormer().count_full(grid, BLOCK, 24) == 8
+    note = MASFormer(density=0.25).density_note(grid, BLOCK, 0.1)
+    assert note == "layers with full attention are among those that stay dense"
+    assert MASFormer(density=0.25).density_note(grid, BLOCK, 0.251) is None
+
+
+# --- MoA
+
+
+@every_grid
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.25), (0.0, 1.0), (3.0, 0.0), (-1.0, 0.5)])
+@pytest.mark.parametrize("sink", [True, False])
+def test_moa(grid, alpha, beta, sink):
+    """Half of alpha + beta F frames on either side of a block, and the first frame."""
+    keep = MoA(alpha=alpha, beta=beta, sink=sink).keep(grid, BLOCK)
+    first_frame = {token // BLOCK for token in range(grid.before + grid.frame)}
+
+    def rule(i, j):
+        frames_apart = abs(i - j) * BLOCK / grid.frame
+        return 2 * frames_apart <= alpha + beta * grid.frames or (sink and j in first_frame)
+
+    check_mask(keep, rule)
+
+
+def test_spans_of_moa_are_linear_in_the_number_of_frames():
+    """One pair of settings at three lengths: blocks of one frame, spans of 3 + F / 4 frames."""
+    for frames in (8, 16, 32):
+        middle = MoA(alpha=3.0, beta=0.25, sink=False).keep(Grid(frames, 4, 4), 16)[frames // 2]
+        assert int(middle.sum()) == 2 * int((3 + frames / 4) / 2) + 1

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from dit_sparse import Profile
 from dit_sparse.cli.main import app
+from dit_sparse.profiling import candidates
 
 SMALL_VIDEO = ["--frames", "3", "--height", "32", "--width", "32", "--steps", "4"]
 
@@ -36,6 +37,21 @@ def test_compositions_can_be_candidates(tmp_path):
     assert Profile.load(out).measured["block"] == 16
 
 
+@pytest.mark.slow
+def test_one_profile_of_spans_serves_several_lengths(tmp_path, monkeypatch):
+    """The density is met at each measured length, and heads have different spans."""
+    monkeypatch.setattr(candidates, "MOA_ALPHAS", (0.5, 2.0))
+    out = tmp_path / "spans.json"
+    search = ["--candidates", "moa", "--target-density", "0.6", "--block", "16", "--lengths", "3,6", "--out", str(out)]
+    result = CliRunner().invoke(app, ["profile", "shapes-wan", "--prompts", "1", *search, *SMALL_VIDEO])
+    assert result.exit_code == 0, result.output
+    profile = Profile.load(out)
+    densities = profile.measured["densities"]
+    assert len(profile.measured["grids"]) == len(densities) == 2 and max(densities) <= 0.6001
+    assert max(densities) > 0.5 and len(profile.methods) > 1, "most of the density is spent"
+    assert all(entry.method.startswith(("moa", "dense")) for entry in profile.methods.values())
+
+
 @pytest.mark.parametrize(
     "command, words",
     [
@@ -60,6 +76,8 @@ def test_compositions_can_be_candidates(tmp_path):
         (["profile", "shapes-wan", "--spread", "wide"], "--spread must be numbers separated by commas"),
         (["profile", "shapes-wan", "--spread", "4"], "spread must be positive multiples of the density"),
         (["profile", "shapes-wan", "--spread", "-1,1"], "spread must be positive multiples of the density"),
+        (["profile", "shapes-wan", "--lengths", "9.5"], "num_frames must be in [1, 100000], got 9.5"),
+        (["profile", "shapes-wan", "--lengths", "long"], "--lengths must be numbers separated by commas"),
         (["profile", "shapes-wan", "--spread", "2"], "cannot meet the target"),
         (["profile", "shapes-wan", "--out", "profile.txt"], "must end in .json"),
         (["profile", "shapes-wan", "--dense-steps", "1.0"], "all 16 steps dense"),

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from dit_sparse import Grid, Plan, Schedule, Site, prepare
 from dit_sparse.kernels.executors import reference
 from dit_sparse.method import AttentionOutput
+from dit_sparse.methods.patterns.moa import MoA
 from dit_sparse.methods.patterns.radial import Radial
-from dit_sparse.profiling.candidates import Candidate, parse_candidates
+from dit_sparse.profiling.candidates import Candidate, have_one_density, parse_candidates
 from dit_sparse.profiling.choice import choose, choose_least_error, select
 from dit_sparse.profiling.probe import measure_candidates, measured_steps, squared_error
 from tiny_pipelines import ALL
@@ -57,6 +58,24 @@ def test_choice_at_one_density_has_the_least_error():
     assert (choice > 0).all() and select(error, choice).equal(error[1:].amin(0))
 
 
+@given(st.integers(0, 10_000), st.floats(0.2, 1.0))
+def test_choice_meets_the_density_at_every_length(seed, target):
+    """Densities of the candidates differ between two lengths."""
+    error, short = random_tables(seed)
+    long = torch.cat([short[:1], (short[1:] * 1.3 - 0.1).clamp(0.05, 1)])
+    density, mean = torch.stack([short, long]), lambda table, choice: float(select(table, choice).mean())
+    worst = lambda choice: max(mean(short, choice), mean(long, choice))
+    all_choices = [torch.tensor(numbers).view(2, 2) for numbers in itertools.product(range(4), repeat=4)]
+    allowed = [choice for choice in all_choices if worst(choice) <= target]
+    try:
+        choice = choose(error, density, target_density=target)
+    except ValueError:
+        assert target <= float(density.mean(0).amin(0).mean()) + 0.1, "the sparsest candidates exceed the target"
+        return
+    assert worst(choice) <= target + 1e-5
+    assert mean(error, choice) <= min(mean(error, c) for c in allowed) + 0.3, "off by about one head"
+
+
 def test_larger_error_allows_smaller_density():
     error, density = random_tables(3, 8, 8, 9)
     densities = [float(select(density, choose(error, density, max_error=e)).mean()) for e in (0.1, 0.3, 0.6)]
@@ -77,6 +96,17 @@ def test_candidates_at_several_densities():
     densities = lambda candidates: [c.method.density for c in candidates if c.name == "radial"]
     assert densities(candidates) == pytest.approx([0.08, 0.14, 0.2, 0.3, 0.5])
     assert densities(parse_candidates("radial", 0.2, (1.0,))) == [0.2]
+
+
+def test_spans_of_moa_have_no_density():
+    """Their densities follow from the length of the video; with them, heads may differ in density."""
+    candidates = parse_candidates("moa,radial", 0.25, (1.0,))
+    spans = [one.method for one in candidates if isinstance(one.method, MoA)]
+    assert len(spans) == len({(one.alpha, one.beta) for one in spans}) == 28
+    assert all(one.settings == {} for one in candidates if isinstance(one.method, MoA))
+    assert not have_one_density(candidates) and have_one_density(parse_candidates("vdit,radial", 0.25, (1.0,)))
+    assert not have_one_density(parse_candidates("radial", 0.25))
+    assert [c.method.density for c in parse_candidates("moa(alpha=2.0)", 0.25, (1.0,))] == [None, 0.25]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from ...method import Method
 from .arrow import Arrow
 from .dense import Dense
+from .masformer import MASFormer
+from .moa import MoA
 from .neighborhood import Neighborhood
 from .power import Power
 from .radial import Radial
@@ -23,6 +25,8 @@ PATTERNS: dict[str, type[Method]] = {
     "power": Power,
     "svga": SVGA,
     "arrow": Arrow,
+    "moa": MoA,
+    "masformer": MASFormer,
     "svg": SVG,
     "vdit": VDiT,
 }
