@@ -177,6 +177,42 @@ def tail(
     console.print(f"{len(rows)} rows: {escape(str(out))}")
 
 
+@bench.command(epilog="Example: dit-sparse bench planning --methods asa,svg2 --grid 16x32x32")
+def planning(
+    out: OutJson = Path("out/planning.json"),
+    methods: Annotated[str | None, typer.Option(help="Methods, separated by commas. Default: all.")] = None,
+    grid: Annotated[str, typer.Option(help="Token grid.")] = "16x32x32",
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(min=8, help="Head dimension.")] = 64,
+    density: Annotated[float, typer.Option("--density", "-d", min=0.01, max=1.0, help="Density of the plans.")] = 0.25,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Approximate duration of the benchmark.")] = 120.0,
+) -> None:
+    """Measure the planning time of methods, relative to a dense attention call."""
+    with one_sentence():
+        import torch
+
+        from dit_sparse import METHODS, Grid
+        from dit_sparse.eval.bench import planning as benchmark
+        from dit_sparse.output.environment import conditions
+        from dit_sparse.output.files import save_json, writable_file
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        problem = benchmark.Problem(Grid.parse(grid), heads, head_dim, density)
+        writable_file(out)
+        torch.set_num_threads(threads)
+        names = list(METHODS) if methods is None else method_list(methods)
+        rows = list(benchmark.measure(names, problem, seconds, device))
+        note = "planning time of a layer as a share of dense attention, medians over interleaved rounds"
+        save_json(out, problem.settings() | {"rows": rows, "note": note} | conditions(device))
+    table = make_table("method", "first step", "later step")
+    for row in rows:
+        cells = [row["why_not"]] if "why_not" in row else [f"{row[step]:.2%}" for step in ("first", "later")]
+        table.add_row(row["method"], *map(escape, cells))
+    console.print(table)
+    console.print(f"{len(rows)} rows: {escape(str(out))}", soft_wrap=True)
+
+
 def _check_known(kind: str, names: tuple, known: object) -> None:
     if unknown := next((name for name in names if name not in known), None):
         raise ValueError(f"there is no {kind} {unknown[:60]!r}; there are {', '.join(known)}")

@@ -107,10 +107,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a matplotlib figure in the format of the suffix, such as .png or .svg."""
+def save_figure(path: Path, figure: Figure, metadata: dict[str, str] | None = None) -> None:
+    """Write a matplotlib figure in the format of the suffix, such as .png or .svg, with metadata of this format."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary)
+        figure.savefig(temporary, metadata=metadata)
 
 
 def save_json(path: Path, value: dict) -> None:

@@ -59,7 +59,7 @@ def branches_table(shared: dict, separate: dict) -> str:
     columns = ("row", "PSNR (dB), shared plan", "PSNR (dB), plan per branch", "gain of sharing (dB)")
     columns += ("planning overhead, shared", "planning overhead, per branch")
     guidance = separate["call"]["guidance_scale"]
-    return f"{markdown(columns, rows)}\n\nGuidance {guidance:g}; {_compare_conditions(separate)}"
+    return f"{markdown(columns, rows)}\n\nGuidance {guidance:g}; {compare_conditions(separate)}"
 
 
 def compare_table(result: dict, density: float | None = None) -> str:
@@ -94,7 +94,7 @@ def compare_table(result: dict, density: float | None = None) -> str:
     ]
     columns = ("kind", "row", "density", "run density", "output error", "retained mass", "PSNR (dB)")
     columns += ("over random (dB)", "SSIM", "denoising speedup", "attention speedup", "planning overhead")
-    notes = (_compare_conditions(result), TIMING_NOTE, *completeness_notes(result))
+    notes = (compare_conditions(result), TIMING_NOTE, *completeness_notes(result))
     return f"{markdown(columns, cells)}\n\n{' '.join(filter(None, notes))}"
 
 
@@ -164,7 +164,7 @@ def _bounds(bounds: Sequence[float] | None) -> str:
     return "" if bounds is None else f" [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
 
-def _compare_conditions(result: dict) -> str:
+def compare_conditions(result: dict) -> str:
     schedule = result["schedule"]
     return (
         f"`{result['model']}`, {count_clips(result)}, {', '.join(result['grids'])} tokens, {result['steps']} steps, "

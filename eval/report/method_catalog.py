@@ -25,7 +25,8 @@ def method_rows(kinds: Sequence[str] = ()) -> list[dict]:
 
     Returns:
         For each method ``name``, ``kind``, ``file``, ``summary`` (one sentence), ``settings`` with their defaults,
-        ``needs`` (a list, see `needs`), ``paper`` (see `paper`) and ``source``, its address.
+        ``needs`` (see `needs`), ``planning`` (its cost), ``differences`` (from the authors), ``paper`` (see `paper`)
+        and ``source``, the address of the paper.
 
     Raises:
         ValueError: there is no such kind.
@@ -45,6 +46,8 @@ def _row(name: str, cls: type[Method]) -> dict:
         "summary": _first_sentence(doc),
         "settings": {f.name: _value(f.default) for f in fields(cls) if f.name != "density"},
         "needs": needs(cls),
+        "planning": _paragraph(r"^Planning: ", doc),
+        "differences": differences(doc),
         "paper": cited,
         "source": cited["url"],
     }
@@ -52,7 +55,7 @@ def _row(name: str, cls: type[Method]) -> dict:
 
 def needs(cls: type[Method]) -> list[str]:
     """Return what a method needs besides queries, keys and the grid: "values" and "log-sum-exp" of the attention call,
-    a "profile", "gate weights"."""
+    a "profile", "gate weights", without which a gate has the parameters of an untrained scorer."""
     names = {f.name for f in fields(cls)}
     has_defaults = all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(cls))
     one = cls() if has_defaults else cls
@@ -78,6 +81,13 @@ def paper(doc: str) -> dict:
     return {"title": None, "authors": None, "arxiv": None, "url": re.search(r"https://\S+[^\s.,]", doc)[0]}
 
 
+def differences(doc: str) -> list[str]:
+    """Return what a method does differently from its authors: the items of the list in a docstring, or one sentence."""
+    text = _paragraph(r"^Differs from the authors:?\s*", doc, joined=False)
+    items = re.split(r"^- ", text, flags=re.MULTILINE)
+    return [" ".join(item.split()) for item in items if item.strip()]
+
+
 def setting_texts(row: dict) -> list[str]:
     """Return the settings of a method as they are written in its text, such as ``sink=false``."""
     return [f"{key}={value if isinstance(value, str) else write(value)}" for key, value in row["settings"].items()]
@@ -100,6 +110,13 @@ def file_docstring(cls: type) -> str:
 
 def _value(default: object) -> object:
     return name_of(default) if isinstance(default, Method) else default
+
+
+def _paragraph(start: str, doc: str, joined: bool = True) -> str:
+    """Return the text after a start, up to the next empty line; "" without it."""
+    found = re.search(rf"{start}(.*?)(?=\n\n|\Z)", doc, re.MULTILINE | re.DOTALL)
+    text = found[1] if found else ""
+    return " ".join(text.split()) if joined else text
 
 
 def _first_sentence(text: str) -> str:

@@ -1,37 +1,23 @@
-"""Generate the tables of the README from the methods and the stored results.
+"""Generate the tables of README.md and docs/ from the methods and the stored results.
 
-``python -m dit_sparse.eval.report.readme`` rewrites README.md between ``<!-- table: name -->`` and ``<!-- end -->``.
+``python -m dit_sparse.eval.report.readme`` rewrites the pages between ``<!-- table: name -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
 
 import re
+from functools import partial
 
-from . import comparison_tables, model_tables
+from dit_sparse.methods import KINDS
+
+from . import comparison_tables, method_page, model_tables
 from . import tables as result_tables
-from .method_catalog import method_rows, setting_texts, short_source
-from .tables import ROOT, markdown
+from .tables import ROOT
 
-
-def method_table() -> str:
-    rows = method_rows()
-    return markdown(
-        ("method", "keeps", "settings", "paper"),
-        (
-            (
-                f"[`{row['name']}`](dit_sparse/{row['file']})",
-                row["summary"],
-                ", ".join(f"`{text}`" for text in setting_texts(row)) or "-",
-                f"[{short_source(row)}]({row['source']})",
-            )
-            for row in rows
-        ),
-    )
-
-
-PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md", "docs/models.md", "docs/routed.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md", "docs/methods.md", "docs/models.md", "docs/routed.md")
 TABLES = {
-    "methods": method_table,
+    "kinds": method_page.kind_table,
+    "conditions": method_page.method_conditions,
     "models": model_tables.summary,
     "families": model_tables.family_table,
     "features": model_tables.feature_table,
@@ -46,7 +32,7 @@ TABLES = {
     "transformers": result_tables.transformer_table,
     "tail": result_tables.tail_table,
     "scaling": result_tables.scaling_table,
-}
+} | {kind: partial(method_page.kind_section, kind) for kind in KINDS}
 
 
 def update_tables(text: str) -> str:

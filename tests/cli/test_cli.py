@@ -36,7 +36,7 @@ def test_every_command_has_help_with_an_example(command):
 
 @pytest.mark.parametrize(
     "command",
-    [("bench", name) for name in ("attention", "transformer", "scaling", "tail")]
+    [("bench", name) for name in ("attention", "transformer", "scaling", "tail", "planning")]
     + [("eval", name) for name in ("video", "export", "attention")],
     ids=" ".join,
 )

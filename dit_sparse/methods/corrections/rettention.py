@@ -12,6 +12,8 @@ The log-sum-exp between refreshes is L_M - log rho; log rho is stored, because r
 dropped keys lose weight as the noise decreases. The plan must not change between refreshes, so it is reused until the
 next one. Any method can make it.
 
+Planning: that of the inner method; a refresh computes a dense call.
+
 Differs from the authors:
 - R is stored for each head instead of after the output projection, which is equivalent.
 - rho is bounded by 1; their ramp has no bound.

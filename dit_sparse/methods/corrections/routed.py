@@ -19,6 +19,8 @@ A method of this project, described and measured in docs/routed.md. Its pooled t
 - Residual. R is the error of the plan in the last dense step, averaged over the branches of guidance, because guidance
   amplifies differences between them. Until the second plan the output is O + alpha^age R.
 
+Planning: N^2 D / 4 multiply-adds (all queries with means of 16 keys, every 8th query with all keys).
+
 Differs from the authors: pooled terms replace only tiles that are not computed, and nothing is trained. The rows and
 columns of text are computed exactly, and a row always keeps its best tile.
 """

@@ -6,6 +6,8 @@ to it. Keys are sorted by it, so that heavy keys share blocks and few blocks hol
 block. Queries are not sorted, so the output needs no permutation. Keys are sorted within segments of the sequence, so
 that they stay near their original position.
 
+Planning: 64 N D + N^2 D / 16 multiply-adds (64 probes, then every 16th query).
+
 Differs from the authors:
 - They use segments for causality; here segments preserve locality.
 - Probe queries are evenly spaced over the sequence, not its last block, and half as many. On the bundled model at

@@ -9,6 +9,8 @@ to the cells near it on its row and on its column: a plus. For video tokens i an
     global    i or j is text or belongs to the first ``frames`` frames
     plus      g = 0 along two axes, and g <= plus * X along the third one of length X
 
+Planning: (N / b)^2 comparisons of places, once per grid.
+
 Differs from the authors:
 - They use the arrow and the plus in different parts of the model; here one mask has both. The plus has a third axis,
   time. Gaps are those of the bounding boxes of row-major blocks.

@@ -2,6 +2,8 @@
 
 Source: scaled dot-product attention; A. Vaswani et al., "Attention Is All You Need", arXiv:1706.03762, eq. 1.
 
+Planning: none.
+
 Differs from the authors: no differences. The model's own attention call runs unchanged, so results are equal bit for
 bit.
 """

@@ -10,6 +10,8 @@ residue modulo d form a line of X' tokens, on which query a uses the window of t
 A pair of tokens is kept if all three axes keep it. s = 1 is neighborhood attention, s = w is blocked attention, and s
 equal to the tile along all axes is sliding tile attention (P. Zhang et al., arXiv:2502.04507), see `sliding_tile`.
 
+Planning: 3 (N / b)^2 comparisons of windows, once per grid.
+
 Differs from the authors:
 - Blocks are cut tile by tile, and a block pair is computed if any pair of its tokens is kept. The other pairs of such a
   block are computed, too; the authors mask them.

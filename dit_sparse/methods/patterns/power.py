@@ -8,6 +8,8 @@ arXiv:2503.03588, sec. 4. With the distance d of two blocks in a sequence, a blo
 A key at any distance is reached in as many layers as its distance has binary digits, so the receptive field doubles
 with every layer while a row keeps O(log N) blocks.
 
+Planning: (N / b)^2 comparisons of distances, once per grid.
+
 Differs from the authors:
 - Attention is bidirectional, so both signs of the distance are kept.
 - Distances are counted in frames, so that a query attends to its own place in the frames at distances 1, 2, 4, ...

@@ -12,6 +12,8 @@ per frame, P the power of two above s, d = |i - j|, g the bit length of d (0, 1,
     sink       every query keeps frame 0
     blocks     keep a block pair if more than 0.6 of its non-empty columns are kept in more than 1/3 of its rows
 
+Planning: (N / b)^2 comparisons of runs of tokens, once per grid.
+
 Differs from the authors:
 - They draw each pair of frames as an s x s mask and require s to be a multiple of 128. Here the same rule is evaluated
   in closed form for the runs of tokens that blocks cut from frames, so any s and any text before or after the video

@@ -2,6 +2,8 @@
 
 Source: the random part of M. Zaheer et al., "Big Bird: Transformers for Longer Sequences", arXiv:2007.14062, sec. 2.
 
+Planning: (N / b)^2 random numbers, once per grid.
+
 Differs from the authors: only random blocks, text and the diagonal are kept, without their window and global tokens.
 Every layer and head draws its own blocks.
 """

@@ -6,6 +6,8 @@ diagonal in frame-by-frame order. A temporal head attends to its own place in al
 place-by-place order. So both patterns are one band in two token orders. Online, each head takes the order in which the
 band keeps more attention of ``samples`` random queries.
 
+Planning: 64 N D multiply-adds (64 sampled queries).
+
 Differs from the authors:
 - The better pattern is the one that keeps more attention mass, not the one with the smaller output error, because plans
   are made from queries and keys alone.

@@ -7,6 +7,8 @@ arXiv:2307.00395, sec. 3.1 (sparse vision graph attention). Place (y, x) of a fe
 
 a fixed graph that needs no search for neighbours.
 
+Planning: (N / b)^2 comparisons of places, once per grid.
+
 Differs from the authors:
 - Their graph joins features by a max-relative graph convolution; here its edges are the pairs of attention.
 - The frame axis is a third line: (f + m K, y, x).

@@ -15,6 +15,8 @@ two constants, and writes a profile. The method in this file needs no search: at
 the band or the columns that keep most of the attention of ``samples`` random queries, and keeps this choice, because
 shapes hardly depend on the prompt.
 
+Planning: 128 N D multiply-adds (64 sampled queries, twice), once per generation.
+
 Differs from the authors: the choice is made online, by attention mass, without `skip` and `full`, and all heads have
 the same density. The columns are the blocks that receive most attention; the paper does not specify the authors'
 choice.

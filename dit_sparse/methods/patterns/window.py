@@ -7,6 +7,8 @@ With the bounding boxes of two blocks and their gap g along each axis of length 
 
     g <= radius * X        along all three axes.
 
+Planning: 3 (N / b)^2 comparisons of boxes, once per grid.
+
 Differs from the authors: the window is a fraction of each axis instead of a table of supported shapes, and blocks are
 cut along a Hilbert curve instead of fixed tiles, so that every grid works. Pairs are kept by the distance of their
 boxes, so a kept block pair may hold token pairs outside the window.

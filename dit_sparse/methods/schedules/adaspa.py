@@ -13,6 +13,8 @@ sparsity s, the n heads whose kept blocks hold the most mass get sparsity (1 + s
 
 The plan is reused between searches. The authors search at steps 10 and 30 of 50, with sparsity .8 and blocks of 64.
 
+Planning: N^2 D / 4 multiply-adds (every 4th query), at each search.
+
 Differs from the authors:
 - Their pseudo-code prints log for exp.
 - The recall of a head is relative to the mass of its own rows, because rows of a map made with an older L need not sum

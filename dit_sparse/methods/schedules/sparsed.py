@@ -6,6 +6,8 @@ of each block and the keys of each block, determines the mask of the whole gener
 of its best blocks. Selection is isolated: prompt and answer keep this fraction each, so that neither is dropped
 entirely.
 
+Planning: N^2 D / 4 multiply-adds (every 4th query), once per generation.
+
 Differs from the authors:
 - Text, the prompt here, is always kept, and so is the own block of every row.
 - With ``groups`` the video is cut into runs of frames that are isolated, too, which costs accuracy.

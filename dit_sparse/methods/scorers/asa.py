@@ -9,6 +9,8 @@ r in key block j, and m_r its largest score of all,
 
 Each row keeps the fewest blocks that make up 0.95 of its scores, within a minimum and a maximum number.
 
+Planning: N^2 D / 16 multiply-adds (every 4th query and key).
+
 Differs from the authors:
 - The positions are drawn once from a fixed seed, not each time, so that equal inputs give equal plans.
 - Their branch of pooled keys and values is left out: it counts selected blocks twice, which only their distilled models

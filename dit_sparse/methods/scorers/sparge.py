@@ -10,6 +10,8 @@ Rows and columns of blocks with a low self-similarity are always computed, in ad
 keys is subtracted first, which changes no softmax. Tokens are ordered along a Hilbert curve (sec. 3.7), which increases
 the self-similarity of blocks.
 
+Planning: N^2 D / 4096 multiply-adds (means of 64 tokens).
+
 Differs from the authors:
 - Only the first of their two filters. The second filter, which skips products inside a computed block, and their 8-bit
   products are parts of the kernel.

@@ -9,6 +9,8 @@ the tokens of a tile concatenated, those of the queries in reverse,
 is one product of N/S rows of length S D, 1/S of the work of q k^T. The softmax of its rows, summed over the tiles of a
 block, is the score of the block. Every row keeps the fewest blocks that reach the threshold.
 
+Planning: N^2 D / 8 multiply-adds (an antidiagonal of every tile of 8 x 8).
+
 Differs from the authors: sequences may have any length (tokens beyond the end are zeros, and tiles of such tokens alone
 are ignored); text and the diagonal are kept, as by every method here. S = 8 and a threshold of .9 are their settings
 for HunyuanVideo.
