@@ -20,7 +20,7 @@ from ..composition import nested_methods
 from ..method import Method
 
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "xformers", "numpy")
-DIGESTED = ("assets", "engine", "generation", "notation", "profiling")  # folders of this package
+DIGESTED = ("assets", "engine", "gating", "generation", "notation", "profiling")  # folders of this package
 MAPPED = ("kernels", "pipelines", "profiles")  # inside the package in a wheel, next to it in a checkout
 
 

@@ -24,7 +24,7 @@ from dit_sparse.plotting.masks import MaskPanel, plot_gallery
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "images" / "methods"
 DENSITY, SEED, LAYER, STEP, HEAD = 0.25, 0, 3, 4, 1  # of the pictures
 NOTE = (
-    f"{BUNDLED}, density {DENSITY:g}, layer {LAYER}, head {HEAD}, after {STEP} of {SMALL_CALL['num_inference_steps']} steps. "
+    f"{BUNDLED}, density {DENSITY:g}, layer {LAYER}, head {HEAD}, after {STEP} of 8 steps. "
     "Left: kept pairs, queries down and keys across, frame by frame; darker is a larger share. "
     "Right: keys of the orange query in its 8 frames."
 )

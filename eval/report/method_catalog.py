@@ -12,7 +12,8 @@ from dit_sparse.methods import KINDS, kind_of, name_of
 from dit_sparse.notation.syntax import write
 
 AUTHORS = r"((?:(?:[A-Z]\.[- ]?)+ ?[^\W\d_][\w'’-]+(?:, and |, | and )?)+(?: et al\.)?),?\s*$"
-TITLE_AND_NUMBER = r"\"([^\"]+)\",?\s+arXiv:(\d{4}\.\d{4,5})"
+NUMBER = r"arXiv:(\d{4}\.\d{4,5})"
+TITLE_AND_NUMBER = rf"\"([^\"]+)\"[^\"]{{0,40}}?{NUMBER}"
 NEEDS = {"needs_values": "values", "needs_lse": "log-sum-exp"}  # by attribute of the class
 NEEDED_FILES = {"weights": "gate weights", "profile": "profile"}  # by name of a setting
 
@@ -78,7 +79,9 @@ def paper(doc: str) -> dict:
             "arxiv": number,
             "url": f"https://arxiv.org/abs/{number}",
         }
-    return {"title": None, "authors": None, "arxiv": None, "url": re.search(r"https://\S+[^\s.,]", doc)[0]}
+    found = re.search(rf"(?:{NUMBER})|https://\S+[^\s.,]", doc)
+    url = f"https://arxiv.org/abs/{found[1]}" if found[1] else found[0]
+    return {"title": None, "authors": None, "arxiv": found[1], "url": url}
 
 
 def differences(doc: str) -> list[str]:

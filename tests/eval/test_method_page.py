@@ -46,6 +46,8 @@ def test_facts_of_a_docstring():
     }
     assert differences(DOC) == ["One thing.", "Another - thing."]
     assert differences("Differs from the authors: in\none thing.") == ["in one thing."]
+    assert paper('B. Theta, "Name" (N), arXiv:2501.12345')["title"] == "Name"
+    assert paper("Name, arXiv:2501.12345")["url"] == "https://arxiv.org/abs/2501.12345"
     assert paper("See https://a.org/b/c.")["url"] == "https://a.org/b/c"
 
 
