@@ -7,6 +7,8 @@ values which keys matter, whatever the query:
 
 and attends to the keys with the largest scores.
 
+Planning: N^2 D / 4096 multiply-adds (means of 64 tokens).
+
 Differs from the authors:
 - Blocks are scored, by the means of their queries, keys and values.
 - A is zero before the training, so that delta is constant. The untrained gate therefore also adds the log of the mean

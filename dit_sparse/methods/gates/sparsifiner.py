@@ -8,6 +8,8 @@ between queries and these, and the same basis projects it back to all keys:
 
 The largest entries of A~ are kept. The basis is learned with the model.
 
+Planning: 3 N D / 2 + 48 (N / b)^2 multiply-adds (48 points of the grid).
+
 Differs from the authors:
 - Rows and columns are means of blocks of queries and keys.
 - The basis is (1 + W) H with the hat functions H of 3 x 4 x 4 points of the grid, so that it fits every size of video.

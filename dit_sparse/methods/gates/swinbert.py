@@ -7,6 +7,8 @@ sec. 3.2. A mask sigmoid(E) over pairs of video tokens multiplies the attention 
 
 and binarised afterwards. For longer clips the mask is repeated, or interpolated between frames.
 
+Planning: 16 (N / b)^2 multiply-adds (interpolated tables).
+
 Differs from the authors:
 - E is interpolated from two small tables for each head: one of the offset between query and key, as fractions of
   frames, rows and columns, and one of the position of the key. So it fits every size of video.

@@ -8,6 +8,8 @@ attend locally. With F of L layers full and local layers of density d, a call co
 
 of the pairs; the paper's models have F = 8 of L = 24.
 
+Planning: (N / b)^2 comparisons of positions, once per grid.
+
 Differs from the authors:
 - Their models are trained with this pattern; here it is applied to a model trained with full attention.
 - Local attention is a 3-D window (`window`) instead of blocks of a text.

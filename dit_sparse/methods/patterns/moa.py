@@ -9,6 +9,8 @@ alpha and beta differ between heads. The authors measure the influence of every 
 lengths, and solve for the spans with the least loss whose mean density stays below a budget at each of these lengths.
 Here that search is ``dit-sparse profile MODEL --candidates moa --lengths 9,21``; the profile then serves other lengths.
 
+Planning: (N / b)^2 comparisons of positions, once per grid.
+
 Differs from the authors:
 - The length is counted in frames, so that alpha and beta keep their meaning at another resolution.
 - Spans are two-sided.

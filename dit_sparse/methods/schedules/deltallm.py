@@ -9,6 +9,8 @@ consecutive frames are a sequence in time. A key is skipped if its distance to t
 is below ``threshold``, because the anchor explains it; otherwise it is the next anchor. The first frame holds the first
 anchors, whose own delta is the distance to the mean key. Attention is exact in a local window around each query.
 
+Planning: 2 N D multiply-adds (distances of keys to their anchors).
+
 Differs from the authors:
 - Time runs over the frames of a video, not over the tokens of a text.
 - Blocks are skipped, not keys: those whose mean delta is at most the threshold. With a density, blocks are ranked by

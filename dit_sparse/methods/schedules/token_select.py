@@ -9,6 +9,8 @@ with large scores does not outvote the others:
 All heads attend to the keys with the highest scores. The selection is reused as long as the cosine similarity of the
 queries to those that it was made for stays above a threshold.
 
+Planning: N^2 D / 16 multiply-adds (every 16th query), when the queries have changed.
+
 Differs from the authors:
 - Each block of queries has a selection of key blocks, by the votes of a few of its queries; theirs is one of tokens,
   for the new token of a decoding step. The own block is kept and counts in the budget.

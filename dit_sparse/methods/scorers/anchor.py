@@ -8,6 +8,8 @@ maximum: the first keys and a local window. A key j (a "stripe") is kept if
 
 so that rows with a pronounced maximum keep few keys and flat rows keep many.
 
+Planning: N^2 D / 64 multiply-adds (mean queries of 64, all keys).
+
 Differs from the authors:
 - The region is bidirectional: the own frame and its two neighbours, the first frame, and text. In an image, its rows
   take the place of frames. The region consists of whole blocks.

@@ -14,6 +14,8 @@ chunks,
 
 are upsampled: pairs of tokens have the score of their chunks, and those with the highest scores are kept.
 
+Planning: N^2 D / 64 + 24 N D multiply-adds (at most 8 chunks in a block).
+
 Differs from the authors:
 - Blocks are kept, not tokens: a block has the best score of its pairs of tokens. Chunks also end where blocks end, so
   that blocks consist of whole chunks.

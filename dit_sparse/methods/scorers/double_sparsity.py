@@ -12,6 +12,8 @@ The n heaviest channels S of each head, found once, give the approximate scores
 which are as wide as full scores if all channels contribute equally: the scale 1 / sqrt(D), corrected by sqrt(D / n).
 The tokens with the highest scores are attended to.
 
+Planning: N^2 D / 256 multiply-adds (every 16th query, every 16th channel).
+
 Differs from the authors:
 - Blocks are kept, not tokens: those that receive the most approximate attention from a few queries of the row.
 - Without stored ``channels``, they are found at the first plan of a generation. Theirs are found offline, for which

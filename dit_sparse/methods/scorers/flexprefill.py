@@ -11,6 +11,8 @@ for all pairs (i, j), and the fewest best pairs of the whole head are kept whose
 rows, so that rows have different budgets. In the other heads the attention of the probe queries is averaged over each
 column and each diagonal; the fewest columns that reach gamma and the fewest diagonals that reach gamma are kept.
 
+Planning: 128 N D + N^2 D / 4096 multiply-adds (128 probe queries; means of 64 tokens).
+
 Differs from the authors:
 - There is no last block of a prompt to probe. ``queries_per_block`` queries of each of ``probe_blocks`` blocks, evenly
   spaced over the video, take its place; the distance is the mean over these blocks. Diagonals have offsets of both

@@ -10,6 +10,8 @@ it (QR decomposition), the score of key n is
 
 where attention and norm are relative to their means, and the second factor is 1 for keys of the current frame.
 
+Planning: 32 F N D multiply-adds for F frames (16 queries and 16 basis vectors of each).
+
 Differs from the authors:
 - There is no last frame: every frame in turn is the current one, for the rows of its queries. A key block has the mean
   score of its tokens, and a query block the mean of the scores for its frames.

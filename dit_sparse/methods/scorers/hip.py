@@ -6,6 +6,8 @@ keep. Every cell is split in two, a representative key of each half is scored by
 of the block, and the better half of the cells is kept, until a cell is a block. A row costs k log(N / k) keys instead
 of N.
 
+Planning: N^2 D r log2(1 / r) / 128 multiply-adds at density r (every 4th query).
+
 Differs from the authors:
 - Tokens are ordered along a Hilbert curve, on which the cells of the tree are compact boxes of the video: an octree.
 - A cell is represented by the mean of its keys, not by one of them, because cells end at blocks of 64 or 128 keys,

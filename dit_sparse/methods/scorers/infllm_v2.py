@@ -10,6 +10,8 @@ is
 so that it does not depend on where blocks begin. All heads of the group keep the same blocks: the first block, the
 local window of 2048 tokens and the best others, 64 and 32 blocks of 64 tokens. Sequences below 8192 tokens stay dense.
 
+Planning: N^2 D / 102 multiply-adds (every 8th query; means at every 16th and every 64th key).
+
 Differs from the authors:
 - Blocks of queries select, not single queries: probabilities are averaged over ``queries_per_block`` queries.
 - Diffusion models have no groups of query heads, so by default every head selects for itself (``head_group``).

@@ -9,6 +9,8 @@ of a block:
 All heads of the group rank the blocks by it, but each has a budget of its own: with the attention of probe queries,
 summed over blocks, the smallest fraction of the blocks that holds the part ``mass`` of it.
 
+Planning: N^2 D / 32 + 64 N D multiply-adds (every 4th query and key, one of two heads; 64 probes).
+
 Differs from the authors:
 - Heads with similar attention form a group, found from the probe queries: the most different heads are seeds, and every
   other head joins the most similar seed. Theirs are neighbours, but heads of video models differ more than those of

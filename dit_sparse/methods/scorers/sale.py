@@ -10,6 +10,8 @@ after their means are subtracted. A block is kept if it holds a query r and a ke
 The threshold tau is calibrated for each head: from 0.008 it is halved until the output error of the kept blocks is
 below a limit. A head that needs less than 1e-4 stays dense.
 
+Planning: N^2 D / 16 multiply-adds (every 16th query, all keys).
+
 Differs from the authors:
 - The local window is the own block and its two neighbours; the sink is the text and the first 32 tokens of the video.
   They enter L; of them, text and the own block are always kept.

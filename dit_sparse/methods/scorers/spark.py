@@ -8,6 +8,8 @@ those above
 
 where Phi is the standard normal distribution. They keep k = 256 keys for each query and half of the channels.
 
+Planning: N^2 D / 128 + N D^2 / 4 multiply-adds (mean queries of 64, half of the channels; their covariance).
+
 Differs from the authors:
 - Inference only: the first channels are those of a model that was not trained to predict with them. In video models
   they hold the part of RoPE that encodes frames.
