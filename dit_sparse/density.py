@@ -2,8 +2,9 @@
 
 One rule holds for all methods. Some pairs are computed at every density: the rows and columns of text, and required
 blocks such as the diagonal. They count in the density. The remaining pairs are divided equally among the rows of the
-video; a row whose required groups exceed its part keeps only these. A plan therefore meets the density to within half a
-pair of blocks, unless the required pairs exceed it.
+video; a row whose required groups exceed its part keeps only these. Methods whose papers set one threshold for a head
+divide them among the rows by it (`VideoBlocks.keep_by_head`). A plan therefore meets the density to within half a pair
+of blocks, unless the required pairs exceed it.
 """
 
 from __future__ import annotations

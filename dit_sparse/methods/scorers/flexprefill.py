@@ -17,9 +17,11 @@ Differs from the authors:
 - There is no last block of a prompt to probe. ``queries_per_block`` queries of each of ``probe_blocks`` blocks, evenly
   spaced over the video, take its place; the distance is the mean over these blocks. Diagonals have offsets of both
   signs, and each is averaged over the probe blocks that see it.
-- Columns and diagonals are lines of blocks, which is what a plan computes, not of tokens.
-- With a density, query-aware heads keep their best pairs, and the other heads use the gamma, the same for both kinds
-  of lines, at which the kept pairs meet it. Every head gets the same number of pairs.
+- Columns and diagonals are lines of blocks, which is what a plan computes, not of tokens. The attention of a probe
+  block to itself belongs to its diagonal only.
+- With a density, every head gets the same number of pairs. Query-aware heads keep their best pairs, the other heads the
+  lines of both kinds with the most attention, because a common gamma keeps too many columns where attention is
+  diagonal: on the bundled model at density 0.25 the error of the output is 0.22 instead of 0.15.
 - The own block of every row is kept in place of their minimum of 1024 tokens.
 """
 
@@ -84,14 +86,15 @@ class FlexPrefill(Method):
             query_aware: which heads rank pairs, ``[B, H]``.
             probes: numbers of the probe blocks, ``[P]``.
         """
-        level, query_aware = line_level(true, probes), query_aware[..., None, None]
+        lines, query_aware = line_attention(true, probes), query_aware[..., None, None]
         if self.density is not None:
-            scores = torch.where(query_aware, logits, -level)
+            scores = torch.where(query_aware, logits, torch.maximum(*to_pairs(*lines)))
             return blocks.keep_by_head(scores, blocks.pairs(self.density))
         target = self.gamma * logits.shape[-1] if self.gamma < 1 else math.inf
         pairs = logits.masked_fill(blocks.own, torch.inf).flatten(2)[:, :, None]
         keep = select_top(pairs, target, logits.exp().flatten(2)[:, :, None]).view(logits.shape)
-        return torch.where(query_aware, keep, (level < self.gamma) | (self.gamma == 1) | blocks.own)
+        before = torch.minimum(*to_pairs(*map(mass_before, lines)))
+        return torch.where(query_aware, keep, (before < self.gamma) | (self.gamma == 1) | blocks.own)
 
 
 def probe_attention(q: Tensor, k: Tensor, blocks: VideoBlocks, probes: Tensor, queries: int) -> Tensor:
@@ -117,23 +120,28 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     return (entropy((first + second) / 2) - (entropy(first) + entropy(second)) / 2).clamp(min=0).sqrt()
 
 
-def line_level(true: Tensor, probes: Tensor) -> Tensor:
-    """Return for every pair the smallest gamma that keeps its column or its diagonal, ``[B, H, V, V]``, from the
-    attention ``[B, H, P, V]`` of the probe blocks."""
+def line_attention(true: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean attention of the probe blocks ``true [B, H, P, V]`` on the blocks of every column ``[B, H, V]``
+    and of every diagonal ``[B, H, 2 V - 1]``, from the lowest offset to the highest."""
     columns = true.shape[-1]
     diagonals, seen = true.new_zeros(*true.shape[:2], 2 * columns - 1), torch.zeros(2 * columns - 1)
     for row, probe in enumerate(probes.tolist()):
         offsets = slice(columns - 1 - probe, 2 * columns - 1 - probe)
         diagonals[..., offsets] += true[:, :, row]
         seen[offsets] += 1
-    vertical, slash = mass_before(true.mean(2)), mass_before(diagonals / seen.to(true.device))
-    position = torch.arange(columns, device=true.device)
-    return torch.minimum(vertical[..., None, :], slash[..., position - position[:, None] + columns - 1])
+    other = (probes[:, None] != torch.arange(columns)).to(true.device, true.dtype)
+    return (true * other).sum(2) / other.sum(0).clamp(min=1), diagonals / seen.to(true.device)
+
+
+def to_pairs(columns: Tensor, diagonals: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values of columns and of diagonals for all pairs of blocks, ``[B, H, 1, V]`` and ``[B, H, V, V]``."""
+    position = torch.arange(columns.shape[-1], device=columns.device)
+    return columns[..., None, :], diagonals[..., position - position[:, None] + len(position) - 1]
 
 
 def mass_before(mass: Tensor) -> Tensor:
     """Return the share of the greater entries of ``mass [..., V]`` at every entry, ``[..., V]``."""
     mass = mass.double()
     ordered, index = mass.sort(dim=-1, descending=True, stable=True)
-    before = (ordered.cumsum(-1) - ordered) / ordered.sum(-1, keepdim=True)
+    before = (ordered.cumsum(-1) - ordered) / ordered.sum(-1, keepdim=True).clamp(min=1e-30)
     return torch.zeros_like(before).scatter_(-1, index, before)
