@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .grid import Blocks, Grid
-from .kernels.planning.selection import select_top
+from .kernels.planning.selection import CountSelector, select_top
 from .plan import num_blocks
 
 FEW_ROWS = 16  # with fewer rows, one smaller group changes the density by more than 0.01
@@ -144,6 +144,8 @@ def keep_pairs(
     if not isinstance(pairs, Tensor):
         pairs = torch.full((), pairs, dtype=torch.float64, device=scores.device)
 
+    selector = CountSelector(scores) if equal else None
+
     def choose(pairs: Tensor, phase: float = 0.5) -> Tensor:
         tokens = (_level(forced_tokens, row_sizes.double(), pairs)[..., None] - forced_tokens).clamp(min=0)
         if not equal:
@@ -151,7 +153,7 @@ def keep_pairs(
         groups = (tokens / other_tokens).clamp(max=1) * (scores.shape[-1] - forced_groups)
         so_far = (groups.cumsum(-1) + phase).floor()
         groups = so_far.diff(dim=-1, prepend=torch.zeros_like(so_far[..., :1]))
-        return select_top(scores, (forced_groups + groups)[..., None])
+        return selector.keep((forced_groups + groups)[..., None])
 
     keep = choose(pairs)
     if not ragged:

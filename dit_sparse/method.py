@@ -70,6 +70,8 @@ class Method:
         needs_lse: whether :meth:`correct` reads the log-sum-exp, which not all executors return.
         observes_dense: whether :meth:`observe_dense` is called in the last dense step, which costs one more plan and
             one sparse call for each layer and branch, once.
+        reuses_outputs: whether the output depends on outputs of earlier steps, so that single calls do not show its
+            error.
         density_ramp: how the density changes over the sparse steps, as in `Schedule`; used if the schedule has no ramp.
     """
 
@@ -83,6 +85,7 @@ class Method:
     needs_values: ClassVar[bool] = False
     needs_lse: ClassVar[bool] = False
     observes_dense: ClassVar[bool] = False
+    reuses_outputs: ClassVar[bool] = False
     density_ramp: ClassVar[tuple[float, float] | None] = None
     density: float | None = within("(0, 1]", None)
 

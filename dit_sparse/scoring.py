@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .grid import Grid
+from .grid import Grid, Site
 from .plan import num_blocks
 
-SCORES_PER_CHUNK = 1 << 23
+SCORES_PER_CHUNK = 1 << 22
 
 
 def split_blocks(x: Tensor, block: int) -> Tensor:
     """Return ``x [B, H, N, D]`` as blocks ``[B, H, Qb, block, D]`` in float32, padded with zeros."""
-    return F.pad(x.float(), (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+    missing = -x.shape[2] % block
+    x = F.pad(x.float(), (0, 0, 0, missing)) if missing else x.float()  # a padding of 0 tokens would be a copy
+    return x.unflatten(2, (-1, block))
 
 
 def without_padding(x: Tensor, lengths: Tensor) -> Tensor:
@@ -27,9 +29,9 @@ def without_padding(x: Tensor, lengths: Tensor) -> Tensor:
 
 def pool(x: Tensor, block: int) -> Tensor:
     """Return the mean of every block, ``[B, H, N, D] -> [B, H, Qb, D]``, in float32."""
-    tokens = x.shape[2]
-    sizes = (tokens - torch.arange(num_blocks(tokens, block), device=x.device) * block).clamp(max=block)
-    return split_blocks(x, block).sum(3) / sizes[:, None]
+    rest = x.shape[2] % block
+    whole = x[:, :, : x.shape[2] - rest].unflatten(2, (-1, block)).sum(3, dtype=torch.float32) / block
+    return torch.cat([whole, x[:, :, -rest:].mean(2, True, dtype=torch.float32)], 2) if rest else whole
 
 
 def sample_positions(tokens: int, block: int, count: int) -> Tensor:
@@ -68,12 +70,40 @@ def score_in_chunks(score: Callable[[slice], Tensor], blocks: int, per_block: in
     return torch.cat([score(slice(first, min(first + step, blocks))) for first in range(0, blocks, step)], 2)
 
 
-def sampled_attention(q: Tensor, k: Tensor, grid: Grid, samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the numbers of random video queries ``[S]`` and their attention weights, float32 ``[B, H, S, N]``."""
+def sampled_attention(
+    q: Tensor, k: Tensor, grid: Grid, samples: int, seed: int, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the numbers of random video queries ``[S]`` and their attention weights, float32 ``[B, H, S, N]``; keys
+    that are ``hidden``, bool ``[B|1, H|1, N]``, get none."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(grid.before, grid.before + grid.video, (samples,), generator=generator).to(q.device)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1).float()
-    return rows, (q[:, :, rows].float() @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    logits = q[:, :, rows].float() @ k.mT * q.shape[-1] ** -0.5
+    if hidden is None:
+        return rows, logits.softmax(-1)
+    return rows, logits.masked_fill(hidden[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def attention_received(
+    q: Tensor, k: Tensor, site: Site, samples: int, seed: int, hidden: Tensor | None = None
+) -> Tensor:
+    """Return the attention that each key block receives from random video queries, float32 ``[B, H, Qb]``.
+
+    Args:
+        samples, seed: number of queries, and the seed that draws them.
+        hidden: key blocks that the queries do not see, bool ``[B|1, H|1, Qb]``.
+    """
+    if hidden is not None:
+        hidden = hidden.repeat_interleave(site.block, -1)[..., : q.shape[2]]
+    _, weights = sampled_attention(q, k, site.grid, samples, seed, hidden)
+    weights = F.pad(weights.sum(2), (0, -weights.shape[-1] % site.block))
+    return weights.unflatten(-1, (-1, site.block)).sum(-1)
+
+
+def check_queries_per_block(queries: int | None, block: int) -> None:
+    """Raise ValueError if a sample of that many queries, None: all, is not evenly spaced in every block."""
+    if block % min(queries or 1, block):
+        raise ValueError(f"queries_per_block must divide the block of {block}, got {queries}")
 
 
 class QueryDrift:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ..composition import PerHead, nested_methods
 from ..method import Method
 from ..methods import method, name_of
-from ..methods.corrections.rettention import Rettention
 from ..methods.patterns.dense import Dense
 from ..methods.patterns.moa import MoA
 from ..notation.syntax import split_list
@@ -87,7 +86,7 @@ def have_one_density(candidates: Sequence[Candidate]) -> bool:
 def _check(name: str) -> None:
     """Raise ValueError if a method cannot be a candidate."""
     candidate = method(name)
-    if any(isinstance(part, Rettention | PerHead) for part in nested_methods(candidate)):
+    if any(part.reuses_outputs or isinstance(part, PerHead) for part in nested_methods(candidate)):
         raise ValueError(f"{name} cannot be a candidate: single calls do not show its error")
     if candidate.makes_cluster_plans:
         raise ValueError(f"{name} cannot be a candidate: clusters cannot share a launch with blocks")

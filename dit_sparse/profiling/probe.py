@@ -19,7 +19,7 @@ from ..engine.plans import Plans
 from ..grid import Site
 from ..kernels.calibration import CallSignature, cost_model
 from ..kernels.pick import pick
-from ..method import AttentionOutput, Method
+from ..method import AttentionOutput, Method, shared_memory
 from ..plan import Plan
 from ..schedule import Schedule
 from .candidates import Candidate
@@ -94,12 +94,13 @@ def measured_steps(schedule: Schedule, steps: int | None, count: int) -> list[in
 
 
 def candidate_plans(methods: Sequence[Method], memory: dict, schedule: Schedule) -> list[Plans]:
-    """Return the plan cache of each method, stored in the memory of the method that probes them.
+    """Return the plan cache of each method, stored in the memory that all layers of the probing method share.
 
     Plans stay on the CPU between calls, because those of all methods and layers exceed the memory of a GPU.
     """
     every_step = replace(schedule, replan_interval=1)
-    return [memory.setdefault(i, Plans(m, every_step, offload=True)) for i, m in enumerate(methods)]
+    shared = shared_memory(memory)
+    return [shared.setdefault(i, Plans(m, every_step, offload=True)) for i, m in enumerate(methods)]
 
 
 def squared_error(

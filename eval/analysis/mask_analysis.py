@@ -22,7 +22,6 @@ from dit_sparse.composition import nested_methods
 from dit_sparse.generation.checks import check_clip
 from dit_sparse.generation.generate import Progress, default_call, generate, load_pipeline
 from dit_sparse.methods import method, name_of
-from dit_sparse.methods.corrections.rettention import Rettention
 from dit_sparse.output.environment import conditions
 from dit_sparse.plotting.plots import plot_heat_map
 from dit_sparse.profiling.probe import measured_steps
@@ -132,7 +131,7 @@ def methods_by_name(methods: Sequence[str | Method], density: float | None) -> d
         else:
             one = name_or_method if density is None else replace(name_or_method, density=density)
         name = name_of(one)
-        if any(isinstance(part, Rettention | PerHead) for part in nested_methods(one)):
+        if any(part.reuses_outputs or isinstance(part, PerHead) for part in nested_methods(one)):
             raise ValueError(f"{name} cannot be measured on single calls: it depends on earlier calls or on its layer")
         if name in by_name:
             raise ValueError(f"{name} is given twice: rows are identified by the method's name")

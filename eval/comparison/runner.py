@@ -19,7 +19,6 @@ from dit_sparse.eval.analysis import retained_mass
 from dit_sparse.eval.bench.timing import first_line
 from dit_sparse.gating.gate import gate_weights_digests
 from dit_sparse.generation.generate import Progress, generate, load_pipeline
-from dit_sparse.methods.corrections.rettention import Rettention
 from dit_sparse.methods.patterns.dense import Dense
 from dit_sparse.output.environment import commit, device_name, method_digest, source_digest, versions, weights_digest
 from dit_sparse.profiling import probe
@@ -285,4 +284,4 @@ def _default_steps(pipe: Any) -> int:
 
 
 def _is_measurable_on_single_calls(method: Method) -> bool:
-    return not any(isinstance(part, Dense | Rettention) for part in nested_methods(method))
+    return not any(part.reuses_outputs or isinstance(part, Dense) for part in nested_methods(method))

@@ -33,11 +33,26 @@ def select_top(
         top = scores.topk(min(target, scores.shape[-1]), dim=-1, sorted=False).indices
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True) | scores.isposinf()
     if weights is None and isinstance(target, Tensor) and not to_nearest and scores.device.type == "cpu":
-        most = int(target.max().ceil().clamp(0, scores.shape[-1]))
-        top = scores.topk(most, dim=-1).indices
-        keep = (torch.arange(most) < target).expand(top.shape)
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, keep) | scores.isposinf()
+        return CountSelector(scores).keep(target)
     return select_top_by_sort(scores, target, weights, to_nearest)
+
+
+class CountSelector:
+    """`select_top` of the same scores for several numbers of scores, ``[B|1, H|1, Q|1, 1]``; ranks once on a CPU."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self._scores, self._top = scores, None
+
+    def keep(self, target: Tensor) -> Tensor:
+        """Return the mask of the highest scores of each row."""
+        scores = self._scores
+        if scores.device.type != "cpu":
+            return select_top(scores, target)
+        most = int(target.max().ceil().clamp(0, scores.shape[-1]))
+        if self._top is None or self._top.shape[-1] < most:
+            self._top = scores.topk(min(most + 2, scores.shape[-1]), dim=-1).indices  # later targets differ little
+        keep = (torch.arange(self._top.shape[-1]) < target).expand(self._top.shape)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, self._top, keep) | scores.isposinf()
 
 
 def select_top_by_sort(

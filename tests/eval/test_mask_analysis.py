@@ -125,7 +125,7 @@ def test_the_last_selected_pair_counts_fractionally():
     assert best(11.0, [False, False, True]) == pytest.approx(0.2 + 0.15)
 
 
-SINGLE_CALL_METHODS = [name for name in METHODS if name != "rettention"] + ["radial|sink", "pooled(svg)"]
+SINGLE_CALL_METHODS = [name for name, cls in METHODS.items() if not cls.reuses_outputs] + ["radial|sink", "pooled(svg)"]
 
 
 @pytest.mark.parametrize("name", SINGLE_CALL_METHODS)

@@ -23,6 +23,7 @@ from dit_sparse.methods.corrections.routed import Routed
 from dit_sparse.methods.corrections.sol import Sol
 from dit_sparse.methods.layouts.svg2 import SVG2
 from dit_sparse.methods.patterns.vdit import Skip
+from dit_sparse.methods.schedules.seqboat import SeqBoat
 from dit_sparse.pattern import Union
 from random_cases import Case
 
@@ -198,14 +199,14 @@ def required_density(plan: AnyPlan, text: Tensor, method: Method, grid: ds.Grid)
 
 def check_correction(result: AttentionOutput, out: Tensor, lse: Tensor | None, method: Method) -> None:
     """Check the corrected output of a first call against the formula of the correction in float64."""
-    corrections = [part for part in nested_methods(method) if isinstance(part, Rettention | Sol | Skip)]
+    corrections = [part for part in nested_methods(method) if isinstance(part, Rettention | SeqBoat | Sol | Skip)]
     if holds(method, PerHead):
         return
     if not corrections:
         expected = result.out, result.lse
     elif isinstance(corrections[0], Skip):
         expected = torch.zeros_like(result.out), result.lse
-    elif isinstance(corrections[0], Rettention):  # computes the dense output at the first call
+    elif isinstance(corrections[0], Rettention | SeqBoat):  # computes the dense output at the first call
         expected = naive_attention(result, valid_tokens(result)[:, :, None])
     else:
         expected = naive_tail(result)

@@ -30,6 +30,9 @@ SETTINGS: dict[str, dict[str, tuple]] = {
     },
     "adaspa": {"head_adaptive": (True, False), "search_interval": (1, 0.4), "queries_per_block": (None, 1, 4)},
     "sparsed": {"groups": (1, 5), "queries_per_block": (None, 1, 4)},
+    "tidal": {"selection_interval": (1, 0.4), "average_heads": (True, False), "queries_per_block": (None, 1, 4)},
+    "spatten": {"slope": (0.0, 1.0), "share_heads": (True, False), "skipped_heads": (0.0, 0.5), **SAMPLED},
+    "seqboat": {},
     "asa": {"samples": (1, 4, 64), "seed": (0, 7), **BUDGETED},
     "dhsa": {"window": (1, 4), "threshold": (1.0, 1.5), "spacing": (1, 8, 99), **BUDGETED},
     "double_sparsity": {
@@ -76,7 +79,7 @@ SETTINGS: dict[str, dict[str, tuple]] = {
 }  # fmt: skip
 SAME_ORDER = (("radial", "sink", "svg.spatial"), ("sink", "radial"), ("window", "window"), ("svg.temporal",) * 2)
 MAKES_CLUSTERS = ("svg2", "pbs", "routed")
-CHANGES_OUTPUT = ("sol", "vdit.skip")
+CHANGES_OUTPUT = ("sol", "vdit.skip", "seqboat", "spatten")
 
 DTYPES = (*[torch.float32] * 4, *[torch.bfloat16] * 2, torch.float16, torch.float64)
 CONTENTS = ("drift", "drift", "normal", "peaked", "offset", "equal", "zero", "outlier")

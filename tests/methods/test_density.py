@@ -48,7 +48,7 @@ def least_density(one: Method, grid: Grid, block: int, plan: ClusterPlan) -> flo
 @pytest.mark.parametrize("name", NAMES)
 def test_all_methods_meet_the_density_or_name_the_exception(name, grid, block):
     if make(name).density_exception:
-        assert name in ("dense", "rettention")  # computes every pair; adds dense calls
+        assert name in ("dense", "rettention", "seqboat")  # computes every pair; adds dense calls; whole rows
         return
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
     achieved = []

@@ -57,6 +57,7 @@ class Rettention(Correction):
 
     static = False
     manages_own_plans = True
+    reuses_outputs = True
     inner: Method = DEFAULT_INNER
     refresh_interval: int = within("[1, 10000]", 5)
     ramp: float = within("[0, 1]", 0.04)

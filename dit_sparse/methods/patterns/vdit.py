@@ -28,14 +28,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...grid import Site
 from ...method import AttentionOutput, Method, Scorer
 from ...notation.settings import within
 from ...plan import Plan
-from ...scoring import sampled_attention
+from ...scoring import attention_received, sampled_attention
 from .svg import Band, Temporal
 
 
@@ -52,9 +51,7 @@ class Vertical(Scorer):
     seed: int = within("[0, 4294967296)", 0)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
-        _, weights = sampled_attention(q, k, site.grid, self.samples, self.seed)
-        weights = F.pad(weights.sum(2), (0, -weights.shape[-1] % site.block))
-        columns = weights.unflatten(-1, (-1, site.block)).sum(-1).log()
+        columns = attention_received(q, k, site, self.samples, self.seed).log()
         return columns[:, :, None].expand(-1, -1, columns.shape[-1], -1)
 
 

@@ -4,7 +4,10 @@ from ...method import Method
 from .adaspa import AdaSpa
 from .deltallm import DeltaLLM
 from .nosa import NOSA
+from .seqboat import SeqBoat
 from .sparsed import SparseD
+from .spatten import SpAtten
+from .tidal import Tidal
 from .token_select import TokenSelect
 
 SCHEDULES: dict[str, type[Method]] = {
@@ -13,4 +16,7 @@ SCHEDULES: dict[str, type[Method]] = {
     "nosa": NOSA,
     "sparsed": SparseD,
     "token_select": TokenSelect,
+    "tidal": Tidal,
+    "spatten": SpAtten,
+    "seqboat": SeqBoat,
 }

@@ -39,6 +39,7 @@ from ...kernels.planning.block_mass import block_mass, block_mass_and_lse
 from ...method import Method
 from ...notation.settings import POWER_OF_TWO, within
 from ...plan import Plan
+from ...scoring import check_queries_per_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,7 @@ class AdaSpa(Method):
     queries_per_block: int | None = within(POWER_OF_TWO, 16)
 
     def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
-        if site.block % min(self.queries_per_block or 1, site.block):
-            raise ValueError(f"queries_per_block must divide the block of {site.block}, got {self.queries_per_block}")
+        check_queries_per_block(self.queries_per_block, site.block)
         return 0
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan:

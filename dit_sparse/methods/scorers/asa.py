@@ -58,11 +58,13 @@ class ASA(Scorer):
         blocks, samples = num_blocks(tokens, site.block), min(self.samples, site.block)
         within = torch.randperm(site.block, generator=torch.Generator().manual_seed(self.seed))[:samples]
         positions = (torch.arange(blocks)[:, None] * site.block + within).clamp(max=tokens - 1).flatten().to(q.device)
-        queries, keys = (x[:, :, positions].float().unflatten(2, (blocks, samples)) for x in (q, k))
+        queries = q[:, :, positions].float().unflatten(2, (blocks, samples)) * dim**-0.5
+        # Positions in a block come before blocks, because a maximum over a short last dimension is slow.
+        keys = k[:, :, positions.view(blocks, samples).T.flatten()].float()
 
         def score_rows(rows: slice) -> Tensor:
-            logits = queries[:, :, rows].flatten(2, 3) @ keys.flatten(2, 3).mT * dim**-0.5
-            best = logits.unflatten(-1, (blocks, samples)).amax(-1)
+            logits = queries[:, :, rows].flatten(2, 3) @ keys.mT
+            best = logits.unflatten(-1, (samples, blocks)).amax(-2)
             relative = best - best.amax(-1, keepdim=True)
             return relative.unflatten(2, (-1, samples)).amax(3)
 

@@ -58,6 +58,8 @@ class Sparge(Scorer):
 
     def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
         scores = pool(q, site.block) @ pool(k, site.block).mT * q.shape[-1] ** -0.5
+        if not self.similarity_threshold:
+            return scores
         k = k - k.mean(2, keepdim=True)
         rows, columns = (self_similarity(x, site.block) < self.similarity_threshold for x in (q, k))
         return scores.masked_fill(rows[..., None] | columns[..., None, :], torch.inf)

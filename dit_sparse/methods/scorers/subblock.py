@@ -42,16 +42,25 @@ class SubBlock(Scorer):
         if site.block % n:
             raise ValueError(f"subblocks must divide the block of {site.block}, got {n}")
         size = site.block // n
-        means = [pool(x, size) for x in (q, k)]
-        missing = -means[0].shape[2] % n
-        queries, keys = (F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, n)) for x in means)
-        blocks = keys.shape[2]
+        # Positions in a block come before blocks, because reductions over a short last dimension are slow.
+        queries, keys = (_by_position(pool(x, size), n) for x in (q * dim**-0.5, k))
+        blocks = keys.shape[3]
         sizes = (tokens - torch.arange(blocks * n, device=q.device) * size).clamp(0, size)
-        log_sizes = sizes.float().log()  # -inf for empty sub-blocks
+        log_sizes = sizes.float().log().view(blocks, n).T  # -inf for empty sub-blocks
 
         def score_rows(rows: slice) -> Tensor:
-            logits = queries[:, :, rows].flatten(2, 3) @ keys.flatten(2, 3).mT * dim**-0.5
-            logits = logits + log_sizes.view(blocks, n)[rows].flatten()[:, None] + log_sizes
-            return logits.unflatten(-1, (blocks, n)).logsumexp(-1).unflatten(2, (-1, n)).logsumexp(3)
+            logits = queries[:, :, :, rows].flatten(2, 3) @ keys.flatten(2, 3).mT
+            logits = logits.unflatten(-1, (n, blocks)).unflatten(2, (n, -1))
+            logits[..., -1] += log_sizes[:, -1] - log_sizes[:, 0]  # only the last block may be shorter
+            if rows.stop == blocks:
+                logits[:, :, :, -1] += (log_sizes[:, -1] - log_sizes[:, 0])[:, None, None]
+            greatest = logits.amax(2).amax(3)
+            total = logits.sub_(greatest[:, :, None, :, None]).exp_().sum(2).sum(3)
+            return total.log_() + greatest + 2 * log_sizes[0, 0]
 
         return score_in_chunks(score_rows, blocks, q.shape[0] * q.shape[1] * n**2 * blocks)
+
+
+def _by_position(means: Tensor, n: int) -> Tensor:
+    """Return the means of the n sub-blocks of every block, ``[B, H, Qb * n, D] -> [B, H, n, Qb, D]``; 0 if empty."""
+    return F.pad(means, (0, 0, 0, -means.shape[2] % n)).unflatten(2, (-1, n)).transpose(2, 3)
