@@ -11,8 +11,8 @@ An active row attends to all keys. A row that is not active keeps its output of 
 
 Differs from the authors:
 - They train a gate that decides what is active. Here it is the change of the queries, so rows whose keys or values
-  change alone stay as they are. The risk of an old output is that of any feature cache: with few steps the queries
-  change by more than attention to a part of the keys costs.
+  change alone stay as they are. With few steps the queries change much from step to step: on the bundled model, eight
+  steps, density 0.25, two prompts, clips have 21.6 dB (random blocks: 20.7 dB).
 - Their active elements attend to each other; here to all keys.
 - The first output is that of the last dense step, or all rows of the first step are active.
 - Text rows are always active, and a row that is not active still computes text and its own block, because plans have

@@ -10,8 +10,8 @@ where the softmax p of head h is over the keys that are left. The fraction of ke
 from 1 + ``slope`` to 1 - ``slope`` times the density, so that the mean over the sparse layers is the density.
 
 In a video hardly any key is unimportant to all queries, because attention is local. On the bundled model at density
-0.25 the kept blocks hold 0.52 of the attention, against 0.50 of random ones, and the error of the output is larger than
-with random ones, which drop other keys in every row.
+0.25 the kept blocks hold 0.55 of the attention, those of random blocks 0.53, but the error of the output is 0.31 and
+0.29, because random blocks drop other keys in every row; the clips are equal to 0.1 dB.
 
 Differs from the authors:
 - Only keys are pruned. Every token needs an output, so queries are never dropped.

@@ -16,9 +16,9 @@ Differs from the authors:
 - A selection uses every fourth query (``queries_per_block``).
 - Text and the own block of every row are kept.
 - A head reuses the selection of the head with the same number, as theirs does, though heads of different layers need
-  not be alike. ``average_heads`` selects by the mean over the heads instead. On the bundled model, where one of two
-  layers selects, both retain the same attention at density 0.25; the error of the output is 0.20 by head and 0.21 by
-  the mean.
+  not be alike. ``average_heads`` selects by the mean over the heads instead, of a rank under context parallelism. On
+  the bundled model at density 0.25, two prompts, where every second layer selects, the mean gives clips of 23.5 dB and
+  single heads 21.9 dB (random blocks: 20.7 dB).
 """
 
 from __future__ import annotations
