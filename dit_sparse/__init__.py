@@ -21,6 +21,7 @@ from .method import Method, Scorer  # noqa: E402
 from .methods import DEFAULT_METHOD, METHODS  # noqa: E402
 from .pattern import Pattern  # noqa: E402
 from .pipelines.family import Family  # noqa: E402
+from .pipelines.module_adapter import ModuleAdapter  # noqa: E402
 from .pipelines.proposal import propose_family  # noqa: E402
 from .plan import Plan  # noqa: E402
 from .schedule import Schedule  # noqa: E402
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_METHOD", "METHODS", "Above", "Cached", "ClusterPlan", "Clusters", "Family", "Grid", "Mass", "Method",
-    "Pattern", "PerHead", "Plan", "Profile", "Run", "Schedule", "Scorer", "Site", "SparseAttnProcessor", "Top",
-    "VoxelGrid", "attention", "enable", "prepare", "propose_family",
+    "ModuleAdapter", "Pattern", "PerHead", "Plan", "Profile", "Run", "Schedule", "Scorer", "Site",
+    "SparseAttnProcessor", "Top", "VoxelGrid", "attention", "enable", "prepare", "propose_family",
 ]  # fmt: skip
 
 

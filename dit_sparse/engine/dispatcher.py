@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..clusters import ClusterPlan
-from ..grid import Site
+from ..composition import check_grid
+from ..grid import BaseGrid, Site
 from ..kernels.pick import Choice
 from ..method import AttentionOutput
 from ..plan import Plan
@@ -19,6 +20,7 @@ from .executor_choice import ExecutorChoices
 from .forward import AttentionCall, AttentionSite, Forward, TokenLayout, why_dense
 from .guard import QualityGuard
 from .interception.parallel import arrange, joint_order
+from .items import ItemLayout, check_attention
 from .padding import KeyPadding, PaddingCache
 from .plans import Plans
 from .report import RunCounters
@@ -59,14 +61,22 @@ class AttentionDispatcher:
         self._forward = Forward(settings, self.tracker)
         self._choices = ExecutorChoices(settings, counters)
         self._padding = PaddingCache()
+        self._checked_attention = False
         self._reserved_bytes: dict[str, int] = {}  # by branch of this generation
 
     def begin_forward(
-        self, timestep: Any, latents: Tensor, layout: TokenLayout, context: Any, compiled: bool = False
+        self, timestep: Any, latents: Any, layout: TokenLayout | ItemLayout, context: Any, compiled: bool = False
     ) -> None:
-        """Prepare for a transformer call with these tokens; the other arguments are those of the tracker."""
+        """Prepare for a transformer call with these tokens; the other arguments are those of the tracker.
+
+        Raises:
+            ValueError: the method does not apply to the grid of an item.
+        """
+        is_plain = isinstance(layout, ItemLayout)
+        for grid in layout.grids if is_plain else ():
+            check_grid(self._settings.method, grid)
         self.tracker.begin_forward(timestep, latents, context, compiled)
-        self._forward.begin(layout, batch=len(latents))
+        self._forward.begin(layout, batch=layout.items if is_plain else len(latents))
         self._padding.clear()
         self._guard.begin_forward()
 
@@ -91,11 +101,12 @@ class AttentionDispatcher:
         if not self.tracker.in_forward:
             return self._dense(call, self._counters.warn("the forward call of the transformer was not observed"))
         layout = self._forward.layout
+        if isinstance(layout, ItemLayout):
+            return self._attend_items(attention_site, call, layout)
         grid = layout.grid(call.q.shape[2], attention_site.text)
         if reason := why_dense(layout, grid, call):
             return self._dense(call, self._counters.warn(reason))
-        site = self._forward.site(attention_site, grid)
-        self._forward.count_call(attention_site)
+        site = self._next_site(attention_site, grid)
         if call.ranks is None:
             return self._attend_at(call, site)
         rank, ranks = call.ranks
@@ -103,6 +114,30 @@ class AttentionDispatcher:
         if order is None:
             return self._attend_at(call, site)
         return self._attend_at(arrange(call, order), site).index_select(2, order.argsort())
+
+    def _attend_items(self, attention_site: AttentionSite, call: AttentionCall, layout: ItemLayout) -> Tensor:
+        """Compute a call of a plain module item by item."""
+        parts = layout.split(call)
+        if isinstance(parts, str):
+            return self._dense(call, self._counters.warn(parts))
+        if self._settings.method.keeps_model_attention:
+            return self._dense(call, "the method")
+        if not call.is_checked and not self._checked_attention:
+            check_attention(call, parts, layout)
+            self._checked_attention = True
+        outputs = []
+        for part, grid in parts:
+            if reason := why_dense(grid, grid, part):
+                outputs.append(self._dense(part, self._counters.warn(reason)))
+            else:
+                outputs.append(self._attend_at(part, self._next_site(attention_site, grid)))
+        return layout.merge(outputs)
+
+    def _next_site(self, attention_site: AttentionSite, grid: BaseGrid) -> Site:
+        """Return the site of the next call of a module, and count the call."""
+        site = self._forward.site(attention_site, grid)
+        self._forward.count_call(attention_site)
+        return site
 
     def _attend_at(self, call: AttentionCall, site: Site) -> Tensor:
         """Compute a call whose tokens fit the grid of the site."""

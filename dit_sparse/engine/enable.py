@@ -13,13 +13,14 @@ from torch import nn
 from ..grid import short_repr
 from ..kernels.executors import executor as executor_named
 from ..method import Method
-from ..methods import DEFAULT_METHOD, method_at_density
+from ..methods import DEFAULT_METHOD, DEFAULT_VOXEL_METHOD
 from ..notation.syntax import ProfileName, write
-from ..pipelines.family import Family, SetAttnProcessorMixin, class_names, family_of
+from ..pipelines.family import SetAttnProcessorMixin, class_names, family_of
+from ..pipelines.module_adapter import AnyFamily, ModuleAdapter
 from ..pipelines.proposal import no_adapter_message
 from ..schedule import Schedule
 from .run import Run
-from .settings import Settings
+from .settings import Settings, make_method
 
 if TYPE_CHECKING:  # pydantic takes longer to import than the rest of the package
     from ..profiling.head_profile import Profile
@@ -31,6 +32,7 @@ class SparseAttnProcessor:
     Args:
         method: a Method, or its text: a name of ``dit_sparse.METHODS``, with settings as in ``"radial(sink=true)"``,
             a composition as in ``"radial|sink"``, ``"profile:NAME"``, or ``"quality"``, ``"balanced"`` or ``"fast"``.
+            Default: ``"routed"``, for plain torch modules ``"svg2"``.
         density: fraction of the query-key pairs to compute, in (0, 1]. Default: 0.25 if the method has no settings.
         schedule: which steps and layers stay dense, and how often plans are made. Default: that of the profile, or
             ``Schedule()``.
@@ -46,7 +48,8 @@ class SparseAttnProcessor:
             third step. A layer below the limit computes more pairs from the next step on; the third time it becomes
             dense. Default: off.
         steps: number of denoising steps, required for fractional ``dense_steps`` of a bare transformer.
-        family: adapter for the transformer classes that it names, used before those of ``dit_sparse/pipelines``.
+        family: adapter for the transformer classes that it names, used before those of ``dit_sparse/pipelines``: a
+            Family, or a ModuleAdapter for a plain torch module.
         settings: further settings of the method, if it is given as text.
 
     Raises:
@@ -60,7 +63,7 @@ class SparseAttnProcessor:
 
     def __init__(
         self,
-        method: str | Method = DEFAULT_METHOD,
+        method: str | Method | None = None,
         *,
         density: float | None = None,
         schedule: Schedule | None = None,
@@ -72,19 +75,21 @@ class SparseAttnProcessor:
         min_tokens: int | None = None,
         guard: float | None = None,
         steps: int | None = None,
-        family: Family | None = None,
+        family: AnyFamily | None = None,
         **settings: Any,
     ) -> None:
         overrides = {"dense_steps": dense_steps, "dense_layers": dense_layers, "density_ramp": density_ramp}
         overrides = {name: value for name, value in overrides.items() if value is not None}
-        method, self._profile = _make_method(method, density, settings)
+        if method is None:
+            method = DEFAULT_VOXEL_METHOD if isinstance(family, ModuleAdapter) else DEFAULT_METHOD
+        method, self._profile = make_method(method, density, settings)
         if schedule is None:
             schedule = Schedule() if self._profile is None else self._profile.to_schedule()
         if isinstance(schedule, Schedule):
             schedule = replace(schedule, **overrides)
         self.settings = Settings(method, schedule, executor, block, min_tokens, steps, guard)
-        if not (family is None or isinstance(family, Family)):
-            raise ValueError(f"family must be a dit_sparse.Family, got {type(family).__name__}")
+        if not (family is None or isinstance(family, AnyFamily)):
+            raise ValueError(f"family must be a dit_sparse.Family or ModuleAdapter, got {type(family).__name__}")
         self.family = family
         if executor != "auto":
             executor_named(executor)  # raises ValueError if there is none
@@ -132,7 +137,7 @@ class SparseAttnProcessor:
 
 def enable(
     model: Any,
-    method: str | Method = DEFAULT_METHOD,
+    method: str | Method | None = None,
     *,
     profile: str | Path | Profile | None = None,
     density: float | None = None,
@@ -145,16 +150,17 @@ def enable(
     min_tokens: int | None = None,
     guard: float | None = None,
     steps: int | None = None,
-    family: Family | None = None,
+    family: AnyFamily | None = None,
     **settings: Any,
 ) -> Run:
-    """Make a diffusers pipeline, or a bare transformer, sparse.
+    """Make a diffusers pipeline, a bare transformer or a plain torch module sparse.
 
     ``run.disable()``, or the end of a ``with`` block, restores the model bit for bit. If the pipeline already has an
     active run, that run ends first.
 
     Args:
-        model: a diffusers pipeline or transformer of a supported family.
+        model: a diffusers pipeline or transformer of a supported family, or any torch module with a ModuleAdapter as
+            ``family``.
         profile: name, path or value of a head profile, used instead of ``method``.
 
     Returns:
@@ -193,7 +199,7 @@ def _add_settings_to_docstring(function: Any) -> None:
 _add_settings_to_docstring(enable)
 
 
-def prepare(pipe: Any, family: Family | None = None) -> Any:
+def prepare(pipe: Any, family: AnyFamily | None = None) -> Any:
     """Add ``set_attn_processor`` to a pipeline object and return the pipeline.
 
     Args:
@@ -222,7 +228,7 @@ class _SetAttnProcessor:
     __call__.__doc__ = SetAttnProcessorMixin.set_attn_processor.__doc__
 
 
-def _transformers(model: Any, family: Family | None) -> list[tuple[str, nn.Module, nn.Module, Family]]:
+def _transformers(model: Any, family: AnyFamily | None) -> list[tuple[str, nn.Module, nn.Module, AnyFamily]]:
     """Return name, wrapper, module and family of every transformer of a pipeline, or of the bare transformer.
 
     Args:
@@ -248,14 +254,14 @@ def _transformers(model: Any, family: Family | None) -> list[tuple[str, nn.Modul
     return [(*parts, _family_of(parts[-1], family)) for parts in transformers]
 
 
-def _family_of(transformer: nn.Module, family: Family | None) -> Family | None:
+def _family_of(transformer: nn.Module, family: AnyFamily | None) -> AnyFamily | None:
     """Return the family of a transformer: the user's if it names the class, else that of an adapter, or None."""
     if family is not None and family.supports(class_names(type(transformer))):
         return family
     return family_of(transformer)
 
 
-def _unwrap(module: nn.Module, family: Family | None) -> tuple[nn.Module, nn.Module]:
+def _unwrap(module: nn.Module, family: AnyFamily | None) -> tuple[nn.Module, nn.Module]:
     """Return the module that the pipeline calls, and the transformer inside wrappers (torch.compile, DDP, PEFT)."""
     module = getattr(module, "_orig_mod", module)  # a compiled module calls the hooks of the module it wraps
     inner = module
@@ -272,29 +278,3 @@ def _unwrap(module: nn.Module, family: Family | None) -> tuple[nn.Module, nn.Mod
 def _is_guided(model: Any) -> bool:
     """Return whether a pipeline computes both branches of guidance. CogVideoX has only the guidance scale."""
     return bool(getattr(model, "do_classifier_free_guidance", getattr(model, "guidance_scale", 1) > 1))
-
-
-def _make_method(method: str | Method, density: float | None, settings: dict) -> tuple[Method, Profile | None]:
-    """Return the method with the requested density and settings, and the profile in its text."""
-    if isinstance(method, str):
-        return _parse_method(method, density, settings)
-    if not isinstance(method, Method):
-        raise ValueError(f"method must be a text or a dit_sparse.Method, got {type(method).__name__}")
-    if settings:
-        raise ValueError(f"method settings such as {next(iter(settings))!r} need a method's name, got a Method")
-    return (method if density is None else replace(method, density=density)), None
-
-
-def _parse_method(text: str, density: float | None, settings: dict) -> tuple[Method, Profile | None]:
-    profiles: list[Profile] = []
-
-    def load_profile(name: str) -> Method:
-        from ..profiling.head_profile import Profile
-
-        profiles.append(Profile.load(name))
-        return replace(profiles[-1].to_method(), profile=name)
-
-    method = method_at_density(text, density, settings, load_profile)
-    if len(profiles) > 1:
-        raise ValueError(f"a method can hold one profile, got {len(profiles)} in {text[:60]!r}")
-    return method, profiles[0] if profiles else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..grid import Grid, Site
+from ..grid import BaseGrid, Grid, Site
 from .settings import Settings
 from .tracking import StepTracker
 
@@ -47,6 +47,8 @@ class AttentionCall:
         is_parallel: whether the call belongs to a form of context parallelism that is not supported.
         ranks: under context parallelism, the index of this rank and the number of ranks that share the heads; else
             None.
+        is_checked: whether ``stock`` is known to compute plain attention; functions of a model's own are compared with
+            it once.
     """
 
     q: Tensor
@@ -61,6 +63,7 @@ class AttentionCall:
     is_parallel: bool = False
     mask_source: Tensor | None = None
     ranks: tuple[int, int] | None = None
+    is_checked: bool = True
 
     @property
     def needs_gradient(self) -> bool:
@@ -114,11 +117,11 @@ class TokenLayout:
         return f"{self.frames}x{self.height}x{self.width}{references}"
 
 
-def why_dense(layout: TokenLayout, grid: Grid | None, call: AttentionCall) -> str | None:
+def why_dense(layout: object, grid: BaseGrid | None, call: AttentionCall) -> str | None:
     """Return why a call cannot be computed sparsely, or None if it can.
 
     Args:
-        layout: tokens of the transformer call.
+        layout: tokens of the transformer call, for messages.
         grid: ``layout`` with the text tokens of this attention call, or None if the queries do not fit it.
         call: the intercepted call.
     """
@@ -164,7 +167,7 @@ class Forward:
         """Count a call of a module, so that its next call is assigned to the next batch item."""
         self._calls[attention_site.module] += 1
 
-    def site(self, attention_site: AttentionSite, grid: Grid) -> Site:
+    def site(self, attention_site: AttentionSite, grid: BaseGrid) -> Site:
         """Return the site of the next call of a module."""
         tracker, component = self._tracker, attention_site.component
         call = self._calls[attention_site.module]

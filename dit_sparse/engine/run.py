@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..composition import nested_methods
 from ..methods import name_of
-from ..pipelines.family import Family
+from ..pipelines.module_adapter import AnyFamily, ModuleAdapter
 from .dispatcher import AttentionDispatcher, Observer
 from .forward import AttentionCall, AttentionSite
-from .interception.forward_hook import ForwardHook
+from .interception.forward_hook import ForwardHook, ModuleHook
 from .interception.intercept import Interception, interception_of
+from .interception.module_link import ModuleLink, link_of
 from .interception.parallel import refuse_ring
 from .report import Report, RunCounters
 from .settings import Settings
@@ -47,7 +47,7 @@ class Run:
         settings: Settings,
         scheduler: Callable[[], Any],
         guided: Callable[[], bool],
-        transformers: Iterable[tuple[str, nn.Module, nn.Module, Family]],
+        transformers: Iterable[tuple[str, nn.Module, nn.Module, AnyFamily]],
     ) -> None:
         self._model, self._settings = model, settings
         self._counters = RunCounters()
@@ -57,7 +57,8 @@ class Run:
         )
         self._threads = threading.local()
         self._hooks: list[ForwardHook] = []
-        self._links: list[tuple[nn.Module, Interception]] = []
+        self._links: list[tuple[nn.Module, Interception | ModuleLink]] = []
+        self._intercepted: set[str] = set()  # components of which an attention call was intercepted
         try:
             for name, wrapper, transformer, family in transformers:
                 self._attach(name, wrapper, transformer, family)
@@ -136,21 +137,20 @@ class Run:
     def __reduce__(self):
         return type(None), ()  # a copy or a pickle of the model is unmodified, and has no run
 
-    def _attach(self, name: str, wrapper: nn.Module, transformer: nn.Module, family: Family) -> None:
+    def _attach(self, name: str, wrapper: nn.Module, transformer: nn.Module, family: AnyFamily) -> None:
         """Observe a transformer and intercept its self-attention modules."""
         modules = [module for path, module in transformer.named_modules() if re.fullmatch(family.sites, path)]
         if not modules:
             raise ValueError(f"{type(transformer).__name__} has no self-attention module that matches {family.sites!r}")
-        if any(map(interception_of, modules)):
+        if any(interception_of(module) or link_of(module) for module in modules):
             raise ValueError("this transformer is already sparse: call disable() on the earlier run first")
         refuse_ring(transformer)
-        self._settings.method.check_model(len(modules), getattr(modules[0], "heads", 0))
-        for method in nested_methods(self._settings.method):
-            method.check_transformer(tuple(cls.__name__ for cls in type(transformer).__mro__))
+        heads = getattr(modules[0], "heads", getattr(modules[0], "num_heads", 0))
+        self._settings.method.check_model(len(modules), heads)
         links = []
         for layer, module in enumerate(modules):
             site = AttentionSite(name, layer, len(modules), family.text, module)
-            links.append((module, Interception(partial(self._attend, site), self._count_missed, family.mask)))
+            links.append((module, self._new_link(site, family)))
 
         def begin_forward(*arguments: Any) -> None:
             refuse_ring(transformer)
@@ -161,13 +161,33 @@ class Run:
         self._links += links
         for module, link in links:
             link.install(module)
-        self._hooks.append(ForwardHook(wrapper, transformer, family, begin_forward, self._end_forward, self._reset))
+        is_plain = isinstance(family, ModuleAdapter)
+        end = partial(self._end_module_forward, name, transformer, family) if is_plain else self._end_forward
+        hook = ModuleHook if is_plain else ForwardHook
+        self._hooks.append(hook(wrapper, transformer, family, begin_forward, end, self._reset))
+
+    def _new_link(self, site: AttentionSite, family: AnyFamily) -> Interception | ModuleLink:
+        attend = partial(self._attend, site)
+        if isinstance(family, ModuleAdapter) and not hasattr(site.module, "processor"):
+            return ModuleLink(attend, self._count_missed, family.call, family.heads_first)
+        return Interception(attend, self._count_missed, family.mask)
 
     def _attend(self, site: AttentionSite, call: AttentionCall) -> Tensor:
+        self._intercepted.add(site.component)
         return self._dispatcher.attend(site, call)
 
     def _end_forward(self) -> None:
         self._dispatcher.tracker.end_forward()
+
+    def _end_module_forward(self, name: str, module: nn.Module, adapter: ModuleAdapter) -> None:
+        """Raise RuntimeError after the first forward call of a plain module if no attention call was intercepted."""
+        self._end_forward()
+        if name not in self._intercepted:
+            raise RuntimeError(
+                f"no self-attention call of {type(module).__name__} was intercepted: the modules {adapter.sites!r} do "
+                f"not call {adapter.call or 'scaled_dot_product_attention'}; set the model to PyTorch's attention, or "
+                "pass the name of its attention function as call="
+            )
 
     def _reset(self) -> None:
         self._dispatcher.tracker.reset()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..composition import nested_methods
 from ..grid import Grid
 from ..method import Method
-from ..methods import name_of
+from ..methods import method_at_density, name_of
 from ..notation.settings import Range, check_fields, within
 from ..schedule import Schedule
+
+if TYPE_CHECKING:  # pydantic takes longer to import than the rest of the package
+    from ..profiling.head_profile import Profile
 
 BLOCKS = Range("a multiple of 16 in [16, 256]", lambda tokens: tokens in range(16, 257, 16))
 SHORT_SEQUENCE = 32_768  # tokens; below it, blocks of 64 select more finely than 128 at little loss of speed
@@ -54,3 +58,33 @@ class Settings:
         """The method and its density, for the ``repr`` of runs and processors."""
         density = self.method.density
         return name_of(self.method) + ("" if density is None else f", density {density:g}")
+
+
+def make_method(method: str | Method, density: float | None, settings: dict) -> tuple[Method, Profile | None]:
+    """Return the method with the requested density and settings, and the profile in its text.
+
+    Raises:
+        ValueError: the text cannot be read, or a setting is unknown or out of range.
+    """
+    if isinstance(method, str):
+        return _parse_method(method, density, settings)
+    if not isinstance(method, Method):
+        raise ValueError(f"method must be a text or a dit_sparse.Method, got {type(method).__name__}")
+    if settings:
+        raise ValueError(f"method settings such as {next(iter(settings))!r} need a method's name, got a Method")
+    return (method if density is None else replace(method, density=density)), None
+
+
+def _parse_method(text: str, density: float | None, settings: dict) -> tuple[Method, Profile | None]:
+    profiles: list[Profile] = []
+
+    def load_profile(name: str) -> Method:
+        from ..profiling.head_profile import Profile
+
+        profiles.append(Profile.load(name))
+        return replace(profiles[-1].to_method(), profile=name)
+
+    method = method_at_density(text, density, settings, load_profile)
+    if len(profiles) > 1:
+        raise ValueError(f"a method can hold one profile, got {len(profiles)} in {text[:60]!r}")
+    return method, profiles[0] if profiles else None

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import threading
 import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from ...pipelines.family import Family
 from ..forward import TokenLayout
+from ..items import ItemLayout
 
 
 class ForwardHook:
@@ -59,7 +61,7 @@ class ForwardHook:
             module.register_forward_hook(HookCallback(self._after)),
         ]
         self._methods = [
-            _InstanceMethod(transformer, name, wrapper)
+            InstanceMethod(transformer, name, wrapper)
             for name, wrapper in (("cache_context", self._cache_context), ("_reset_stateful_cache", self._reset))
             if hasattr(type(transformer), name)
         ]
@@ -126,6 +128,22 @@ class ForwardHook:
         return reset_stateful_cache
 
 
+class ModuleHook(ForwardHook):
+    """Observe a plain module by its adapter, a `ModuleAdapter`. Under ``torch.compile`` it raises RuntimeError."""
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("a plain module cannot be compiled while it is sparse")
+        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        layout = ItemLayout.from_grids(self._family.grid(arguments))
+        latents = next(iter(arguments.values()), None)
+        try:
+            weakref.ref(latents)
+        except TypeError:  # the branches of guidance cannot be told apart by their latents
+            latents = self
+        self.begin(self._family.step(arguments), latents, layout, None, False)
+
+
 class HookCallback:
     """A forward hook. A copy or a pickle of it does nothing."""
 
@@ -143,7 +161,7 @@ def _do_nothing(*args: Any) -> None:
     return None
 
 
-class _InstanceMethod:
+class InstanceMethod:
     """A method replaced on one instance. A copy or a pickle of it is the method of the class."""
 
     def __init__(self, instance: object, name: str, wrapper: Callable[[Callable], Callable]) -> None:

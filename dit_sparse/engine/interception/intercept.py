@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 from ..forward import AttentionCall
 from .forward_hook import HookCallback
 from .parallel import attend_in_parallel
+from .replacement import replace_globals
 
 
 class Interception:
@@ -112,7 +113,7 @@ def interception_of(module: nn.Module) -> Interception | None:
 @functools.cache
 def _intercepting_class(stock: type) -> type | None:
     """Return the subclass of a processor's class that intercepts its attention calls, or None if that is impossible."""
-    code = _replace_attention(stock.__call__)
+    code = replace_globals(stock.__call__, _attention_names)
     if code is None or not stock.__dictoffset__:
         return None
 
@@ -151,38 +152,14 @@ def _new_instance(stock: type) -> Any:
     return object.__new__(stock)
 
 
-def _replace_attention(function: Any) -> types.FunctionType | None:
-    """Return the same code with its attention function replaced, also inside decorators, or None if it calls no known
-    attention function.
-
-    The new globals have no ``__name__``: Dynamo looks up globals by module name, and other functions of that module,
-    such as cross-attention, would get the replacement too.
-    """
-    if not isinstance(function, types.FunctionType):
-        return None
-    names, scope, closure = function.__code__.co_names, function.__globals__, function.__closure__ or ()
-    if hasattr(function, "__wrapped__"):
-        inner, holds = _replace_attention(function.__wrapped__), [_holds(c, function.__wrapped__) for c in closure]
-        if inner is None or not any(holds):
-            return None
-        closure = tuple(types.CellType(inner) if hold else c for c, hold in zip(closure, holds, strict=True))
-    elif "dispatch_attention_fn" in names and "dispatch_attention_fn" in scope:
-        scope = scope | {"dispatch_attention_fn": _intercepting_dispatcher(scope["dispatch_attention_fn"])}
-    elif "F" in names and "scaled_dot_product_attention" in names:
-        scope = scope | {"F": _intercepting_functional()}
-    else:
-        return None
-    scope = {name: value for name, value in scope.items() if name != "__name__"}
-    copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure or None)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-def _holds(cell: types.CellType, value: Any) -> bool:
-    try:
-        return cell.cell_contents is value
-    except ValueError:  # an empty cell
-        return False
+def _attention_names(function: types.FunctionType) -> dict[str, Any]:
+    """Return the replacement of the attention function that a processor's code calls; empty if it calls none."""
+    names, scope = function.__code__.co_names, function.__globals__
+    if "dispatch_attention_fn" in names and "dispatch_attention_fn" in scope:
+        return {"dispatch_attention_fn": _intercepting_dispatcher(scope["dispatch_attention_fn"])}
+    if "F" in names and "scaled_dot_product_attention" in names:
+        return {"F": _intercepting_functional()}
+    return {}
 
 
 @functools.cache
