@@ -1,6 +1,6 @@
 """Compile the Triton kernels for a GPU architecture, without such a GPU, and report the resources they use.
 
-    python -m dit_sparse.eval.bench.compile_report [--architecture 90] [--json]
+    python -m dit_sparse.eval.bench.compile_report [--architecture 90] [--demanding] [--json]
 
 It covers every architecture of `kernels/gpu/architectures.py` and prints, for every launch, registers and spilled bytes
 per thread, shared memory per program, the instruction counts of the main loop, and the matrix and copy instructions in
@@ -16,18 +16,19 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from dit_sparse.kernels.gpu.architectures import AMD, ARCHITECTURES
+from dit_sparse.kernels.gpu.architectures import AMD, ARCHITECTURES, Architecture
 
 from .disassembly import main_loop_counts
-from .kernel_launches import KernelLaunch, kernel_launches
+from .kernel_launches import KernelLaunch, demanding_launches, kernel_launches
 
 MODULE = "dit_sparse.eval.bench.compile_report"
 MI300 = "gfx942"
+LaunchesOf = Callable[[Architecture], Iterator[KernelLaunch]]
 ATTENTION_KERNELS = ("block_sparse", "block_ragged")
 INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor")
 HEADER = (
@@ -36,7 +37,7 @@ HEADER = (
 )
 
 
-def nvidia_rows(capability: int) -> Iterator[dict]:
+def nvidia_rows(capability: int, launches: LaunchesOf = kernel_launches) -> Iterator[dict]:
     """Compile every kernel in bfloat16 for one compute capability, such as 90, and yield a row per launch.
 
     Triton caches the first architecture that it compiles for, so a process can report one only.
@@ -46,7 +47,7 @@ def nvidia_rows(capability: int) -> Iterator[dict]:
     _set_triton_target("cuda", capability, warp_size=32)
     triton.knobs.compilation.always_compile = True  # cached kernels print no ptxas log
     triton.knobs.nvidia.dump_ptxas_log = True
-    for launch in kernel_launches(ARCHITECTURES[capability]):
+    for launch in launches(ARCHITECTURES[capability]):
         with redirect_stdout(StringIO()) as output:
             compiled = launch.program.warmup(grid=(1,), **launch.arguments)
         log = output.getvalue()
@@ -63,10 +64,10 @@ def nvidia_rows(capability: int) -> Iterator[dict]:
         }
 
 
-def amd_rows() -> Iterator[dict]:
+def amd_rows(launches: LaunchesOf = kernel_launches) -> Iterator[dict]:
     """Compile every kernel for AMD's MI300 and yield a row per launch, without counts of the main loop."""
     _set_triton_target("hip", MI300, warp_size=64)
-    for launch in kernel_launches(AMD):
+    for launch in launches(AMD):
         compiled = launch.program.warmup(grid=(1,), **launch.arguments)
         assembly = compiled.asm["amdgcn"]
         count = lambda kind, text=assembly: int(re.search(rf"\.vgpr_{kind}count:\s+(\d+)", text)[1])
@@ -113,12 +114,13 @@ def _buffers(ttgir: str) -> int:
     return int(match[1]) if match else 1
 
 
-def rows_in_subprocess(architecture: int | str, triton: Path | None = None) -> list[dict]:
+def rows_in_subprocess(architecture: int | str, triton: Path | None = None, *, demanding: bool = False) -> list[dict]:
     """Return `nvidia_rows` or `amd_rows` from a new process, with an empty cache and Triton's interpreter off.
 
     Args:
         architecture: a compute capability, or ``MI300``.
         triton: folder with another Triton; None: the installed one.
+        demanding: compile only the launches that need the most registers or shared memory.
 
     Raises:
         RuntimeError: the compilation fails.
@@ -127,6 +129,7 @@ def rows_in_subprocess(architecture: int | str, triton: Path | None = None) -> l
     if triton is not None:
         environment["PYTHONPATH"] = str(triton)
     command = [sys.executable, "-m", MODULE, "--json", "--architecture", str(architecture)]
+    command += ["--demanding"] if demanding else []
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
@@ -139,14 +142,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*map(str, ARCHITECTURES), MI300]
     parser.add_argument("--architecture", choices=known, help="only this one; by default all")
+    parser.add_argument("--demanding", action="store_true", help="only launches that need most registers or memory")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
+    launches = demanding_launches if options.demanding else kernel_launches
     if options.architecture == MI300:
-        rows = list(amd_rows())
+        rows = list(amd_rows(launches))
     elif options.architecture:
-        rows = list(nvidia_rows(int(options.architecture)))
+        rows = list(nvidia_rows(int(options.architecture), launches))
     else:
-        rows = [row for architecture in known for row in rows_in_subprocess(architecture)]
+        rows = [row for one in known for row in rows_in_subprocess(one, demanding=options.demanding)]
     print(json.dumps(rows, indent=1) if options.json else "\n".join([HEADER, *map(_line, rows)]))
 
 

@@ -19,6 +19,18 @@ DIMS = (64, 80, 96, 128, 256)
 BLOCKS = (64, 128)
 MOST_REGISTERS = (128, 128, "order, lengths")  # the block_sparse launch that needs the most registers
 TAIL = "pooled tail"
+# Block, head_dim and features of the launches that need the most registers or shared memory, and of small blocks.
+DEMANDING = {
+    "block_sparse": {(16, 128, ""), (64, 64, ""), (64, 256, ""), (128, 80, ""), (128, 256, ""), MOST_REGISTERS}
+    | {(64, 128, TAIL)},
+    "block_ragged": {(64, 256, ""), (128, 128, ""), (64, 128, TAIL)},
+    "block_mass": {(64, 64, ""), (128, 256, ""), (128, 128, "16 queries a block"), (128, 128, "kept blocks")},
+    "mass_and_spread": {(128, 80, ""), (128, 128, "")},
+    "pooling_error": {(128, 128, "")},
+    "nearest_centroid": {(cluster.TOKENS_PER_PROGRAM, 128, "")},
+    "cluster_mean": {(0, 128, "no products")},
+    "select_top": {(selection.MAX_COLUMNS, 0, "no products")},
+}
 TOKENS = 1000  # not a multiple of any block, so the last block is ragged
 
 
@@ -40,6 +52,14 @@ class KernelLaunch:
     features: str
     program: Any
     arguments: dict
+
+
+def demanding_launches(architecture: Architecture) -> Iterator[KernelLaunch]:
+    """Yield the launches of ``DEMANDING``, and those of kernels that it does not list."""
+    for launch in kernel_launches(architecture):
+        size = (launch.block, launch.head_dim, launch.features)
+        if size in DEMANDING.get(launch.kernel, {size}):
+            yield launch
 
 
 def kernel_launches(architecture: Architecture) -> Iterator[KernelLaunch]:

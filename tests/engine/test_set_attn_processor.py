@@ -112,7 +112,5 @@ def test_pipeline_modules_import_diffusers_lazily():
         *(f"import dit_sparse.pipelines.{family} as {family}" for family in FAMILIES),
         "assert not hasattr(wan, 'NoSuchPipeline')",
         "assert 'diffusers' not in sys.modules",
-        "from dit_sparse.pipelines.wan import WanPipeline",
-        "assert 'diffusers' in sys.modules",
     )
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

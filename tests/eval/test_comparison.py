@@ -299,18 +299,17 @@ def test_a_killed_comparison_resumes_with_the_same_result(tmp_path):
     command += ["--density", "0.4", "--block", "16", *SMALL, "--dense-steps", "1", "--executor", "gather"]
     command += ["--out", str(tmp_path / "killed")]
     clips = tmp_path / "killed" / "clips"
-    for kill in (1, 2):
-        run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while len(list(clips.glob("[!.]*.npz"))) < 2 * kill and run.poll() is None:
-            time.sleep(0.02)
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while len(list(clips.glob("[!.]*.npz"))) < 3 and run.poll() is None:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
     before = {path: path.stat().st_mtime_ns for path in clips.glob("[!.]*.npz")}
     prompts = [task.text for task in held_out_tasks(2)]
     killed, uninterrupted = (
         small_comparison(tmp_path / out, prompts, executor="gather").run(no_stages) for out in ("killed", "complete")
     )
-    assert len(before) >= 4 and all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+    assert len(before) >= 3 and all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
     for a, b in zip(killed["rows"][:3], uninterrupted["rows"][:3], strict=True):
         for key in ("name", "density_achieved", "density_run", "psnr", "ssim", "ms_ssim", "mass", "latent_error"):
             assert a[key] == b[key], key

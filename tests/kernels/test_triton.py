@@ -180,15 +180,19 @@ def test_compute_capabilities_from_ampere_on_have_launch_settings():
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("version, capabilities", [(None, (80, 89, 90, 100, 120)), (OLDEST_TRITON, (80, 90))])
-def test_compiles_within_limits_for_every_nvidia_architecture(version, capabilities):
-    """One test per Triton version, so that a single worker compiles, for two architectures at a time."""
+@pytest.mark.parametrize(
+    "version, capabilities, demanding",
+    [(None, (80, 90), False), (None, (89, 100, 120), True), (OLDEST_TRITON, (80, 90), True)],
+)
+def test_compiles_within_limits_for_every_nvidia_architecture(version, capabilities, demanding):
+    """All launches for one architecture with and one without tensor memory accelerator, and elsewhere those that need
+    the most registers or shared memory."""
     pytest.importorskip("triton")
     folder = version and Path(sys.prefix, "packages", f"triton-{version}")
     if folder and not folder.is_dir():
         skip_or_fail(f"requires Triton {version} in .venv/packages: run make .venv/packages/triton-{version}")
     with ThreadPoolExecutor(2) as pool:
-        compiled = pool.map(partial(rows_in_subprocess, triton=folder), capabilities)
+        compiled = pool.map(partial(rows_in_subprocess, triton=folder, demanding=demanding), capabilities)
         for capability, rows in zip(capabilities, compiled, strict=True):
             assert {row["triton"] for row in rows} == {version or version_of("triton")}
             check_compiled(capability, rows)
@@ -197,7 +201,7 @@ def test_compiles_within_limits_for_every_nvidia_architecture(version, capabilit
 @pytest.mark.timeout(600)
 def test_compiles_within_limits_for_amd(monkeypatch):
     pytest.importorskip("triton")
-    rows = rows_in_subprocess(MI300)
+    rows = rows_in_subprocess(MI300, demanding=True)
     assert {row["kernel"] for row in rows} == KERNELS
     for row in rows:
         assert row["shared_memory"] <= AMD.shared_memory and row["spilled"] <= MAX_SPILLED, row
