@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -108,10 +109,10 @@ class Gate(Scorer):
         return _trained(stored, site.component, site.layer, heads, q.device)
 
 
-def gate_weights_digests(methods: list[Method]) -> dict[str, str]:
-    """Return a digest of the weights file of every trained gate, for the keys of stored results."""
-    gates = (one for one in methods if isinstance(one, Gate))
-    return {one.weights: one.stored_weights().digest for one in gates if one.weights is not None}
+def gate_weights_digests(methods: Iterable[Method]) -> list[str]:
+    """Return a digest of the weights file of every trained gate among some methods."""
+    stored = (one.stored_weights() for one in methods if isinstance(one, Gate))
+    return [weights.digest for weights in stored if weights is not None]
 
 
 @lru_cache(maxsize=32)

@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..grid import short_repr
-from ..notation.reading import check_regular_file, read_bytes, shorten_path
+from ..notation.reading import check_regular_file, shorten_path
 from ..notation.settings import alternatives_to
 
 SCHEMA = 1
@@ -38,7 +38,7 @@ class GateWeights:
         layers, heads, head_dim: shape of the model.
         training: conditions and results of the training.
         tensors: parameters by ``component/parameter``, ``[layers, heads, ...]``.
-        digest: of the file.
+        digest: of the content of the file, whose entries have no fixed order.
     """
 
     name: str
@@ -85,13 +85,13 @@ class GateWeights:
 
     def write(self, path: Path) -> None:
         """Write the file. Parameters are stored in float16."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         model = {name: getattr(self, name) for name in ("transformer", "layers", "heads", "head_dim")}
         metadata = {"settings": self.settings, "model": {"name": self.model} | model, "training": self.training}
         metadata = {name: json.dumps(value) for name, value in metadata.items()}
         tensors = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, str(path), metadata | {"schema": str(SCHEMA), "gate": self.gate})
+        path.write_bytes(save(tensors, metadata | {"schema": str(SCHEMA), "gate": self.gate}))
 
 
 def bundled_weights(gate: str) -> dict[str, Path]:
@@ -134,10 +134,9 @@ def _read(path: Path, modified: int, name: str) -> GateWeights:
     try:
         settings, model, training = (json.loads(metadata[part]) for part in ("settings", "model", "training"))
         shape = {part: int(model[part]) for part in ("layers", "heads", "head_dim")}
-        digest = hashlib.sha256(read_bytes(path, 1 << 32)).hexdigest()[:16]
         loaded = GateWeights(
             shown, metadata["gate"], settings, model["name"], model["transformer"], **shape, training=training,
-            tensors=tensors, digest=digest,
+            tensors=tensors, digest=_digest(metadata, tensors),
         )  # fmt: skip
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"weights {shown} are damaged: {short_repr(error)}") from None
@@ -145,3 +144,10 @@ def _read(path: Path, modified: int, name: str) -> GateWeights:
     if wrong := next((key for key, tensor in tensors.items() if list(tensor.shape[:2]) != expected), None):
         raise ValueError(f"weights {shown} are damaged: {short_repr(wrong)} is not [{expected[0]}, {expected[1]}, ...]")
     return loaded
+
+
+def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\0" + tensors[name].numpy().tobytes())
+    return digest.hexdigest()[:16]

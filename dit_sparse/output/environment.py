@@ -17,10 +17,12 @@ import dit_sparse
 
 from ..bundled import BUNDLED
 from ..composition import nested_methods
+from ..gating.gate import gate_weights_digests
 from ..method import Method
 
 PACKAGES = ("dit-sparse", "torch", "diffusers", "transformers", "triton", "xformers", "numpy")
-DIGESTED = ("assets", "engine", "gating", "generation", "notation", "profiling")  # folders of this package
+DIGESTED = (f"assets/{BUNDLED}", "engine", "generation", "notation", "profiling")  # folders of this package
+OF_METHODS = ("dit_sparse.methods.", "dit_sparse.gating.")  # modules that only the methods that import them depend on
 MAPPED = ("kernels", "pipelines", "profiles")  # inside the package in a wheel, next to it in a checkout
 
 
@@ -77,8 +79,8 @@ def source_digest(*more: Path) -> str:
 
 
 def method_digest(method: Method) -> str:
-    """Return a digest of the files that define a method and the methods inside it, and of the files of ``methods/``
-    that these import. A new method therefore changes no digest of the others."""
+    """Return a digest of the files that define a method and the methods inside it, of the files of ``methods/`` and
+    ``gating/`` that these import, and of trained weights. A new method therefore changes no digest of the others."""
     modules: dict[str, ModuleType] = {}
 
     def add(name: object) -> None:
@@ -87,15 +89,16 @@ def method_digest(method: Method) -> str:
         modules[name] = sys.modules[name]
         for value in list(vars(modules[name]).values()):
             imported = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            if isinstance(imported, str) and imported.startswith("dit_sparse.methods."):
+            if isinstance(imported, str) and imported.startswith(OF_METHODS):
                 add(imported)
 
     for base in {base for part in nested_methods(method) for base in type(part).__mro__}:
-        if not base.__module__.startswith("dit_sparse.") or base.__module__.startswith("dit_sparse.methods."):
+        if not base.__module__.startswith("dit_sparse.") or base.__module__.startswith(OF_METHODS):
             add(base.__module__)
     digest = hashlib.sha256()
     for name in sorted(modules):
         digest.update(name.encode() + b"\0" + Path(modules[name].__file__).read_bytes())
+    digest.update("".join(gate_weights_digests(nested_methods(method))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -17,7 +17,6 @@ from dit_sparse.bundled import BUNDLED
 from dit_sparse.composition import nested_methods
 from dit_sparse.eval.analysis import retained_mass
 from dit_sparse.eval.bench.timing import first_line
-from dit_sparse.gating.gate import gate_weights_digests
 from dit_sparse.generation.generate import Progress, generate, load_pipeline
 from dit_sparse.methods.patterns.dense import Dense
 from dit_sparse.output.environment import commit, device_name, method_digest, source_digest, versions, weights_digest
@@ -222,8 +221,6 @@ class ClipRunner:
         if not isinstance(settings.method, Dense):
             key |= {"settings": settings.method.settings(), "schedule": asdict(settings.schedule)}
             key |= {"executor": settings.executor, "block": settings.block, "min_tokens": settings.min_tokens}
-            if gates := gate_weights_digests(list(nested_methods(settings.method))):
-                key["gates"] = gates
         return spec.name, key
 
     def _call(self, spec: ClipSpec) -> dict:

@@ -20,6 +20,7 @@ from dit_sparse.methods import method
 from dit_sparse.methods.gates import GATES
 from dit_sparse.methods.gates.sea import orthogonal_features
 from dit_sparse.methods.gates.sparsifiner import POINTS
+from dit_sparse.output.environment import method_digest
 
 GRIDS = [Grid(5, 7, 3, after=11), Grid(1, 23, 31), Grid(40, 2, 2)]
 BLOCK, DIM = 16, 16
@@ -222,3 +223,12 @@ def test_a_changed_file_is_read_again(tmp_path):
     replace(content, tensors={name: 2 * tensor for name, tensor in content.tensors.items()}).write(path)
     os.utime(path, ns=(1, 1))
     assert not gate.score(q, k, v, at, {}).allclose(before)
+
+
+def test_results_depend_on_the_weights(tmp_path):
+    """The digest by which clips are stored differs between files, and is that of the content."""
+    gate, paths = method("swinbert"), [tmp_path / f"{name}.safetensors" for name in "abc"]
+    texts = [stored(gate, path, heads=heads) for path, heads in zip(paths, (2, 3, 3), strict=True)]
+    digests = [method_digest(method("cached(swinbert)"))]
+    digests += [method_digest(method("cached", inner=method("swinbert", weights=text))) for text in texts]
+    assert len(set(digests[:3])) == 3 and digests[2] == digests[3]
