@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from oracles import blocks_of
 from torch import Tensor
 
-from attention_cases import qkv
+import dit_sparse as ds
+from attention_cases import plan_of, qkv
 from dit_sparse import Grid, PerHead, Site
 from dit_sparse.gating.gate import Gate
 from dit_sparse.gating.weights import GateWeights
@@ -232,3 +234,23 @@ def test_results_depend_on_the_weights(tmp_path):
     digests = [method_digest(method("cached(swinbert)"))]
     digests += [method_digest(method("cached", inner=method("swinbert", weights=text))) for text in texts]
     assert len(set(digests[:3])) == 3 and digests[2] == digests[3]
+@every_gate
+def test_bundled_weights(name):
+    """They have the name of their model, keep more attention mass of held-out prompts than the untrained gate, and
+    their card and the docs hold these numbers."""
+    cached = method(f"cached({name}(weights=shapes-wan))", density=0.25)
+    weights = cached.inner.stored_weights()
+    assert (weights.layers, weights.heads, weights.head_dim, weights.model) == (6, 3, 64, "shapes-wan")
+    kept, folder = weights.training["kept_mass"], Path(ds.__file__).parent / "assets" / "gates"
+    for density in ("0.15", "0.25"):
+        assert kept["untrained"][density] < kept["trained"][density] < kept["best"][density]
+    row = [f"{kept[part][density]:.3f}" for density in ("0.15", "0.25") for part in ("untrained", "trained", "best")]
+    for page in (folder / "README.md", folder.parents[2] / "docs" / "gates.md"):
+        assert f"| `{name}` | {' | '.join(row)} |" in page.read_text()
+    with pytest.raises(ValueError, match="layers=6, but this model has layers=1"):
+        plan_of(cached, Grid(4, 6, 8), BLOCK)
+
+
+def test_bundled_weights_are_small():
+    files = (Path(ds.__file__).parent / "assets" / "gates").glob("*.safetensors")
+    assert sum(file.stat().st_size for file in files) < 300_000
