@@ -234,6 +234,8 @@ def test_results_depend_on_the_weights(tmp_path):
     digests = [method_digest(method("cached(swinbert)"))]
     digests += [method_digest(method("cached", inner=method("swinbert", weights=text))) for text in texts]
     assert len(set(digests[:3])) == 3 and digests[2] == digests[3]
+
+
 @every_gate
 def test_bundled_weights(name):
     """They have the name of their model, keep more attention mass of held-out prompts than the untrained gate, and
