@@ -123,4 +123,4 @@ def _paragraph(start: str, doc: str, joined: bool = True) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".").replace("``", "`")

@@ -54,6 +54,7 @@ def test_facts_of_a_docstring():
 @pytest.mark.parametrize("row", method_rows(), ids=lambda row: row["name"])
 def test_every_method_states_its_facts(row):
     assert row["differences"] and all(text[-1] in ".)" for text in row["differences"]), row["differences"]
+    assert row["planning"].endswith("."), "the docstring has no line `Planning: ...`"
     assert 20 < len(row["summary"]) <= 130, "one line of the README and of `dit-sparse methods`"
     assert (ROOT / "dit_sparse" / row["file"]).exists()
 
