@@ -9,6 +9,8 @@ many rows are active, those with the greatest change
 
 An active row attends to all keys. A row that is not active keeps its output of an earlier step.
 
+Planning: N D additions (mean queries of 64).
+
 Differs from the authors:
 - They train a gate that decides what is active. Here it is the change of the queries, so rows whose keys or values
   change alone stay as they are. With few steps the queries change much from step to step: on the bundled model, eight

@@ -10,6 +10,8 @@ The authors compute layers 0 and 1 of 32 densely and select at layers 2 and 13. 
 schedule (``dense_layers``), the first sparse layer selects, and so does every layer that is ``selection_interval``
 layers after a selection.
 
+Planning: N^2 D / 4 multiply-adds (every 4th query), in three layers of a model.
+
 Differs from the authors:
 - Blocks of queries select blocks of keys; they select single keys for the one query of a decoding step.
 - A layer that selects computes its own selection, so that it meets the density; theirs computes all pairs.
