@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..grid import Grid
+from ..grid import BaseGrid
 from ..scoring import pool
 
 
@@ -52,13 +52,13 @@ def scaled_product(
 
 
 @lru_cache(maxsize=16)
-def block_positions(grid: Grid, block: int, device: torch.device) -> Tensor:
+def block_positions(grid: BaseGrid, block: int, device: torch.device) -> Tensor:
     """Return the mean position of the tokens of each block as fractions of frames, rows and columns, ``[Qb, 3]``."""
     return pool(_token_positions(grid)[None, None], block)[0, 0].to(device)
 
 
 @lru_cache(maxsize=16)
-def hat_functions(grid: Grid, block: int, points: tuple[int, int, int], device: torch.device) -> Tensor:
+def hat_functions(grid: BaseGrid, block: int, points: tuple[int, int, int], device: torch.device) -> Tensor:
     """Return the hat functions of evenly spaced points, averaged over the tokens of each block, ``[Qb, points]``.
 
     Linear interpolation between values at the points is a product with this matrix. Its rows sum to 1.
@@ -70,7 +70,7 @@ def hat_functions(grid: Grid, block: int, points: tuple[int, int, int], device: 
     return pool(weights[None, None], block)[0, 0].to(device)
 
 
-def _token_positions(grid: Grid) -> Tensor:
+def _token_positions(grid: BaseGrid) -> Tensor:
     """Positions of the tokens as fractions of the grid: 0 is the first, 1 the last; the middle of an axis of length 1.
     Float32 ``[N, 3]``."""
     *axes, _ = grid.coordinates()
