@@ -23,6 +23,7 @@ from dit_sparse.methods.gates import GATES
 from dit_sparse.methods.gates.sea import orthogonal_features
 from dit_sparse.methods.gates.sparsifiner import POINTS
 from dit_sparse.output.environment import method_digest
+from fake_gpu import fake_gpu
 
 GRIDS = [Grid(5, 7, 3, after=11), Grid(1, 23, 31), Grid(40, 2, 2)]
 BLOCK, DIM = 16, 16
@@ -256,3 +257,13 @@ def test_bundled_weights(name):
 def test_bundled_weights_are_small():
     files = (Path(ds.__file__).parent / "assets" / "gates").glob("*.safetensors")
     assert sum(file.stat().st_size for file in files) < 300_000
+
+
+@every_gate
+def test_trained_gates_plan_without_synchronization(name, monkeypatch):
+    """On a simulated GPU, whose tensors have no values to wait for."""
+    with fake_gpu(monkeypatch):
+        q, k, v = (torch.empty(2, 3, 1280, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+        gate = method(f"{name}(weights=shapes-wan)", density=0.25)
+        plan = gate.plan(q, k, v, Site(Grid(5, 16, 16), 64, layer=2, layers=6), {})
+        assert plan.count.is_cuda and plan.blocks == 20
