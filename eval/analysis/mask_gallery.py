@@ -22,11 +22,12 @@ from dit_sparse.plan import BasePlan
 from dit_sparse.plotting.masks import MaskPanel, plot_gallery
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "images" / "methods"
-DENSITY, SEED, LAYER, STEP, HEAD = 0.25, 0, 3, 4, 1  # of the pictures
+DENSITY, SEED, LAYER, STEP, HEAD = 0.25, 0, 3, 2, 1  # of the pictures
+CALL = SMALL_CALL | {"guidance_scale": 1.0}
 NOTE = (
     f"{BUNDLED}, density {DENSITY:g}, layer {LAYER}, head {HEAD}, after {STEP} of 8 steps. "
     "Left: kept pairs, queries down and keys across, frame by frame; darker is a larger share. "
-    "Right: keys of the orange query in its 8 frames."
+    "Right: keys of the orange query, frame by frame."
 )
 
 
@@ -77,7 +78,7 @@ def panel(name: str, plan: BasePlan, site: Site, head: int) -> MaskPanel:
     return MaskPanel(f"{name}, {plan.density:.2f}", pairs.numpy(), keys.numpy(), query)
 
 
-def draw(kinds: Sequence[str], folder: Path = FOLDER, call: dict = SMALL_CALL, layer: int = LAYER, step: int = STEP):
+def draw(kinds: Sequence[str], folder: Path = FOLDER, call: dict = CALL, layer: int = LAYER, step: int = STEP):
     """Draw one picture for each kind, ``<kind>.png``, whose metadata lists the methods. ``dense`` is left out."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe = prepare(load_pipeline(BUNDLED))
