@@ -119,10 +119,7 @@ def compare(
     console.print(
         f"{len(result['prompts'])} prompts, {result['device']}; {escape(str(out / 'report.html'))}", soft_wrap=True
     )
-    for failure in result["failures"]:
-        print_error(f"{failure['name']} failed: {failure['error']}")
-    if result["failures"]:
-        raise typer.Exit(1)
+    _end_with_failures(result)
 
 
 def report(
@@ -172,6 +169,15 @@ def reproduce(
     console.print(_reproduction_table(list(published_and_measured(paper, result))))
     console.print(f"published / measured on {result['device']}; {escape(str(folder / 'report.html'))}", soft_wrap=True)
     console.print("published speedups are end-to-end, measured speedups are of the denoising")
+    _end_with_failures(result)
+
+
+def _end_with_failures(result: dict) -> None:
+    """Print the rows of a comparison that failed, and exit with code 1 if there are any."""
+    for failure in result["failures"]:
+        print_error(f"{failure['name']} failed: {failure['error']}")
+    if result["failures"]:
+        raise typer.Exit(1)
 
 
 def _comparison_tables(rows: list[dict]) -> Iterator[Table]:

@@ -12,9 +12,10 @@ from diffusers import DiffusionPipeline, WanTransformer3DModel
 from typer.testing import CliRunner
 
 from dit_sparse import METHODS, __version__
+from dit_sparse.cli import terminal
 from dit_sparse.cli.main import app
 from dit_sparse.cli.options import call_arguments, count_or_fraction, method_list
-from dit_sparse.cli.terminal import one_sentence
+from dit_sparse.cli.terminal import duration, one_sentence, progress_bars
 from dit_sparse.kernels.executors import EXECUTORS
 from dit_sparse.methods import KINDS, method
 from dit_sparse.output.media import read_video, save_video
@@ -321,6 +322,19 @@ def test_call_arguments_are_those_that_are_given():
     assert call_arguments(steps=4, guidance=0.0) == {"num_inference_steps": 4, "guidance_scale": 0.0}
     with pytest.raises(ValueError, match=r"num_inference_steps must be in \[2, 100000\], got 1"):
         call_arguments(steps=1, min_steps=2)
+
+
+def test_progress_in_a_file_is_a_line_a_minute_with_the_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    with progress_bars() as stage:
+        progress = stage("clips (steps)")
+        for done in range(0, 101):
+            now[0] = 12.0 * done
+            progress(done, 400)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20 and lines[0] == "clips (steps): 5 of 400, 1 h 19 min left"
+    assert lines[-1] == "clips (steps): 100 of 400, 1 h 00 min left" and duration(90 * 60) == "1 h 30 min"
 
 
 def test_the_installed_command_answers():

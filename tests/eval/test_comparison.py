@@ -21,6 +21,7 @@ from dit_sparse.eval.comparison import runner
 from dit_sparse.eval.comparison.clip_store import ClipStore
 from dit_sparse.eval.comparison.comparison import Comparison, steps_of_equal_cost
 from dit_sparse.eval.comparison.row_syntax import RowRequest, parse_row
+from dit_sparse.eval.report.tables import RESULTS
 from dit_sparse.methods import KINDS, kind_of, method_text
 
 SMALL = ["--steps", "3", "--frames", "2", "--height", "32", "--width", "32"]
@@ -251,6 +252,16 @@ def test_a_failing_row_leaves_the_others_complete(tmp_path, monkeypatch):
     result = small_comparison(tmp_path, PROMPTS[:1], densities=(0.3, 0.4)).run(no_stages)
     assert not result["failures"] and result["rows"][2]["name"] == "radial 0.3"
     assert [row["kind"] for row in result["rows"][:3]] == ["pattern"] * 3
+
+
+def test_command_names_failed_rows(tmp_path, monkeypatch):
+    stored = json.loads((RESULTS / "cpu" / "compare.json").read_text())
+    result = stored | {"failures": [{"name": "radial 0.25", "error": "out of memory"}]}
+    monkeypatch.setattr(Comparison, "run", lambda *_: result)
+    run = CliRunner().invoke(app, ["compare", "--methods", "all", "--kind", "scorer", "--out", str(tmp_path)])
+    assert run.exit_code == 1 and "radial 0.25 failed: out of memory" in run.stderr
+    assert "Failed: radial 0.25 (out of memory)." in (tmp_path / "report.html").read_text()
+    assert "Density 0.25" in run.output and "scorers" in run.output
 
 
 # --- resuming
