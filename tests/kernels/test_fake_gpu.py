@@ -49,6 +49,7 @@ TESTED_METHODS["per head"] = PerHead(
 EXPECTED_KERNELS = {
     "svg2": {"nearest_centroid_kernel", "cluster_mean_kernel", "select_top_kernel", "permute_rows_kernel"},
     "pbs": {"select_top_kernel", "permute_rows_kernel"},
+    "routing": {"nearest_centroid_kernel", "cluster_mean_kernel", "select_top_kernel", "permute_rows_kernel"},
     "routed": {"mass_and_spread_kernel", "pooling_error_kernel", "select_top_kernel", "permute_rows_kernel"},
     **{key: {"block_mass_kernel", "select_top_kernel"} for key in ("adaspa", "sparsed", "rettention(adaspa)")},
     "per head": {"block_mass_kernel", "select_top_kernel", "permute_rows_kernel"},

@@ -2,11 +2,13 @@
 
 from ...method import Method
 from .pbs import PBS
+from .routing import Routing
 from .spatial import Spatial
 from .svg2 import SVG2
 
 LAYOUTS: dict[str, type[Method]] = {
     "svg2": SVG2,
     "pbs": PBS,
+    "routing": Routing,
     "spatial": Spatial,
 }
