@@ -70,7 +70,7 @@ def no_adapter_message(transformer: nn.Module, family: Family | None = None) -> 
         text = f"text {proposal.text}" if proposal.text else "no text"
         found = f"sites {proposal.sites!r}, {text} in self-attention"
         return f"{message}; pass family=dit_sparse.propose_family(model) after checking the proposal: {found}"
-    return f"{message}; use dit_sparse.attention, or add an adapter as CONTRIBUTING describes"
+    return f"{message}; pass family=dit_sparse.ModuleAdapter(...) for a plain torch module, or use dit_sparse.attention"
 
 
 def _is_self_attention(path: str, module: nn.Module) -> bool:

@@ -178,6 +178,23 @@ def test_a_dense_grid_of_tokens_works_too():
         assert_near(denoise(model), dense, 1e-5)
 
 
+def test_modules_with_a_processor_and_frames_of_tokens():
+    """As in ActionMesh: frames x 1 x tokens, a time token in every frame, and a processor that computes attention."""
+    model, seen = model_of(plain.FrameDenoiser), []
+    x, context = torch.randn(2, 4, 24, plain.DIM), torch.randn(2, 5, plain.DIM)
+    frames = lambda arguments: Grid(arguments["x"].shape[1], 1, arguments["x"].shape[2] + 1)
+    adapter = ModuleAdapter(ANCHORED.sites, frames, ANCHORED.step)
+    processors = [block.attn1.processor for block in model.blocks]
+    with torch.no_grad():
+        dense = model(x, torch.tensor(0.5), context)
+        with enable(model, "radial", density=1.0, family=adapter, dense_steps=0, **OPTIONS) as run:
+            run.observe(lambda site, q, k, plan: seen.append((site.layer, str(site.grid))))
+            assert_near(model(x, torch.tensor(0.5), context), dense, 1e-5)
+        assert model(x, torch.tensor(0.5), context).equal(dense)
+    assert seen == [(0, "4x1x25"), (1, "4x1x25")]
+    assert [block.attn1.processor for block in model.blocks] == processors
+
+
 # --- wrong use
 
 

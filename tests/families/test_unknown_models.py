@@ -80,7 +80,7 @@ def test_a_family_of_the_user_comes_first_and_only_for_its_classes():
     assert run.report().sparse_calls == 2
     with pytest.raises(ValueError, match="'mine' is for Another, got the transformer Linear"):
         ds.enable(torch.nn.Linear(1, 1), family=others)
-    with pytest.raises(ValueError, match=r"family must be a dit_sparse\.Family, got str"):
+    with pytest.raises(ValueError, match=r"family must be a dit_sparse\.Family or ModuleAdapter, got str"):
         ds.enable(model, family="wan")
 
 

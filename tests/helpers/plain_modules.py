@@ -3,6 +3,8 @@
 - `PackedDenoiser`: sparse tensors of several items, one attention function of its own for self- and cross-attention, as
   in TRELLIS.
 - `AnchoredDenoiser`: a time token before the tokens of voxels, whose coordinates are an argument, as in UltraShape.
+- `FrameDenoiser`: modules with a processor, and a time token in every frame of tokens without coordinates, as in
+  ActionMesh.
 - `AliasDenoiser`: an attention function under another name, called by a helper function, as in Hunyuan3D.
 """
 
@@ -174,3 +176,33 @@ class OwnAttention(Attention):
 
 class OwnDenoiser(AnchoredDenoiser):
     attention = OwnAttention
+
+
+class Processor:
+    """A processor as in diffusers: it computes the attention of its module."""
+
+    def __call__(self, module: Attention, x: Tensor, context: Tensor | None = None) -> Tensor:
+        out = F.scaled_dot_product_attention(*module.heads(x, context))
+        return module.out(out.transpose(1, 2).flatten(2))
+
+
+class ProcessorAttention(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.processor = Processor()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.processor(self, x, context)
+
+
+class FrameDenoiser(AnchoredDenoiser):
+    """Tokens of several frames, ``x [B, frames, tokens, D]``."""
+
+    attention = ProcessorAttention
+
+    def forward(self, x: Tensor, t: Tensor, contexts: Tensor) -> Tensor:
+        frames = x.shape[:2]
+        x = torch.cat([t.expand(*frames, 1, DIM), x], 2).flatten(1, 2)
+        for block in self.blocks:
+            x = block(x, contexts)
+        return x.unflatten(1, (frames[1], -1))[:, :, 1:]

@@ -151,3 +151,21 @@ def test_attention_names_the_kinds_of_grids():
     assert "VoxelGrid" in inspect.getdoc(attention)
     with pytest.raises(ValueError, match=r"grid must be a dit_sparse.Grid, .* VoxelGrid\(voxels\), got str"):
         attention(*qkv(4), grid="2x2x1")
+
+
+@cache
+def fields() -> tuple[VoxelGrid, list[Tensor]]:
+    """Queries and keys that are smooth over a surface and equal on its mirrored parts, as for repeated detail."""
+    voxels, generator = surface(1500), torch.Generator().manual_seed(0)
+    waves = torch.randn(2, 3, 32, generator=generator) * 0.6
+    features = 1.5 * (voxels.abs().float() @ waves).sin()[None]
+    noise = 0.3 * torch.randn(2, 2, 1500, 32, generator=generator)
+    return VoxelGrid(voxels), [features + noise[:1], features + noise[1:], torch.randn(1, 2, 1500, 32)]
+
+
+@pytest.mark.parametrize("name", ["svg2", "spatial", "subblock", "xattention", "asa", "sparge", "adaspa", "routed"])
+def test_methods_that_read_q_and_k_beat_random_blocks(name):
+    grid, inputs = fields()
+    compute = lambda name: attention(*inputs, grid=grid, method=name, density=0.25, executor="gather")[0]
+    error = lambda name: float((compute(name) - dense(*inputs)).norm() / dense(*inputs).norm())
+    assert error(name) < 0.8 * error("random_blocks")
