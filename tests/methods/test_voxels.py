@@ -160,7 +160,11 @@ def fields() -> tuple[VoxelGrid, list[Tensor]]:
     waves = torch.randn(2, 3, 32, generator=generator) * 0.6
     features = 1.5 * (voxels.abs().float() @ waves).sin()[None]
     noise = 0.3 * torch.randn(2, 2, 1500, 32, generator=generator)
-    return VoxelGrid(voxels), [features + noise[:1], features + noise[1:], torch.randn(1, 2, 1500, 32)]
+    return VoxelGrid(voxels), [
+        features + noise[:1],
+        features + noise[1:],
+        torch.randn(1, 2, 1500, 32, generator=generator),
+    ]
 
 
 @pytest.mark.parametrize("name", ["svg2", "spatial", "subblock", "xattention", "asa", "sparge", "adaspa", "routed"])

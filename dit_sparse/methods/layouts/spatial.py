@@ -131,14 +131,15 @@ class _Cells:
         tiles, rows = -(-q.shape[2] // block), block // run
         means = k.new_zeros(*k.shape[:2], len(self.sizes), k.shape[3], dtype=torch.float32)
         means = means.index_add_(2, self.part, k.float()) / self.sizes[:, None]
-        queries = pool(q, run)
+        means = torch.cat([means, self.sizes.log()[:, None].expand(*k.shape[:2], -1, 1)], 3)
+        queries = F.pad(pool(q, run) * q.shape[-1] ** -0.5, (0, 1), value=1.0)  # the products add the log sizes
         missing = tiles * rows - queries.shape[2]
-        valid = torch.arange(tiles * rows, device=q.device).view(tiles, rows) < queries.shape[2]
-        queries, log_sizes = F.pad(queries, (0, 0, 0, missing)).unflatten(2, (tiles, rows)), self.sizes.log()
+        valid = (torch.arange(tiles * rows, device=q.device) < queries.shape[2]).float().view(tiles, 1, rows)
+        queries = F.pad(queries, (0, 0, 0, missing)).unflatten(2, (tiles, rows))
 
         def score_rows(tile: slice) -> Tensor:
-            logits = queries[:, :, tile].flatten(2, 3) @ means.mT * q.shape[-1] ** -0.5 + log_sizes
-            weights = (logits.softmax(-1).unflatten(2, (-1, rows)) * valid[tile, :, None]).sum(3)
+            weights = (queries[:, :, tile].flatten(2, 3) @ means.mT).softmax(-1).unflatten(2, (-1, rows))
+            weights = (valid[tile] @ weights)[..., 0, :]
             return weights.new_zeros(*weights.shape[:-1], self.groups).index_add_(-1, self.group, weights)
 
         return score_in_chunks(score_rows, tiles, q.shape[0] * q.shape[1] * rows * len(self.sizes)).log()
