@@ -56,7 +56,10 @@ EXPECTED_KERNELS = {
     **{key: {"permute_rows_kernel"} for key in ("window", "neighborhood", "svg")},
     **{
         key: {"select_top_kernel"}
-        for key in ("asa", "sparge", "subblock", "xattention", "vdit", "sol", "pooled(subblock)")
+        for key in (
+            *("asa", "sparge", "subblock", "xattention", "vdit", "sol", "pooled(subblock)"),
+            *("flexprefill", "anchor", "sale", "hip", "infllm_v2", "spark"),
+        )
     },
 }
 PATTERNS = tuple(name for name, one in TESTED_METHODS.items() if isinstance(one, Pattern))

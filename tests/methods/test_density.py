@@ -127,6 +127,22 @@ def test_groups_of_any_size_meet_the_pairs(seed, density, equal):
     assert (scores.masked_fill(keep, -torch.inf).amax(-1) <= worst).all(), "the best groups are kept"
 
 
+@given(st.integers(0, 10_000), st.builds(Grid, SIDE, SIDE, SIDE, before=TEXT, after=TEXT), st.floats(0.01, 1))
+def test_one_threshold_for_all_rows_of_a_head(seed, grid, density):
+    """The best pairs of a head are kept, whatever their rows, and the own block of each row."""
+    blocks = VideoBlocks.from_grid(grid, 7)
+    count, own = len(blocks.sizes), blocks.own
+    if count == 0:
+        return
+    scores = torch.randn(1, 2, count, count, generator=torch.Generator().manual_seed(seed))
+    keep, area = blocks.keep_by_head(scores, blocks.pairs(density)), blocks.sizes[:, None] * blocks.sizes
+    assert (keep | ~own).all()
+    kept = scores.masked_fill(~keep | own, torch.inf).amin((-2, -1))
+    assert (scores.masked_fill(keep, -torch.inf).amax((-2, -1)) <= kept).all()
+    target = max(blocks.pairs(density), blocks.own_pairs)
+    assert ((area * keep).sum((-2, -1)) - target).abs().max() <= 49 / 2 + 1e-3
+
+
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 40), st.integers(0, 40), st.sampled_from([7, 16, 64]))
 def test_video_blocks_hold_no_text(frames, side, before, after, block):
     grid = Grid(frames, side, side, before=before, after=after)

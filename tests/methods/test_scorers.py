@@ -14,6 +14,7 @@ from dit_sparse.methods.scorers.asa import ASA
 from dit_sparse.methods.scorers.sparge import Sparge, self_similarity
 from dit_sparse.methods.scorers.subblock import SubBlock
 from dit_sparse.methods.scorers.xattention import XAttention
+from dit_sparse.scoring import sample_positions, sample_queries
 
 GRID = Grid(5, 7, 3, after=11)  # 116 tokens: the last block is shorter
 WHOLE = Grid(4, 4, 6)  # 96 tokens: whole blocks of 16
@@ -79,6 +80,18 @@ def test_chunks_do_not_change_the_scores(name, monkeypatch):
     one_chunk = scores(method(name), q, k)
     monkeypatch.setattr("dit_sparse.scoring.SCORES_PER_CHUNK", 1)
     assert_near(scores(method(name), q, k), one_chunk, 1e-6)
+
+
+def test_sampled_queries_are_spread_over_rows_and_columns_of_an_image():
+    """Of blocks of 64 tokens in images 16 tokens wide: no two samples are in one column."""
+    position = sample_positions(200, 64, 4)
+    assert position.shape == (4, 4) and position.equal(position.sort(-1).values)
+    first = position[0]
+    assert len({*(first % 16).tolist()}) == 4 and len({*(first // 16).tolist()}) == 3
+    assert position[:3].equal(first + 64 * torch.arange(3)[:, None]) and (position[3] <= 199).all()
+    assert sample_positions(200, 64, 999)[1].equal(torch.arange(64, 128))
+    q, _, _ = qkv(200, batch=2)
+    assert sample_queries(q, 64, 4).equal(q[:, :, position])
 
 
 # --- xattention

@@ -59,6 +59,8 @@ class InfLLMV2(Scorer):
     head_group: int = within("[1, 1000]", 1)
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Plan | None:
+        if site.block % self.stride:
+            raise ValueError(f"stride must divide the block of {site.block}, got {self.stride}")
         has_paper_budget = self.density is None and self.budget is None
         return None if has_paper_budget and q.shape[2] < self.min_tokens else super().plan(q, k, v, site, memory)
 
@@ -66,8 +68,6 @@ class InfLLMV2(Scorer):
         return Top(min(1.0, self.selected / max(1, len(blocks.sizes))))
 
     def score(self, q: Tensor, k: Tensor, v: Tensor | None, site: Site, memory: dict) -> Tensor:
-        if site.block % self.stride:
-            raise ValueError(f"stride must divide the block of {site.block}, got {self.stride}")
         queries = sample_queries(q, site.block, self.queries_per_block) * q.shape[-1] ** -0.5
         fine, coarse = (mean_windows(k, factor * self.stride) for factor in (1, 4))
         blocks, samples, per_block = *queries.shape[2:4], site.block // self.stride
