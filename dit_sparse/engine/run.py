@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..composition import nested_methods
 from ..methods import name_of
 from ..pipelines.module_adapter import AnyFamily, ModuleAdapter
 from .dispatcher import AttentionDispatcher, Observer
@@ -147,6 +148,8 @@ class Run:
         refuse_ring(transformer)
         heads = getattr(modules[0], "heads", getattr(modules[0], "num_heads", 0))
         self._settings.method.check_model(len(modules), heads)
+        for method in nested_methods(self._settings.method):
+            method.check_transformer(tuple(cls.__name__ for cls in type(transformer).__mro__))
         links = []
         for layer, module in enumerate(modules):
             site = AttentionSite(name, layer, len(modules), family.text, module)

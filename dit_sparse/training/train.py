@@ -33,7 +33,7 @@ from ..profiling.probe import measured_steps
 from .distillation import TrainingState, best_mass, group, kept_mass, train
 from .examples import Capture, Example, Recorder
 
-MAX_BYTES = 2 << 30  # of all examples
+MAX_BYTES = 1 << 30  # of all examples
 MAX_ITERATIONS = 1_000_000
 SAVE_INTERVAL = 50  # iterations
 DENSITIES = (0.15, 0.25)  # at which the report gives the kept attention mass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from dataclasses import replace
@@ -24,6 +25,7 @@ from dit_sparse.methods.gates.sea import orthogonal_features
 from dit_sparse.methods.gates.sparsifiner import POINTS
 from dit_sparse.output.environment import method_digest
 from fake_gpu import fake_gpu
+from tiny_pipelines import ALL
 
 GRIDS = [Grid(5, 7, 3, after=11), Grid(1, 23, 31), Grid(40, 2, 2)]
 BLOCK, DIM = 16, 16
@@ -188,6 +190,15 @@ def test_weights_of_another_model_are_refused(name, tmp_path):
         with pytest.raises(ValueError) as error:
             check()
         assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_weights_are_compared_with_the_transformer(tmp_path):
+    """When a model is made sparse, also inside a composition."""
+    tiny = ALL["ltx"]()
+    text = json.dumps(stored(method("seer"), tmp_path / "gate.safetensors", heads=2))
+    for one in (f"seer(weights={text})", f"cached(seer(weights={text}))"):
+        with pytest.raises(ValueError, match="for a WanTransformer3DModel, got a LTXVideoTransformer3DModel"):
+            ds.enable(tiny.pipe, one, density=0.3)
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path):
