@@ -19,7 +19,7 @@ from dit_sparse.plan import BasePlan, Plan
 from .style import LIGHT, SMALL_SIZE, TEXT_SIZE, Theme, finish, new_figure, style_axes
 
 SIDE = 4.2  # inches of the block map
-GALLERY_COLUMNS, PANEL_HEIGHT = 3, 1.55  # panels in a row, inches of one
+GALLERY_COLUMNS, PANEL_HEIGHT = 3, 1.45  # panels in a row, inches of one
 
 
 class MaskPanel(NamedTuple):
@@ -62,7 +62,7 @@ def plot_gallery(panels: Sequence[MaskPanel], note: str, theme: Theme = LIGHT) -
     """Plot several masks: for each the kept pairs, and the keys of one query frame by frame."""
     rows = -(-len(panels) // GALLERY_COLUMNS)
     figure = new_figure(9.6, PANEL_HEIGHT * rows, theme, notes=[note])
-    axes = figure.subplots(rows, 2 * GALLERY_COLUMNS, squeeze=False, width_ratios=[1, 2] * GALLERY_COLUMNS)
+    axes = figure.subplots(rows, 2 * GALLERY_COLUMNS, squeeze=False, width_ratios=[1, 1.7] * GALLERY_COLUMNS)
     for one in axes.flat:
         one.set_axis_off()
     for panel, (left, right) in zip(panels, axes.reshape(-1, 2), strict=False):
@@ -72,6 +72,7 @@ def plot_gallery(panels: Sequence[MaskPanel], note: str, theme: Theme = LIGHT) -
         frames, height, width = panel.keys.shape
         sheet, place = _frame_sheet(panel.keys, -(-frames // 2))
         right.imshow(sheet, cmap=theme.color_map(), vmin=0, vmax=1, interpolation="nearest")
+        right.set_anchor("W")
         frame, (row, column) = panel.query // (height * width), divmod(panel.query % (height * width), width)
         top, left_edge = place(frame)
         right.plot(left_edge + column, top + row, "s", color=theme.highlight, markersize=3)
