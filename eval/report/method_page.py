@@ -34,7 +34,7 @@ def kind_section(kind: str) -> str:
 def method_conditions() -> str:
     """Return the conditions of the measured numbers on the page."""
     notes = []
-    for path in stored_results("planning.json"):
+    for path in stored_results("planning*.json"):
         result = json.loads(path.read_text())
         shape = f"{result['tokens']:,} tokens ({result['grid']}), {result['heads']} heads x {result['dim']}"
         rounds = min(row["rounds"] for row in result["rows"] if "rounds" in row)
@@ -86,7 +86,7 @@ def _section(row: dict) -> Iterator[str]:
 def _planning_shares() -> dict[str, str]:
     """Return the measured planning times by method, of the last stored result."""
     texts: dict[str, str] = {}
-    for path in stored_results("planning.json"):
+    for path in stored_results("planning*.json"):
         for row in json.loads(path.read_text())["rows"]:
             if row.get("static"):
                 texts[row["method"]] = "once"
