@@ -10,11 +10,19 @@ from functools import partial
 
 from dit_sparse.methods import KINDS
 
-from . import comparison_tables, method_page, model_tables
+from . import comparison_tables, gate_tables, method_page, model_tables
 from . import tables as result_tables
 from .tables import ROOT
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md", "docs/methods.md", "docs/models.md", "docs/routed.md")
+PAGES = (
+    "README.md",
+    "docs/benchmarks.md",
+    "docs/gates.md",
+    "docs/kernels.md",
+    "docs/methods.md",
+    "docs/models.md",
+    "docs/routed.md",
+)
 TABLES = {
     "kinds": method_page.kind_table,
     "conditions": method_page.method_conditions,
@@ -27,6 +35,8 @@ TABLES = {
     "compare": comparison_tables.compare_tables,
     "branches": comparison_tables.branches_tables,
     "routed": comparison_tables.routed_tables,
+    "gate_weights": gate_tables.weights_table,
+    "gate_videos": gate_tables.comparison_tables,
     "study": result_tables.study_tables,
     "executors": result_tables.executor_table,
     "transformers": result_tables.transformer_table,
