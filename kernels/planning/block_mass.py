@@ -130,27 +130,31 @@ def _block_mass_torch(
     stride, blocks = block // rows, num_blocks(tokens, block)
     q, k, lse = (x if x is None else reorder(x, order) for x in (q, k, lse))
     q = q[:, :, ::stride].float() * (dim**-0.5 if scale is None else scale)
-    keys = k.repeat_interleave(heads // k.shape[1], 1).float().mT
+    missing = -tokens % block
+    keys = F.pad(k.repeat_interleave(heads // k.shape[1], 1).float(), (0, 0, 0, missing)).mT
     if lse is not None:
         lse = lse[:, :, ::stride]
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # weights of a query without keys: exp(score - inf) = 0
     end = torch.full((1,), tokens, device=q.device) if lengths is None else lengths
-    valid_keys = (torch.arange(tokens, device=q.device) < end[:, None])[:, None]
-    valid_queries = valid_keys[..., ::stride]
-    chunk = rows * max(1, launching.chunk_elements(q) // (batch * heads * rows * tokens))
+    valid_keys = (torch.arange(tokens + missing, device=q.device) < end[:, None])[:, None]
+    valid_queries = valid_keys[..., :tokens:stride]
+    elements = launching.chunk_elements(q) * (1 if q.is_cuda else 4)  # on a CPU, products of fewer rows are slow
+    chunk = rows * max(1, elements // (batch * heads * rows * tokens))
     mass, lse_chunks = [], []
     for first in range(0, q.shape[2], chunk):
         queries = slice(first, first + chunk)
         scores = q[:, :, queries] @ keys
-        if lse is None:
-            weights = scores.softmax(-1)
-            lse_chunks.append(scores.amax(-1) - weights.amax(-1).log())
-        else:
-            weights = scores.sub_(lse[:, :, queries, None]).exp_()
+        scores[..., tokens:] = -torch.inf
+        shift = scores.amax(-1, keepdim=True) if lse is None else lse[:, :, queries, None]
+        weights = scores.sub_(shift).exp_()
         if lengths is not None:
             weights = torch.where(valid_queries[..., queries, None] & valid_keys[..., None, :], weights, 0.0)
-        block_sums = F.pad(weights, (0, 0, 0, -weights.shape[2] % rows)).unflatten(2, (-1, rows)).sum(3)
-        mass.append(F.pad(block_sums, (0, -tokens % block)).unflatten(-1, (blocks, block)).sum(-1))
+        block_sums = weights.unflatten(-1, (blocks, block)).sum(-1)
+        if lse is None:
+            total = block_sums.sum(-1, keepdim=True)
+            lse_chunks.append((shift + total.log())[..., 0])
+            block_sums = block_sums / total
+        mass.append(F.pad(block_sums, (0, 0, 0, -block_sums.shape[2] % rows)).unflatten(2, (-1, rows)).sum(3))
     num_queries = F.pad(valid_queries.float(), (0, -q.shape[2] % rows)).unflatten(-1, (blocks, rows)).sum(-1)
     return torch.cat(mass, 2) / num_queries.clamp(min=1)[..., None], torch.cat(lse_chunks, 2) if lse_chunks else None
 

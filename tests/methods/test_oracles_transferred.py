@@ -102,7 +102,7 @@ def test_proxyattn(grid, density):
     """Best score of every fourth token of the mean head of a group; the budget of a head holds .7 of the attention of
     20 probe queries, scaled to the density."""
     q, k = alike_heads(grid)
-    method = ProxyAttn(density=density, mass=0.7, probes=20)
+    method = ProxyAttn(density=density, stride=4, mass=0.7, probes=20)
     mask, blocks = plan_of(method, grid, BLOCK, q, k).block_mask()[0], blocks_of(grid)
     video = video_of(grid, blocks)
     budget = []

@@ -50,7 +50,7 @@ class TokenSelect(Method):
     manages_own_plans: ClassVar[bool] = True
 
     similarity: float = within("[-1, 1]", 0.9)
-    queries_per_block: int | None = within(POWER_OF_TWO, 4)
+    queries_per_block: int | None = within(POWER_OF_TWO, 2)
 
     def begin_generation(self, q: Tensor, site: Site, reserved_bytes: int = 0) -> int:
         if site.block % min(self.queries_per_block or 1, site.block):

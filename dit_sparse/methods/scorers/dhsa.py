@@ -59,13 +59,12 @@ class DHSA(Scorer):
         member = self._chunks(q.float(), k, site.block)  # [B, 1, Qb, chunks, block]
         sizes = member.sum(-1)
         queries, keys = (member @ split_blocks(x, site.block) / sizes.clamp(min=1).sqrt()[..., None] for x in (q, k))
-        (blocks, n), empty = sizes.shape[2:], (sizes == 0).flatten(2)
+        empty, (blocks, n) = (sizes == 0)[..., None], sizes.shape[2:]  # they repeat the first chunk of their block
+        queries, keys = (torch.where(empty, x[..., :1, :], x) for x in (queries * q.shape[-1] ** -0.5, keys))
 
         def score_rows(rows: slice) -> Tensor:
-            scores = queries[:, :, rows].flatten(2, 3) @ keys.flatten(2, 3).mT * q.shape[-1] ** -0.5
-            scores = scores.masked_fill(empty[:, :, None], -torch.inf).unflatten(-1, (blocks, n)).amax(-1)
-            scores = scores.unflatten(2, (-1, n)).masked_fill((sizes[:, :, rows] == 0)[..., None], -torch.inf)
-            return scores.amax(3)
+            scores = queries[:, :, rows].flatten(2, 3) @ keys.flatten(2, 3).mT
+            return scores.unflatten(-1, (blocks, n)).amax(-1).unflatten(2, (-1, n)).amax(3)
 
         return score_in_chunks(score_rows, blocks, q.shape[0] * q.shape[1] * n**2 * blocks)
 

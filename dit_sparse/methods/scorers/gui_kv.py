@@ -50,7 +50,7 @@ class GUIKV(Scorer):
     needs_raster: ClassVar[bool] = True
     needs_values: ClassVar[bool] = True
     samples: int = within("[1, 10000]", 16)
-    rank: int = within("[1, 256]", 16)
+    rank: int = within("[1, 256]", 8)
     norm_weight: float = within("[0, 1000]", 0.5)
     redundancy: float = within("[0, 1]", 0.5)
 

@@ -50,7 +50,7 @@ class ProxyAttn(Method):
     """
 
     group_size: int = within("[1, 1000]", 2)
-    stride: int = within(POWER_OF_TWO, 4)
+    stride: int = within(POWER_OF_TWO, 8)
     probes: int = within("[1, 10000]", 64)
     mass: float = within("(0, 1]", 0.9)
 
@@ -74,18 +74,22 @@ class ProxyAttn(Method):
         return F.pad(weights, (0, -grid.tokens % block)).unflatten(-1, (-1, block)).sum(-1)
 
     def _score(self, q: Tensor, k: Tensor, group: Tensor, block: int) -> Tensor:
-        """Return the scores of every group, ``[B, G, Qb, Qb]``, from the groups of the heads, one-hot ``[B, H, G]``."""
+        """Return the logarithms of the scores of every group, ``[B, G, Qb, Qb]``, from the groups of the heads, one-hot ``[B, H, G]``."""
         blocks, per_block, dim = num_blocks(q.shape[2], block), block // self.stride, q.shape[-1]
         share = (group / group.sum(1, keepdim=True).clamp(min=1)).mT
         queries, keys = (share @ x[:, :, :: self.stride].float().flatten(2) for x in (q, k))
         queries, keys = (x.unflatten(-1, (-1, dim)) for x in (queries, keys))
-        missing = blocks * per_block - keys.shape[2]
+        queries, sampled = queries * dim**-0.5, keys.shape[2]
+        keys = F.pad(keys, (0, 0, 0, blocks * per_block - sampled)).mT
 
         def score_rows(rows: slice) -> Tensor:
-            part = queries[:, :, rows.start * per_block : rows.stop * per_block]
-            weights = (part @ keys.mT * dim**-0.5).softmax(-1)
-            weights = F.pad(weights, (0, missing, 0, -part.shape[2] % per_block))
-            return weights.unflatten(-1, (blocks, per_block)).amax(-1).unflatten(2, (-1, per_block)).amax(3)
+            logits = queries[:, :, rows.start * per_block : rows.stop * per_block] @ keys
+            logits[..., sampled:] = -torch.inf
+            best = logits.unflatten(-1, (blocks, per_block)).amax(-1)
+            highest = best.amax(-1, keepdim=True)
+            best = best - highest - logits.sub_(highest).exp_().sum(-1, keepdim=True).log()
+            best = F.pad(best, (0, 0, 0, -best.shape[2] % per_block), value=-torch.inf)
+            return best.unflatten(2, (-1, per_block)).amax(3)
 
         return score_in_chunks(score_rows, blocks, queries.shape[0] * queries.shape[1] * per_block**2 * blocks)
 
