@@ -74,7 +74,8 @@ class ProxyAttn(Method):
         return F.pad(weights, (0, -grid.tokens % block)).unflatten(-1, (-1, block)).sum(-1)
 
     def _score(self, q: Tensor, k: Tensor, group: Tensor, block: int) -> Tensor:
-        """Return the logarithms of the scores of every group, ``[B, G, Qb, Qb]``, from the groups of the heads, one-hot ``[B, H, G]``."""
+        """Return the logarithms of the scores of every group, ``[B, G, Qb, Qb]``, from the groups of the heads, one-hot
+        ``[B, H, G]``."""
         blocks, per_block, dim = num_blocks(q.shape[2], block), block // self.stride, q.shape[-1]
         share = (group / group.sum(1, keepdim=True).clamp(min=1)).mT
         queries, keys = (share @ x[:, :, :: self.stride].float().flatten(2) for x in (q, k))
