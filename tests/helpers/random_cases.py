@@ -67,6 +67,12 @@ SETTINGS: dict[str, dict[str, tuple]] = {
         "every": (None, 1, 5, 99),
     },
     "sink": {"frames": (0.5, 1.0, 2.5)},
+    "power": {"width": (0.0, 0.3), "window": (0.0, 1.0, 5.0), "sink": (True, False), "by_frame": (True, False)},
+    "svga": {"width": (0.0, 0.3), "stride": (1, 2, 3)},
+    "arrow": {"band": (0.01, 0.2), "plus": (0.0, 0.3, 1.0), "frames": (0.0, 0.05, 1.0)},
+    "moa": {"alpha": (-1.0, 0.0, 2.0), "beta": (0.0, 0.3, 2.0), "sink": (True, False)},
+    "masformer": {"full_layers": (0.0, 1.0), "share": (0.5, 1.0), "radius": (0.1, 0.5)},
+    "routing": {"init_iterations": (1, 4), "rounds": (1, 2, 9)},
     "seer": {"rank": (1, 8), **BUDGETED},
     "sparsifiner": {"rank": (1, 4), **BUDGETED},
     "sea": {"group": (1, 8, 99), "features_per_head": (4, 99), "width": (2, 128), "seed": (0, 7), **BUDGETED},
@@ -78,7 +84,7 @@ SETTINGS: dict[str, dict[str, tuple]] = {
     "vdit.skip": {},
 }  # fmt: skip
 SAME_ORDER = (("radial", "sink", "svg.spatial"), ("sink", "radial"), ("window", "window"), ("svg.temporal",) * 2)
-MAKES_CLUSTERS = ("svg2", "pbs", "routed")
+MAKES_CLUSTERS = ("svg2", "pbs", "routed", "routing")
 CHANGES_OUTPUT = ("sol", "vdit.skip", "seqboat", "spatten")
 
 DTYPES = (*[torch.float32] * 4, *[torch.bfloat16] * 2, torch.float16, torch.float64)
