@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_sparse import VoxelGrid
-
 
 def surface(voxels: int, seed: int = 0) -> Tensor:
     """Return the ``voxels`` cells nearest to a sphere around the origin, in random order, int64 ``[voxels, 3]``."""
@@ -21,7 +19,3 @@ def packed(*sizes: int, seed: int = 0) -> Tensor:
     """Return the voxels of several batch items, one after the other, int64 ``[T, 4]``."""
     parts = [torch.nn.functional.pad(surface(n, seed + i), (1, 0), value=i) for i, n in enumerate(sizes)]
     return torch.cat(parts)
-
-
-def item_grids(*sizes: int) -> list[VoxelGrid]:
-    return [VoxelGrid(surface(n, i)) for i, n in enumerate(sizes)]
