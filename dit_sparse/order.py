@@ -106,9 +106,11 @@ def reorder(x: Tensor, order: Tensor | None) -> Tensor:
     if x.shape[1] < order.shape[1]:
         x = x.repeat_interleave(order.shape[1] // x.shape[1], 1)
     order = order.expand(*x.shape[:2], -1)
-    if x.ndim == 4:
-        order = order[..., None].expand(-1, -1, -1, x.shape[-1])
-    return x.gather(2, order)
+    if x.ndim == 3:
+        return x.gather(2, order)
+    # Whole rows are copied: gather would read an index for every element.
+    first = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2], 1) * x.shape[2]
+    return x.flatten(0, 2).index_select(0, (order + first).flatten()).view(*order.shape, *x.shape[3:])
 
 
 def _video_coordinates(grid: BaseGrid) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,6 +58,22 @@ def repeat_last_key(k: Tensor, block: int) -> Tensor:
     return torch.cat([k, k[:, :, -1:].expand(-1, -1, -k.shape[2] % block, -1)], 2).float()
 
 
+def subblock_means(x: Tensor, block: int, n: int) -> Tensor:
+    """Return the means of n sub-blocks of every block in float32, ``[B, H, N, D] -> [B, H, n, Qb, D]``; 0 if empty.
+
+    Sub-blocks come before blocks, because reductions over a short last dimension are slow.
+    """
+    means = pool(x, block // n)
+    return F.pad(means, (0, 0, 0, -means.shape[2] % n)).unflatten(2, (-1, n)).transpose(2, 3)
+
+
+def log_share_of_last_subblocks(tokens: int, block: int, n: int, device: torch.device) -> Tensor:
+    """Return the log of the tokens that each sub-block of the last block holds, relative to a whole one, ``[n]``."""
+    first = (num_blocks(tokens, block) - 1) * block
+    sizes = tokens - first - torch.arange(n, device=device) * (block // n)
+    return (sizes.clamp(0, block // n) / (block // n)).log()
+
+
 def score_in_chunks(score: Callable[[slice], Tensor], blocks: int, per_block: int) -> Tensor:
     """Concatenate the scores of a few query blocks at a time to ``[B, H, Qb, Qb]``, which bounds the memory.
 

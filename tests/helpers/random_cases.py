@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, tuple]] = {
         "samples": (1, 16), "rank": (1, 99), "norm_weight": (0.0, 1.0), "redundancy": (0.0, 1.0), **BUDGETED,
     },
     "proxyattn": {"group_size": (1, 2, 9), "stride": (1, 4), "probes": (1, 64), "mass": (0.3, 1.0)},
-    "pbs": {"probe_queries": (1, 16), "segment_blocks": (1, 3), "queries_per_block": (1, 9), "top_p": (0.5, 1.0)},
+    "pbs": {"probe_queries": (1, 16), "segment_blocks": (1, 3), "subblocks": (1, 9), "top_p": (0.5, 1.0)},
     "sparge": {"similarity_threshold": (0.0, 0.3, 0.9), "hilbert": (True, False), **BUDGETED},
     "subblock": {"subblocks": (1, 2, 4), **BUDGETED},
     "xattention": {"stride": (1, 2, 8), **BUDGETED},

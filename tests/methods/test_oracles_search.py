@@ -121,7 +121,7 @@ def test_svg2(grid):
 @every_grid
 def test_pbs(grid):
     """Keys sorted by importance within segments of two blocks; the own segment, and of the other blocks top-p of .9 of
-    the attention of four queries of the row."""
+    the attention between the means of four parts of a block."""
     q, k = inputs(grid)
     mask = plan_of(PBS(), grid, BLOCK, q, k).token_mask(torch.arange(grid.tokens))[0]
     for head in range(2):
@@ -133,12 +133,18 @@ def test_pbs(grid):
         cut = lambda tokens: [tokens[first : first + BLOCK] for first in range(0, grid.video, BLOCK)]
         query_blocks, key_blocks = cut(list(range(grid.video))), cut(keys)
         expected = torch.ones_like(mask[head])
+        parts = lambda tokens: [part for first in (0, 4, 8, 12) if (part := tokens[first : first + BLOCK // 4])]
+        key_parts = [(j, part) for j, tokens in enumerate(key_blocks) for part in parts(tokens)]
+        offset = lambda tokens: [token + grid.before for token in tokens]
+        means = torch.stack([k[0, head, offset(part)].double().mean(0) for _, part in key_parts])
         for i, queries in enumerate(query_blocks):
-            mass = {
-                j: float(weights[queries[:: BLOCK // 4]][:, tokens].sum())
-                for j, tokens in enumerate(key_blocks)
-                if j // 2 != i // 2
-            }
+            mass = {j: 0.0 for j in range(len(key_blocks)) if j // 2 != i // 2}
+            for part in parts(queries):
+                logits = q[0, head, offset(part)].double().mean(0) @ means.mT / 4
+                sizes = torch.tensor([len(members) for _, members in key_parts], dtype=torch.float64)
+                for (j, _), share in zip(key_parts, (logits + sizes.log()).softmax(0).tolist(), strict=True):
+                    mass[j] = mass.get(j, 0.0) + len(part) * share
+            mass = {j: value for j, value in mass.items() if j // 2 != i // 2}
             kept = top_p(mass, 0.9) | {j for j in range(len(key_blocks)) if j // 2 == i // 2}
             for j, tokens in enumerate(key_blocks):
                 rows = torch.tensor(queries)[:, None] + grid.before

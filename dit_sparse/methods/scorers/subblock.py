@@ -15,16 +15,15 @@ float32, because the authors found that ties in bfloat16 favour early blocks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...grid import Site
 from ...method import Scorer
 from ...notation.settings import POWER_OF_TWO, within
-from ...scoring import pool, score_in_chunks
+from ...scoring import log_share_of_last_subblocks, score_in_chunks, subblock_means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,26 +40,18 @@ class SubBlock(Scorer):
         (tokens, dim), n = q.shape[2:], self.subblocks
         if site.block % n:
             raise ValueError(f"subblocks must divide the block of {site.block}, got {n}")
-        size = site.block // n
-        # Positions in a block come before blocks, because reductions over a short last dimension are slow.
-        queries, keys = (_by_position(pool(x, size), n) for x in (q * dim**-0.5, k))
-        blocks = keys.shape[3]
-        sizes = (tokens - torch.arange(blocks * n, device=q.device) * size).clamp(0, size)
-        log_sizes = sizes.float().log().view(blocks, n).T  # -inf for empty sub-blocks
+        queries, keys = (subblock_means(x, site.block, n) for x in (q, k))
+        queries, blocks = queries * dim**-0.5, keys.shape[3]
+        last = log_share_of_last_subblocks(tokens, site.block, n, q.device)
 
         def score_rows(rows: slice) -> Tensor:
             logits = queries[:, :, :, rows].flatten(2, 3) @ keys.flatten(2, 3).mT
             logits = logits.unflatten(-1, (n, blocks)).unflatten(2, (n, -1))
-            logits[..., -1] += log_sizes[:, -1] - log_sizes[:, 0]  # only the last block may be shorter
+            logits[..., -1] += last
             if rows.stop == blocks:
-                logits[:, :, :, -1] += (log_sizes[:, -1] - log_sizes[:, 0])[:, None, None]
+                logits[:, :, :, -1] += last[:, None, None]
             greatest = logits.amax(2).amax(3)
             total = logits.sub_(greatest[:, :, None, :, None]).exp_().sum(2).sum(3)
-            return total.log_() + greatest + 2 * log_sizes[0, 0]
+            return total.log_() + greatest + 2 * math.log(site.block // n)
 
         return score_in_chunks(score_rows, blocks, q.shape[0] * q.shape[1] * n**2 * blocks)
-
-
-def _by_position(means: Tensor, n: int) -> Tensor:
-    """Return the means of the n sub-blocks of every block, ``[B, H, Qb * n, D] -> [B, H, n, Qb, D]``; 0 if empty."""
-    return F.pad(means, (0, 0, 0, -means.shape[2] % n)).unflatten(2, (-1, n)).transpose(2, 3)
