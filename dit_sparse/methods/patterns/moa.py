@@ -18,7 +18,8 @@ Differs from the authors:
   heads, the relative error of the output is 0.229 with a frame and 0.245 with a tenth of it (random blocks: 0.232).
 - The search minimizes the measured error of the heads' outputs instead of a first-order estimate of the loss, by a
   Lagrangian instead of a mixed-integer program, and does not limit the number of different spans in a layer.
-- This method has one span for all heads, which ``density`` solves for by beta, then alpha. Heads differ in a profile.
+- This method has one span for all heads, which ``density`` solves for by beta, then alpha. Heads differ in a profile:
+  with spans chosen for each head, on the calls that they were chosen on, the error above is 0.155.
 """
 
 from __future__ import annotations
