@@ -203,7 +203,7 @@ def planning(
         torch.set_num_threads(threads)
         names = list(METHODS) if methods is None else method_list(methods)
         rows = list(benchmark.measure(names, problem, seconds, device))
-        note = "planning time of a layer as a share of dense attention, medians over interleaved rounds"
+        note = "CPU time of a plan as a share of dense attention, medians over interleaved rounds"
         save_json(out, problem.settings() | {"rows": rows, "note": note} | conditions(device))
     table = make_table("method", "first step", "later step")
     for row in rows:

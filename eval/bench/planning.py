@@ -1,7 +1,7 @@
 """Planning time of methods, as a share of one dense attention call of the same process.
 
-All functions take turns. A share is the median of the ratios within each round, so that a busy machine, which slows a
-whole round, has little effect. Two steps are measured: the first sparse one, and one two steps later, when methods with
+All functions take turns. A share is the median of the ratios within each round, of CPU time on a CPU, so that a busy
+machine has little effect. Two steps are measured: the first sparse one, and one two steps later, when methods with
 a state reuse what they know. Methods whose layers share a state are measured over several layers, others on one.
 """
 
@@ -21,7 +21,7 @@ from dit_sparse.method import shared_memory
 from dit_sparse.methods import kind_of, method_at_density
 
 from .synthetic_qkv import synthetic_qkv
-from .timing import first_line, interleaved_durations
+from .timing import cpu_time_of_call, first_line, interleaved_durations
 
 LAYERS = 6  # of a method whose layers share a state
 FIRST_STEP, LATER_STEP, STEPS = 4, 6, 16
@@ -104,7 +104,7 @@ def measure(names: Sequence[str], problem: Problem, seconds: float, device: str 
             yield row | {"why_not": first_line(error)}
             continue
         functions |= {(name, "first"): planners[name].first, (name, "later"): planners[name].later}
-    durations = interleaved_durations(functions, seconds, device)
+    durations = interleaved_durations(functions, seconds, device, cpu_time_of_call)
     dense = durations.pop("dense")
     for name, planner in planners.items():
         shares = {

@@ -26,6 +26,16 @@ def time_call(function: Callable, device: str) -> float:
     return begin.elapsed_time(end) / 1000
 
 
+def cpu_time_of_call(function: Callable, device: str) -> float:
+    """Return the seconds of one call as `time_call`; on a CPU, those that this process computes, in all its threads, so
+    that other processes have little effect."""
+    if device == "cuda":
+        return time_call(function, device)
+    begin = time.process_time()
+    function()
+    return time.process_time() - begin
+
+
 def median_seconds(function: Callable, device: str, repeats: int) -> float:
     """Return the median seconds of ``repeats`` calls."""
     return statistics.median(time_call(function, device) for _ in range(repeats))
@@ -37,13 +47,16 @@ def interleaved_medians(functions: Mapping[str, Callable], seconds: float, devic
     return {name: statistics.median(values) for name, values in durations.items()}
 
 
-def interleaved_durations(functions: Mapping[Any, Callable], seconds: float, device: str) -> dict[Any, list[float]]:
+def interleaved_durations(
+    functions: Mapping[Any, Callable], seconds: float, device: str, timer: Callable[[Callable, str], float] = time_call
+) -> dict[Any, list[float]]:
     """Return the seconds of functions that take turns, in every round, so that a busy machine slows all of them alike.
 
     Args:
         functions: by name. Each is called once before the first timed round.
         seconds: about how long to measure in all.
         device: ``"cpu"`` or ``"cuda"``.
+        timer: `time_call`, or `cpu_time_of_call`.
     """
     for function in functions.values():
         function()
@@ -53,7 +66,7 @@ def interleaved_durations(functions: Mapping[Any, Callable], seconds: float, dev
         if turn >= MIN_ROUNDS and time.perf_counter() > end:
             break
         for name, function in functions.items():
-            durations[name].append(time_call(function, device))
+            durations[name].append(timer(function, device))
     return durations
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from attention_cases import qkv
 from dit_sparse import Grid, Method, Plan, Site
 from dit_sparse.cli.main import app
 from dit_sparse.eval.bench import planning as bench
+from dit_sparse.eval.bench.timing import cpu_time_of_call
 from dit_sparse.method import shared_memory
 
 GRID = Grid(2, 8, 8)
@@ -48,7 +50,7 @@ def test_a_later_step_starts_from_the_state_of_the_first(shares, layers):
 
 
 def test_shares_are_relative_to_dense_attention(monkeypatch):
-    def durations(functions, seconds, device):
+    def durations(functions, *_):
         for function in functions.values():
             function()
         return {name: [2.0, 4.0] if name == "dense" else [1.0, 1.0] for name in functions}
@@ -58,6 +60,12 @@ def test_shares_are_relative_to_dense_attention(monkeypatch):
     assert rows["asa"]["first"] == rows["asa"]["later"] == 0.375 and rows["asa"]["kind"] == "scorer"
     assert rows["radial"]["static"] and not rows["asa"]["static"]
     assert (rows["asa"]["rounds"], rows["asa"]["dense_seconds"]) == (2, 3.0)
+
+
+def test_cpu_time_leaves_out_waiting():
+    assert cpu_time_of_call(lambda: time.sleep(0.2), "cpu") < 0.1
+    spin = lambda: sum(range(3_000_000))
+    assert cpu_time_of_call(spin, "cpu") > 0.005
 
 
 def test_a_method_that_fails_has_its_reason():
