@@ -91,8 +91,8 @@ def _planning_shares() -> dict[str, str]:
             if row.get("static"):
                 texts[row["method"]] = "once"
             elif "why_not" not in row:
-                first, later = (f"{row[step]:.1%}" for step in ("first", "later"))
-                texts[row["method"]] = first if first == later else f"{first}, later {later}"
+                is_cheaper = row["later"] < 0.7 * row["first"]
+                texts[row["method"]] = f"{row['first']:.1%}" + (f", later {row['later']:.1%}" if is_cheaper else "")
     return texts
 
 
