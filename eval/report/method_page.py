@@ -91,7 +91,7 @@ def _planning_shares() -> dict[str, str]:
             if row.get("static"):
                 texts[row["method"]] = "once"
             elif "why_not" not in row:
-                is_cheaper = row["later"] < 0.7 * row["first"]
+                is_cheaper = row["later"] < 0.7 * row["first"] - 0.001
                 texts[row["method"]] = f"{row['first']:.1%}" + (f", later {row['later']:.1%}" if is_cheaper else "")
     return texts
 
