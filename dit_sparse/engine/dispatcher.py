@@ -39,6 +39,7 @@ class AttentionDispatcher:
         observers: called before every sparse call.
         scheduler: returns the pipeline's scheduler, or None.
         guided: returns whether a pipeline that batches both branches of guidance computes them now.
+        default_steps: number of steps if neither the settings nor a scheduler gives it.
 
     Attributes:
         tracker: the step and branch of the running transformer call.
@@ -52,9 +53,10 @@ class AttentionDispatcher:
         observers: Sequence[Observer],
         scheduler: Callable[[], Any],
         guided: Callable[[], bool],
+        default_steps: int | None = None,
     ) -> None:
         self._settings, self._counters, self._observers = settings, counters, observers
-        self.tracker = StepTracker(scheduler, guided, settings.steps, self.end_generation)
+        self.tracker = StepTracker(scheduler, guided, settings.steps, self.end_generation, default_steps)
         self.last_plan: tuple[Site, Plan | ClusterPlan] | None = None
         self._guard = QualityGuard(settings.guard, settings.method.density is not None, counters)
         self._plans = Plans(settings.method, settings.schedule, counters.planning, guard=self._guard)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from ..grid import short_repr
 from ..kernels.executors import executor as executor_named
 from ..method import Method
 from ..methods import DEFAULT_METHOD, DEFAULT_VOXEL_METHOD
 from ..notation.syntax import ProfileName, write
-from ..pipelines.family import SetAttnProcessorMixin, class_names, family_of
+from ..pipelines.family import SetAttnProcessorMixin
 from ..pipelines.module_adapter import AnyFamily, ModuleAdapter
-from ..pipelines.proposal import no_adapter_message
 from ..schedule import Schedule
 from .run import Run
 from .settings import Settings, make_method
+from .transformers import find_transformers
 
 if TYPE_CHECKING:  # pydantic takes longer to import than the rest of the package
     from ..profiling.head_profile import Profile
@@ -80,8 +79,12 @@ class SparseAttnProcessor:
     ) -> None:
         overrides = {"dense_steps": dense_steps, "dense_layers": dense_layers, "density_ramp": density_ramp}
         overrides = {name: value for name, value in overrides.items() if value is not None}
+        is_plain = isinstance(family, ModuleAdapter)
+        # The model may be a plain module with a known adapter, which decides the default method.
+        may_change = method is None and not is_plain
+        self._plain_method = partial(make_method, DEFAULT_VOXEL_METHOD, density, settings) if may_change else None
         if method is None:
-            method = DEFAULT_VOXEL_METHOD if isinstance(family, ModuleAdapter) else DEFAULT_METHOD
+            method = DEFAULT_VOXEL_METHOD if is_plain else DEFAULT_METHOD
         method, self._profile = make_method(method, density, settings)
         if schedule is None:
             schedule = Schedule() if self._profile is None else self._profile.to_schedule()
@@ -117,17 +120,20 @@ class SparseAttnProcessor:
         return processor
 
     def attach(self, model: Any) -> Run:
-        """Make a diffusers pipeline or transformer sparse.
+        """Make a pipeline, a transformer or a plain torch module sparse.
 
         Raises:
             ValueError: the model has no supported transformer, or the profile is for another transformer class.
         """
-        transformers = list(_transformers(model, self.family))
+        transformers = find_transformers(model, self.family)
         if self._profile is not None:
             for _, _, transformer, _ in transformers:
                 self._profile.check_transformer(transformer)
         scheduler = lambda: getattr(model, "scheduler", None)  # users may swap schedulers
-        return Run(type(model).__name__, self.settings, scheduler, lambda: _is_guided(model), transformers)
+        settings = self.settings
+        if self._plain_method is not None and all(isinstance(parts[-1], ModuleAdapter) for parts in transformers):
+            settings = replace(settings, method=self._plain_method()[0])
+        return Run(type(model).__name__, settings, scheduler, lambda: _is_guided(model), transformers)
 
     def __repr__(self) -> str:
         settings = self.settings
@@ -153,14 +159,14 @@ def enable(
     family: AnyFamily | None = None,
     **settings: Any,
 ) -> Run:
-    """Make a diffusers pipeline, a bare transformer or a plain torch module sparse.
+    """Make a pipeline, a bare transformer or a plain torch module sparse.
 
     ``run.disable()``, or the end of a ``with`` block, restores the model bit for bit. If the pipeline already has an
     active run, that run ends first.
 
     Args:
-        model: a diffusers pipeline or transformer of a supported family, or any torch module with a ModuleAdapter as
-            ``family``.
+        model: a diffusers pipeline or transformer of a supported family; an object that holds 3-D denoisers of known
+            classes, such as the pipeline of TRELLIS.2; or any torch module with a ModuleAdapter as ``family``.
         profile: name, path or value of a head profile, used instead of ``method``.
 
     Returns:
@@ -209,7 +215,7 @@ def prepare(pipe: Any, family: AnyFamily | None = None) -> Any:
     Raises:
         ValueError: the pipeline has no supported transformer.
     """
-    _transformers(pipe, family)
+    find_transformers(pipe, family)
     if not hasattr(pipe, "set_attn_processor"):
         pipe.__dict__["set_attn_processor"] = _SetAttnProcessor(pipe)
         pipe.__dict__["sparse_run"] = None
@@ -226,53 +232,6 @@ class _SetAttnProcessor:
         SetAttnProcessorMixin.set_attn_processor(self.pipe, processor)
 
     __call__.__doc__ = SetAttnProcessorMixin.set_attn_processor.__doc__
-
-
-def _transformers(model: Any, family: AnyFamily | None) -> list[tuple[str, nn.Module, nn.Module, AnyFamily]]:
-    """Return name, wrapper, module and family of every transformer of a pipeline, or of the bare transformer.
-
-    Args:
-        model: a pipeline or a transformer.
-        family: adapter of the user, or None.
-
-    Raises:
-        ValueError: there is no transformer, or no adapter for it.
-    """
-    if isinstance(model, type):
-        raise ValueError(f"a model must be a pipeline or transformer, got the class {model.__name__}")
-    components = model.components if hasattr(model, "components") else {"transformer": model}
-    transformers = [
-        (name, *_unwrap(component, family))
-        for name, component in components.items()
-        if name.startswith("transformer") and isinstance(component, nn.Module)
-    ]
-    if not transformers:
-        raise ValueError(f"{type(model).__name__} has no transformer to make sparse")
-    for _, _, transformer in transformers:
-        if _family_of(transformer, family) is None:
-            raise ValueError(no_adapter_message(transformer, family))
-    return [(*parts, _family_of(parts[-1], family)) for parts in transformers]
-
-
-def _family_of(transformer: nn.Module, family: AnyFamily | None) -> AnyFamily | None:
-    """Return the family of a transformer: the user's if it names the class, else that of an adapter, or None."""
-    if family is not None and family.supports(class_names(type(transformer))):
-        return family
-    return family_of(transformer)
-
-
-def _unwrap(module: nn.Module, family: AnyFamily | None) -> tuple[nn.Module, nn.Module]:
-    """Return the module that the pipeline calls, and the transformer inside wrappers (torch.compile, DDP, PEFT)."""
-    module = getattr(module, "_orig_mod", module)  # a compiled module calls the hooks of the module it wraps
-    inner = module
-    while _family_of(inner, family) is None:
-        peft = getattr(getattr(inner, "base_model", None), "model", None)
-        wrapped = (getattr(inner, "_orig_mod", None), getattr(inner, "module", None), peft)
-        wrapped = [part for part in wrapped if isinstance(part, nn.Module)]
-        if not wrapped:
-            break
-        inner = wrapped[0]
-    return module, inner
 
 
 def _is_guided(model: Any) -> bool:

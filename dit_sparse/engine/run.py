@@ -59,6 +59,7 @@ class Run:
         self._threads = threading.local()
         self._hooks: list[ForwardHook] = []
         self._links: list[tuple[nn.Module, Interception | ModuleLink]] = []
+        self._default_steps: dict[str, int | None] = {}  # of plain modules, by component
         self._intercepted: set[str] = set()  # components of which an attention call was intercepted
         try:
             for name, wrapper, transformer, family in transformers:
@@ -69,10 +70,18 @@ class Run:
 
     @property
     def _dispatcher(self) -> AttentionDispatcher:
-        """The dispatcher of this thread."""
-        if not hasattr(self._threads, "dispatcher"):
-            self._threads.dispatcher = self._new_dispatcher()
-        return self._threads.dispatcher
+        """The dispatcher of this thread that was used last."""
+        return getattr(self._threads, "last", None) or self._dispatcher_of("")
+
+    def _dispatcher_of(self, component: str) -> AttentionDispatcher:
+        """Return the dispatcher of a component in this thread. The transformers of a diffusers pipeline share one,
+        because they compute the steps of one generation; a plain module has steps of its own."""
+        key = component if component in self._default_steps else ""
+        dispatchers = self._threads.__dict__.setdefault("dispatchers", {})
+        if key not in dispatchers:
+            dispatchers[key] = self._new_dispatcher(default_steps=self._default_steps.get(key))
+        self._threads.last = dispatchers[key]
+        return dispatchers[key]
 
     @property
     def active(self) -> bool:
@@ -159,15 +168,16 @@ class Run:
             refuse_ring(transformer)
             for module, link in links:
                 link.install(module)  # other code may have replaced the processor, as fuse_qkv_projections does
-            self._dispatcher.begin_forward(*arguments)
+            self._dispatcher_of(name).begin_forward(*arguments)
 
         self._links += links
         for module, link in links:
             link.install(module)
-        is_plain = isinstance(family, ModuleAdapter)
-        end = partial(self._end_module_forward, name, transformer, family) if is_plain else self._end_forward
-        hook = ModuleHook if is_plain else ForwardHook
-        self._hooks.append(hook(wrapper, transformer, family, begin_forward, end, self._reset))
+        hook, end = ForwardHook, partial(self._end_forward, name)
+        if isinstance(family, ModuleAdapter):
+            hook, end = ModuleHook, partial(self._end_module_forward, name, transformer, family)
+            self._default_steps[name] = family.steps
+        self._hooks.append(hook(wrapper, transformer, family, begin_forward, end, partial(self._reset, name)))
 
     def _new_link(self, site: AttentionSite, family: AnyFamily) -> Interception | ModuleLink:
         attend = partial(self._attend, site)
@@ -177,14 +187,14 @@ class Run:
 
     def _attend(self, site: AttentionSite, call: AttentionCall) -> Tensor:
         self._intercepted.add(site.component)
-        return self._dispatcher.attend(site, call)
+        return self._dispatcher_of(site.component).attend(site, call)
 
-    def _end_forward(self) -> None:
-        self._dispatcher.tracker.end_forward()
+    def _end_forward(self, name: str) -> None:
+        self._dispatcher_of(name).tracker.end_forward()
 
     def _end_module_forward(self, name: str, module: nn.Module, adapter: ModuleAdapter) -> None:
         """Raise RuntimeError after the first forward call of a plain module if no attention call was intercepted."""
-        self._end_forward()
+        self._end_forward(name)
         if name not in self._intercepted:
             raise RuntimeError(
                 f"no self-attention call of {type(module).__name__} was intercepted: the modules {adapter.sites!r} do "
@@ -192,8 +202,8 @@ class Run:
                 "pass the name of its attention function as call="
             )
 
-    def _reset(self) -> None:
-        self._dispatcher.tracker.reset()
+    def _reset(self, name: str) -> None:
+        self._dispatcher_of(name).tracker.reset()
 
     def _count_missed(self, reason: str) -> None:
         """Count a call of an attention processor that the run cannot compute."""

@@ -28,6 +28,7 @@ class StepTracker:
         guided: returns whether a pipeline that batches both branches of guidance computes them now.
         steps: number of steps, if the user gives it.
         end_generation: called when a generation ends, fails or restarts.
+        default_steps: number of steps if neither the user nor a scheduler gives it.
 
     Attributes:
         step, steps, branch, plan_group, both_branches: as in ``Site``.
@@ -40,7 +41,9 @@ class StepTracker:
         guided: Callable[[], bool],
         steps: int | None,
         end_generation: Callable[[], None],
+        default_steps: int | None = None,
     ) -> None:
+        self._default_steps = default_steps
         self._scheduler, self._guided, self._user_steps = scheduler, guided, steps
         self._end_generation = end_generation
         self.step, self.steps = 0, steps
@@ -87,7 +90,8 @@ class StepTracker:
         self._find_branch(getattr(context, "name", None), latents, repeated)
         self.step, self._last_timestep = step, timestep
         remaining = len(schedule) - self._first_index
-        self.steps = self._user_steps or getattr(context, "num_inference_steps", None) or remaining or None
+        known = self._user_steps or getattr(context, "num_inference_steps", None) or remaining
+        self.steps = known or self._default_steps
         self.in_forward, self._in_eager_forward = True, not compiled
         if self._call == STALLED_CALLS:
             log.warning(

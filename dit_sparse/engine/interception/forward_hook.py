@@ -2,7 +2,8 @@
 
 The hook is a plain forward pre-hook of the module. Offloading, caches and LoRA replace ``transformer.forward`` or
 rebuild chains of hooks on it; a pre-hook remains in place, and removing it does not affect their changes. diffusers'
-cache context and the end of a generation are observed by methods set on this one instance.
+cache context and the end of a generation are observed by methods set on this one instance. Of plain modules the forward
+itself is replaced on the instance.
 """
 
 from __future__ import annotations
@@ -56,10 +57,7 @@ class ForwardHook:
         self._local = threading.local()
         self._config, self._family = getattr(transformer, "config", {}), family
         self._names = [name for name in inspect.signature(type(transformer).forward).parameters if name != "self"]
-        self._handles = [
-            module.register_forward_pre_hook(HookCallback(self._before), with_kwargs=True),
-            module.register_forward_hook(HookCallback(self._after)),
-        ]
+        self._handles = self._observe(module, transformer)
         self._methods = [
             InstanceMethod(transformer, name, wrapper)
             for name, wrapper in (("cache_context", self._cache_context), ("_reset_stateful_cache", self._reset))
@@ -73,6 +71,12 @@ class ForwardHook:
             handle.remove()
         self.begin = self.end = self.reset = None
         self._handles, self._methods, self._config = [], [], None
+
+    def _observe(self, module: nn.Module, transformer: nn.Module) -> list[Any]:
+        return [
+            module.register_forward_pre_hook(HookCallback(self._before), with_kwargs=True),
+            module.register_forward_hook(HookCallback(self._after)),
+        ]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
@@ -129,13 +133,28 @@ class ForwardHook:
 
 
 class ModuleHook(ForwardHook):
-    """Observe a plain module by its adapter, a `ModuleAdapter`. Under ``torch.compile`` it raises RuntimeError."""
+    """Observe a plain module by its adapter, a `ModuleAdapter`. Under ``torch.compile`` it raises RuntimeError.
+
+    The forward of the instance is replaced, because samplers may call ``module.forward(...)``, which runs no hooks.
+    """
+
+    def _observe(self, module: nn.Module, transformer: nn.Module) -> list[Any]:
+        def wrapper(stock: Callable) -> Callable:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                self._before(transformer, args, kwargs)
+                output = stock(*args, **kwargs)
+                self._after(transformer, args, output)
+                return output
+
+            return forward
+
+        return [InstanceMethod(transformer, "forward", wrapper)]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
             raise RuntimeError("a plain module cannot be compiled while it is sparse")
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
-        layout = ItemLayout.from_grids(self._family.grid(arguments))
+        layout = ItemLayout.from_grids(self._family.grid(arguments | {"self": module}))
         latents = next(iter(arguments.values()), None)
         try:
             weakref.ref(latents)
