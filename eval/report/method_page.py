@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from dit_sparse.methods import KINDS
+from dit_sparse.methods import KINDS, kind_of
 
 from .comparison_tables import compare_conditions
 from .method_catalog import kind_summary, method_rows, setting_texts, short_source
@@ -104,10 +104,19 @@ def _fidelity() -> dict[tuple[str, float], str]:
             if row["psnr"] and row["density_asked"]:
                 low, high = row["psnr"]["interval"] or (None, None)
                 interval = "" if low is None else f" [{low:.1f}, {high:.1f}]"
-                texts.setdefault((row["method"], row["density_asked"]), f"{row['psnr']['mean']:.1f}{interval}")
+                texts.setdefault(
+                    (_listed_name(row["method"]), row["density_asked"]), f"{row['psnr']['mean']:.1f}{interval}"
+                )
     return texts
+
+
+def _listed_name(method: str) -> str:
+    """Return the name of a method on the page: gates are listed with the weights that they were compared with."""
+    name = method.partition("(")[0]
+    return name if kind_of(name) == "gate" else method
 
 
 def _comparisons() -> list[dict]:
     """Return the stored comparisons of the page, the preferred ones first."""
-    return [json.loads(path.read_text()) for path in stored_results("compare.json")]
+    paths = [path for name in ("compare-papers.json", "compare.json") for path in stored_results(name)]
+    return [json.loads(path.read_text()) for path in paths]
