@@ -206,6 +206,16 @@ def test_components_of_a_pipeline_are_made_sparse_and_restored():
     assert denoise(case, pipeline.transformer).equal(dense)
 
 
+def test_a_compiled_model_runs_eagerly_while_it_is_sparse():
+    case = CASES["hunyuan3d 2.1"]
+    model = model_of(case)
+    compiled, dense = torch.compile(model, backend="eager"), denoise(case, model)
+    with enable(model, "subblock", density=0.4, dense_steps=0, **OPTIONS) as run:
+        sparse = denoise(case, model)
+        assert denoise(case, compiled).equal(sparse) and run.report().sparse_calls == 2 * 4 * case.calls
+    assert_near(denoise(case, compiled), dense, 1e-5)
+
+
 # --- wrong use
 
 

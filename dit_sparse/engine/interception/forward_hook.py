@@ -133,13 +133,14 @@ class ForwardHook:
 
 
 class ModuleHook(ForwardHook):
-    """Observe a plain module by its adapter, a `ModuleAdapter`. Under ``torch.compile`` it raises RuntimeError.
+    """Observe a plain module by its adapter, a `ModuleAdapter`. A compiled one runs eagerly while it is sparse.
 
     The forward of the instance is replaced, because samplers may call ``module.forward(...)``, which runs no hooks.
     """
 
     def _observe(self, module: nn.Module, transformer: nn.Module) -> list[Any]:
         def wrapper(stock: Callable) -> Callable:
+            @torch.compiler.disable
             def forward(*args: Any, **kwargs: Any) -> Any:
                 self._before(transformer, args, kwargs)
                 output = stock(*args, **kwargs)
@@ -151,8 +152,6 @@ class ModuleHook(ForwardHook):
         return [InstanceMethod(transformer, "forward", wrapper)]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling():
-            raise RuntimeError("a plain module cannot be compiled while it is sparse")
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         layout = ItemLayout.from_grids(self._family.grid(arguments | {"self": module}))
         latents = next(iter(arguments.values()), None)
