@@ -206,6 +206,7 @@ def test_components_of_a_pipeline_are_made_sparse_and_restored():
     assert denoise(case, pipeline.transformer).equal(dense)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_runs_eagerly_while_it_is_sparse():
     case = CASES["hunyuan3d 2.1"]
     model = model_of(case)
