@@ -112,7 +112,7 @@ def compare(
     for table in _comparison_tables(result["rows"]):
         console.print(table)
     console.print(
-        "error: relative error of the attention output; mass: retained attention mass; PSNR and over random in dB; "
+        "error: relative error of the attention output; mass: retained attention mass; PSNR in dB; "
         "planning: share of the attention time",
         highlight=False,
     )
@@ -184,7 +184,7 @@ def _comparison_tables(rows: list[dict]) -> Iterator[Table]:
     """Yield a table for each density, with the rows by kind."""
     from dit_sparse.eval.report.comparison_tables import KIND_TITLES, row_kind, row_order
 
-    headings = ("density", "error", "mass", "PSNR", "over random", "SSIM", "speedup", "attention speedup", "planning")
+    headings = ("density", "error", "mass", "PSNR", "SSIM", "speedup", "attention speedup", "planning")
     for density, group in groupby(sorted(rows, key=row_order), lambda row: row["density_asked"]):
         table = make_number_table(f"Density {density:g}" if density else "No density requested", "method", *headings)
         for kind, of_kind in groupby(group, row_kind):
@@ -203,7 +203,6 @@ def _comparison_cells(row: dict) -> tuple[str, ...]:
         decimals(row["error"], 2),
         decimals(row["retained"], 2),
         decimals(mean(row["psnr"]), 1),
-        decimals(mean(row["over_random"]), 1),
         decimals(mean(row["ssim"]), 3),
         f"{row['speedup']:.2f}x",
         f"{row['attention_speedup']:.2f}x",
