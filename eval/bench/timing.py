@@ -48,7 +48,10 @@ def interleaved_medians(functions: Mapping[str, Callable], seconds: float, devic
 
 
 def interleaved_durations(
-    functions: Mapping[Any, Callable], seconds: float, device: str, timer: Callable[[Callable, str], float] = time_call
+    functions: Mapping[Any, Callable],
+    seconds: float,
+    device: str,
+    timer: Callable[[Callable, str], float] | None = None,
 ) -> dict[Any, list[float]]:
     """Return the seconds of functions that take turns, in every round, so that a busy machine slows all of them alike.
 
@@ -56,8 +59,9 @@ def interleaved_durations(
         functions: by name. Each is called once before the first timed round.
         seconds: about how long to measure in all.
         device: ``"cpu"`` or ``"cuda"``.
-        timer: `time_call`, or `cpu_time_of_call`.
+        timer: `cpu_time_of_call`, for example; None: `time_call`.
     """
+    timer = timer or time_call
     for function in functions.values():
         function()
     durations: dict[Any, list[float]] = {name: [] for name in functions}

@@ -52,10 +52,13 @@ REQUEST = {"prompt": "a red circle moves right", "steps": 2, "frames": 3, "heigh
         ({"method": "profile:shapes-wan"}, "takes no density"),
         ({"density": 0}, "density must be in (0, 1]"),
         ({"density": float("nan")}, "density must be in (0, 1]"),
-        ({"density": "a"}, "density of radial must be a number"),
+        ({"density": "a"}, "density of routed must be a number"),
         ({"dense_steps": 1.5}, "dense_steps must be a count"),
         ({"dense_steps": None}, "dense_steps must be a number"),
-        ({"settings": {"dense_distance": (1, 2)}}, "dense_distance of radial must be a whole number"),
+        (
+            {"method": "radial", "settings": {"dense_distance": (1, 2)}},
+            "dense_distance of radial must be a whole number",
+        ),
         ({"settings": {"nope": 1}}, "no setting 'nope'"),
     ],
 )

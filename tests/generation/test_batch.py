@@ -146,18 +146,21 @@ OLD_RADIAL = {"density": 0.25, "decay": 0.95, "near": 1, "floor": 1.0, "sink": F
 
 
 def test_a_folder_of_an_older_version_is_resumed(tmp_path, generated):
-    Batch(make_rows("a", "b"), tmp_path).run(silent_stage)
+    Batch(make_rows("a", "b", method="radial"), tmp_path).run(silent_stage)
     path = tmp_path / "c0.json"
     result = json.loads(path.read_text())
     assert list(result["asked"]["settings"].values()) == list(OLD_RADIAL.values())
     old_schedule = {"dense_steps": 0.25, "dense_layers": 0, "every": 2, "per_branch": False}
     result["asked"] |= {"settings": OLD_RADIAL, "schedule": old_schedule}
     path.write_text(json.dumps(result))
-    assert Batch(make_rows("a", "b"), tmp_path).run(silent_stage)["count"]["done"] == 2 and len(generated) == 2
+    assert (
+        Batch(make_rows("a", "b", method="radial"), tmp_path).run(silent_stage)["count"]["done"] == 2
+        and len(generated) == 2
+    )
     result["asked"]["settings"] = OLD_RADIAL | {"sink": True}
     path.write_text(json.dumps(result))
     with pytest.raises(ValueError, match="c0 with other settings"):
-        Batch(make_rows("a", "b"), tmp_path)
+        Batch(make_rows("a", "b", method="radial"), tmp_path)
 
 
 def test_rows_take_any_method(tmp_path):

@@ -90,9 +90,10 @@ def test_pbs_puts_important_keys_into_one_block():
 
 
 def test_pbs_sorts_within_segments_and_ranks_by_exact_attention():
+    """A mean of one token is the token."""
     grid = Grid(4, 8, 10)  # 20 blocks of 16, in five segments of four
     q, k, _ = qkv(grid.tokens, batch=2, dim=16)
-    method = PBS(density=0.3, segment_blocks=4, probe_queries=320, queries_per_block=16)
+    method = PBS(density=0.3, segment_blocks=4, probe_queries=320, subblocks=16)
     plan = method.plan(q, k, k, Site(grid, 16), {})
     segment = torch.arange(320) // 64
     assert (plan.keys.order // 64).equal(segment.expand(2, 2, -1))

@@ -6,7 +6,7 @@ to it. Keys are sorted by it, so that heavy keys share blocks and few blocks hol
 block. Queries are not sorted, so the output needs no permutation. Keys are sorted within segments of the sequence, so
 that they stay near their original position.
 
-Planning: 64 N D + N^2 D / 16 multiply-adds (64 probes, then every 16th query).
+Planning: 64 N D + N^2 D / 256 multiply-adds (64 probes, then means of 16 tokens).
 
 Differs from the authors:
 - They use segments for causality; here segments preserve locality.
