@@ -1,8 +1,8 @@
 """ModuleAdapter: the declaration of a plain torch module whose self-attention is made sparse, such as the denoisers of
 3-D generators that are not in diffusers.
 
-To add one, write ``pipelines/<name>.py`` with a module-level ``ADAPTER = ModuleAdapter(...)`` and add the name to
-``ADAPTERS``.
+To add one, write ``pipelines/three_d/<name>.py`` with a module-level ``ADAPTER = ModuleAdapter(...)`` and add the name
+to ``ADAPTERS``.
 """
 
 from __future__ import annotations
@@ -65,5 +65,5 @@ AnyFamily = Family | ModuleAdapter
 def adapter_of(module: object) -> ModuleAdapter | None:
     """Return the adapter of a module by the names of its class and base classes, or None if there is none."""
     names = class_names(type(module))
-    adapters = (importlib.import_module(f"dit_sparse.pipelines.{name}").ADAPTER for name in ADAPTERS)
+    adapters = (importlib.import_module(f"dit_sparse.pipelines.three_d.{name}").ADAPTER for name in ADAPTERS)
     return next((adapter for adapter in adapters if adapter.supports(names)), None)

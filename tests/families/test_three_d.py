@@ -66,8 +66,8 @@ def test_every_adapter_has_a_stand_in_and_a_row_in_the_documentation():
     assert found == set(ADAPTERS)
     text = (Path(__file__).parents[2] / "docs" / "three-d.md").read_text()
     for name in ADAPTERS:
-        adapter = import_module(f"dit_sparse.pipelines.{name}").ADAPTER
-        row = re.search(rf"^\| .*pipelines/{name}\.py.*$", text, re.MULTILINE)[0]
+        adapter = import_module(f"dit_sparse.pipelines.three_d.{name}").ADAPTER
+        row = re.search(rf"^\| .*pipelines/three_d/{name}\.py.*$", text, re.MULTILINE)[0]
         assert all(f"`{transformer}`" in row for transformer in adapter.transformers)
 
 
