@@ -8,6 +8,7 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="allegro",
+    fps=15,
     transformers=("AllegroTransformer3DModel",),
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=lambda config, arguments: patch_grid(

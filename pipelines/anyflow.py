@@ -17,6 +17,7 @@ def _grid(config: Mapping, arguments: Mapping) -> GridShape:
 
 FAMILY = Family(
     name="anyflow",
+    fps=16,
     transformers=("AnyFlowTransformer3DModel",),
     sites=r"blocks\.\d+\.attn1",
     grid=_grid,

@@ -17,6 +17,7 @@ def _grid(config: Mapping, arguments: Mapping) -> GridShape:
 
 FAMILY = Family(
     name="cogvideox",
+    fps=8,
     transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     size_multiple=16,
     sites=r"transformer_blocks\.\d+\.attn1",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
+
+def _fps(config: Mapping) -> int:
+    """Return 30 for Cosmos 1, and 16 for later versions."""
+    return 30 if config.get("_class_name") in ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline") else 16
+
+
 FAMILY = Family(
     name="cosmos",
+    fps=_fps,
     transformers=("CosmosTransformer3DModel",),
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=lambda config, arguments: patch_grid(arguments, config["patch_size"]),

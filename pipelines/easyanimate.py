@@ -8,6 +8,7 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="easyanimate",
+    fps=8,
     transformers=("EasyAnimateTransformer3DModel",),
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=lambda config, arguments: patch_grid(arguments, (1, config["patch_size"], config["patch_size"])),

@@ -48,6 +48,8 @@ class Family:
         images: whether the pipelines generate images.
         timestep, latents: names of these arguments of the transformer's forward call.
         size_multiple: heights and widths of clips, in pixels, must be multiples of it; 1: unknown.
+        fps: frames per second of the clips of the models: a number, or ``fps(config)`` where the models differ, with
+            the config of the pipeline (``model_index.json``); None: unknown.
     """
 
     name: str
@@ -63,6 +65,11 @@ class Family:
     latents: str = "hidden_states"
     size_multiple: int = 1
     images: bool = False
+    fps: int | Callable[[Mapping], int] | None = None
+
+    def frames_per_second(self, config: Mapping) -> int | None:
+        """Return the frames per second of the clips of a pipeline, from its config; None if they are unknown."""
+        return self.fps(config) if callable(self.fps) else self.fps
 
     def supports(self, class_names: set[str]) -> bool:
         """Return whether a transformer with these names of its class and base classes belongs to the family."""

@@ -13,6 +13,7 @@ HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
 
 FAMILY = Family(
     name="framepack",
+    fps=30,
     transformers=("HunyuanVideoFramepackTransformer3DModel",),
     sites=r"(single_)?transformer_blocks\.\d+\.attn",
     grid=lambda config, arguments: patch_grid(

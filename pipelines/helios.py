@@ -13,6 +13,7 @@ HISTORY = {"latents_history_short": 1, "latents_history_mid": 2, "latents_histor
 
 FAMILY = Family(
     name="helios",
+    fps=24,
     transformers=("HeliosTransformer3DModel",),
     sites=r"blocks\.\d+\.attn1",
     grid=lambda config, arguments: patch_grid(arguments, config["patch_size"]),

@@ -11,6 +11,7 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="hunyuan_video",
+    fps=24,
     transformers=("HunyuanVideoTransformer3DModel",),
     size_multiple=16,
     sites=r"(single_)?transformer_blocks\.\d+\.attn",

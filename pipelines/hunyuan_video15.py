@@ -8,6 +8,7 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="hunyuan_video15",
+    fps=24,
     transformers=("HunyuanVideo15Transformer3DModel",),
     sites=r"transformer_blocks\.\d+\.attn",
     grid=lambda config, arguments: patch_grid(

@@ -20,6 +20,7 @@ def _grid(config: Mapping, arguments: Mapping) -> GridShape:
 
 FAMILY = Family(
     name="kandinsky",
+    fps=24,
     transformers=("Kandinsky5Transformer3DModel", "Kandinsky6Transformer3DModel"),
     sites=r"visual_transformer_blocks\.\d+\.(video_dec_block\.)?self_attention",
     grid=_grid,

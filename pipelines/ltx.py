@@ -21,6 +21,7 @@ def _grid(config: Mapping, arguments: Mapping) -> GridShape:
 
 FAMILY = Family(
     name="ltx",
+    fps=25,
     transformers=("LTXVideoTransformer3DModel",),
     size_multiple=32,
     sites=r"transformer_blocks\.\d+\.attn1",

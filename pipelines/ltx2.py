@@ -11,6 +11,7 @@ from dit_sparse.pipelines.family import Family, pipeline_class
 
 FAMILY = Family(
     name="ltx2",
+    fps=24,
     transformers=("LTX2VideoTransformer3DModel",),
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=lambda config, arguments: tuple(arguments[name] for name in ("num_frames", "height", "width")),

@@ -32,6 +32,7 @@ def _references(config: Mapping, arguments: Mapping) -> tuple[int, int]:
 
 FAMILY = Family(
     name="minimax_h3",
+    fps=24,
     transformers=("MiniMaxH3Transformer3DModel",),
     sites=r"transformer_blocks\.\d+\.attn",
     grid=_grid,

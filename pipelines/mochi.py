@@ -11,6 +11,7 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="mochi",
+    fps=30,
     transformers=("MochiTransformer3DModel",),
     size_multiple=16,
     sites=r"transformer_blocks\.\d+\.attn1",

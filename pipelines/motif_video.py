@@ -12,6 +12,7 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="motif_video",
+    fps=24,
     transformers=("MotifVideoTransformer3DModel",),
     sites=r"(single_)?transformer_blocks\.\d+\.attn",
     grid=lambda config, arguments: patch_grid(

@@ -12,6 +12,7 @@ from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 FAMILY = Family(
     name="skyreels_v2",
+    fps=24,
     transformers=("SkyReelsV2Transformer3DModel",),
     sites=r"blocks\.\d+\.attn1",
     grid=lambda config, arguments: patch_grid(arguments, config["patch_size"]),

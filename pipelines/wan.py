@@ -6,12 +6,22 @@ image of Wan Animate is the first frame; its face blocks stay dense.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
+
+def _fps(config: Mapping) -> int:
+    """Return 30 for Animate, 24 for Lucy Edit and Wan 2.2 5B, which has a timestep for each token, else 16."""
+    if config.get("_class_name") == "WanAnimatePipeline":
+        return 30
+    return 24 if config.get("expand_timesteps") or config.get("_class_name") == "LucyEditPipeline" else 16
+
+
 FAMILY = Family(
     name="wan",
+    fps=_fps,
     transformers=(
         "WanTransformer3DModel",
         "WanVACETransformer3DModel",

@@ -59,6 +59,7 @@ def generate(
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.generation import generate as generation
         from dit_sparse.generation.checks import check_clip
+        from dit_sparse.generation.model_config import check_model
         from dit_sparse.notation.reading import shorten_path
         from dit_sparse.output.files import writable_file
         from dit_sparse.output.media import save_video
@@ -69,6 +70,7 @@ def generate(
         if out.suffix != ".mp4":
             raise ValueError(f"--out must be a file that ends in .mp4, got {shorten_path(out)}")
         call = generation.default_call(model) | call_arguments(steps, frames, height, width, guidance)
+        check_model(model)
         fps = generation.default_fps(model) if fps is None else fps
         check_clip(prompt, seed, call, fps, model=model)
         writable_file(out)

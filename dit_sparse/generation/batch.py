@@ -28,6 +28,7 @@ from ..output.files import json_values, partial_files, save_json, writable_folde
 from ..output.media import check_video, save_video
 from .checks import check_clip
 from .generate import Progress, Stage, default_call, default_fps, generate, load_pipeline
+from .model_config import check_model
 from .processes import Interrupted, file_lock, interruptible, shard
 from .prompts import Row
 
@@ -105,6 +106,7 @@ class Batch:
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.retries < 0:
             raise ValueError(f"seeds must be at least 1 and retries at least 0, got {self.seeds} and {self.retries}")
+        check_model(self.model)
         names = {"manifest"}  # compared in lower case, because some file systems ignore case
         for job in self.jobs():
             if job.name.lower() in names:

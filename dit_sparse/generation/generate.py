@@ -17,7 +17,7 @@ from ..bundled import BUNDLED, BUNDLED_CALL, BUNDLED_FPS, SMALL_CALL, model_sour
 from ..notation.reading import shorten_path
 from ..output.files import to_uint8
 from .checks import COUNTS, check_clip
-from .model_config import check_family, failure_reason, pipeline_config
+from .model_config import check_model, failure_reason, frames_per_second
 
 DEFAULT_FPS = 16
 _log = logging.getLogger("dit_sparse")
@@ -51,8 +51,11 @@ def default_call(model: str, small: bool = False) -> dict:
 
 
 def default_fps(model: str) -> int:
-    """Return the default frames per second of a video file."""
-    return BUNDLED_FPS if model == BUNDLED else DEFAULT_FPS
+    """Return the default frames per second of a video file: those of the model, or 16 if they are unknown.
+
+    The config of a model of the hub must be in the cache, as it is after `check_model`.
+    """
+    return BUNDLED_FPS if model == BUNDLED else frames_per_second(model) or DEFAULT_FPS
 
 
 def load_pipeline(model: str, device: str | None = None) -> Any:
@@ -69,8 +72,7 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
     from diffusers.pipelines.wan import pipeline_wan
 
     bundled = model == BUNDLED
-    if not bundled:
-        check_family(model, pipeline_config(model))
+    check_model(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if bundled or device == "cpu" else torch.bfloat16
     if bundled:  # the warning about num_frames does not apply: the bundled autoencoder keeps every frame

@@ -9,7 +9,7 @@ from typing import Any
 from dit_sparse.pipelines.family import class_names, family_named
 from dit_sparse.pipelines.unsupported import why_unsupported
 
-from ..bundled import model_source
+from ..bundled import BUNDLED, model_source
 from ..grid import short_repr
 from ..notation.reading import read_json, shorten_path
 
@@ -30,8 +30,12 @@ HUB_FAILURES = {  # names of exceptions of huggingface_hub, the specific ones fi
 }
 
 
-def pipeline_config(model: str) -> dict:
+def pipeline_config(model: str, local_files_only: bool = False) -> dict:
     """Return ``model_index.json`` of a local folder or of a model on the hub. Nothing else is downloaded.
+
+    Args:
+        model: a local diffusers folder, or a name on the hub.
+        local_files_only: read it from the cache of the hub, without a connection.
 
     Raises:
         ValueError: the file cannot be read or downloaded.
@@ -51,12 +55,18 @@ def pipeline_config(model: str) -> dict:
         from diffusers import DiffusionPipeline
 
         try:
-            config = DiffusionPipeline.load_config(source)
+            config = DiffusionPipeline.load_config(source, **({"local_files_only": True} if local_files_only else {}))
         except Exception as error:
             raise ValueError(f"cannot load the model {shorten_path(model)}: {failure_reason(error)}") from None
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise ValueError(f"cannot load the model {shorten_path(model)}: its model_index.json names no pipeline class")
     return config
+
+
+def check_model(model: str) -> None:
+    """Raise ValueError if a model is missing, or if no adapter supports it. No weights are downloaded."""
+    if model != BUNDLED:
+        check_family(model, pipeline_config(model))
 
 
 def check_family(model: str, config: dict) -> None:
@@ -76,6 +86,17 @@ def check_family(model: str, config: dict) -> None:
         raise ValueError(f"{name} has a {class_name}, which no adapter in dit_sparse/pipelines supports{detail}")
     if any(family is not None and family.images for family in families):
         raise ValueError(f"{name} has a {class_name}, which generates images: use dit_sparse.enable in Python")
+
+
+def frames_per_second(model: str) -> int | None:
+    """Return the frames per second of the clips of a model, by the adapter of its transformer; None if they are
+    unknown, or if the model is neither a local folder nor in the cache of the hub. Nothing is downloaded."""
+    try:
+        config = pipeline_config(model, local_files_only=True)
+    except ValueError:
+        return None
+    family = family_named(_class_names(str(_last(config.get("transformer"), ""))))
+    return None if family is None else family.frames_per_second(config)
 
 
 def check_size(model: str, call: dict) -> None:

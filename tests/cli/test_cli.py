@@ -204,7 +204,7 @@ def test_a_model_without_an_adapter_is_refused_before_its_weights_are_read(tmp_p
     monkeypatch.setattr(DiffusionPipeline, "from_pretrained", None)
     result = call("generate", "x", "--model", tmp_path, "--out", tmp_path / "x.mp4")
     assert result.exit_code == 2 and "has a SanaTransformer2DModel, which no adapter" in result.stderr, result.stderr
-    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name: config)
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name, **_: config)
     result = call("generate", "x", "--model", "owner/name", "--out", tmp_path / "x.mp4")
     assert result.exit_code == 2 and "owner/name has a SanaTransformer2DModel" in result.stderr, result.stderr
     config["transformer"] = ["diffusers", "FluxTransformer2DModel"]
@@ -214,7 +214,7 @@ def test_a_model_without_an_adapter_is_refused_before_its_weights_are_read(tmp_p
 
 @pytest.mark.parametrize(("reason", "words"), [("Gated", "is restricted"), ("RepositoryNotFound", "no such model")])
 def test_a_failed_download_names_its_reason(tmp_path, monkeypatch, reason, words):
-    def load_config(name):
+    def load_config(name, **_):
         try:
             raise type(f"{reason}RepoError" if reason == "Gated" else f"{reason}Error", (OSError,), {})()
         except OSError:
