@@ -123,23 +123,42 @@ def compare(
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="A folder of `dit-sparse compare`, or its compare.json.")],
+    results: Annotated[list[Path], typer.Argument(help="Folders of `dit-sparse compare`, or their compare.json.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the merged compare.json. Default: write none."),
+    ] = None,
     html: Annotated[bool, typer.Option("--html", help="Write report.html next to compare.json.")] = False,
 ) -> None:
-    """Print the table of a comparison, or write its HTML report, from compare.json."""
+    """Print the table of a comparison, or write its HTML report, from compare.json.
+
+    Several comparisons of the same model, call, schedule, prompts and seeds are merged; devices and commits may differ.
+    """
     with one_sentence():
+        from dit_sparse.eval.comparison.merge import merge_results
         from dit_sparse.eval.comparison.result_schema import read_result
         from dit_sparse.eval.report.comparison_tables import compare_table
         from dit_sparse.eval.report.page import write_page
+        from dit_sparse.output.files import save_json, writable_folder
 
-        path = results / "compare.json" if results.is_dir() else results
-        result = read_result(path)
-        if not html:
-            print(compare_table(result))
-            return
+        paths = [path / "compare.json" if path.is_dir() else path for path in results]
+        path = out / "compare.json" if out else paths[0]
+        if html and not out and len(paths) > 1:
+            raise ValueError("the report of several comparisons needs a folder: name one with --out")
+        if out and path.resolve() in {each.resolve() for each in paths}:
+            raise ValueError(f"--out must not be the folder of a given comparison, got {out}")
+        contents = [read_result(each) for each in paths]
+        result = merge_results(contents, list(map(str, paths))) if len(paths) > 1 or out else contents[0]
+        if out:
+            writable_folder(out, ("compare.json", "report.html"))
+            save_json(path, result)
         page = path.with_name("report.html")
-        write_page(result, page)
-    console.print(f"open {escape(str(page))} in a browser")
+        if html:
+            write_page(result, page)
+        else:
+            print(compare_table(result))
+    if html:
+        console.print(f"open {escape(str(page))} in a browser")
 
 
 def reproduce(

@@ -68,10 +68,31 @@ class _Row(_Strict):
     planning_share: FiniteFloat
     strip: Annotated[str, Field(pattern="^[A-Za-z0-9+/=]*$")]
     equal_to: list[str] = []
+    device: str | None = None
+    executor: str | None = None
+    commits: list[str] = []
 
     @property
     def available_dimensions(self) -> set[str]:
         return {name for name, value in (self.quality or {}).items() if isinstance(value, float)}
+
+
+class _Source(_Strict):
+    """A comparison whose rows a merged result contains."""
+
+    device: str
+    commit: str | None
+    versions: dict[str, str | None]
+    executor: str
+    rows: Annotated[int, Field(ge=0)]
+
+
+class _RowDifference(_Strict):
+    """Numbers of a row in another result, ``{column: [kept, other]}``."""
+
+    name: str
+    device: str
+    numbers: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]
 
 
 class _Schedule(_Strict):
@@ -95,6 +116,8 @@ class _Result(_Strict):
     rows: Annotated[list[_Row], NonEmpty]
     finished: bool = True
     failures: list[_Failure] = []
+    sources: list[_Source] = []
+    differences: list[_RowDifference] = []
 
     @model_validator(mode="after")
     def _check_consistency(self) -> _Result:
@@ -114,14 +137,18 @@ def read_result(path: Path) -> dict:
     """
     try:
         result = read_json(path)
-        _Result.model_validate(result)
-    except ValidationError as error:
-        raise ValueError(
-            f"{path} is not a result of this version of dit-sparse compare: {first_error(error)}"
-        ) from None
+        check_result(result)
     except ValueError as error:
         raise ValueError(f"{path} is not a result of dit-sparse compare: {error}") from None
     return result
+
+
+def check_result(result: dict) -> None:
+    """Raise ValueError, with the place of the first error, if a value is not the content of a ``compare.json``."""
+    try:
+        _Result.model_validate(result)
+    except ValidationError as error:
+        raise ValueError(first_error(error)) from None
 
 
 def first_error(error: ValidationError) -> str:

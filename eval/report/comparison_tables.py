@@ -12,6 +12,7 @@ from .tables import RESULTS, markdown, stored_results
 
 BASELINES = ("dense", "random_blocks")
 KIND_TITLES = {kind: f"{kind}s" for kind in ("baseline", *KINDS, "profile")} | {"other": "other methods"}
+MAX_CHANGES = 8  # rows of which a report of merged results lists the differing numbers
 TIMING_NOTE = "Clips of an earlier run keep its timings, and small differences in speed may be noise of the machine."
 
 
@@ -89,11 +90,13 @@ def compare_table(result: dict, density: float | None = None) -> str:
             f"{r['speedup']:.2f}x",
             f"{r['attention_speedup']:.2f}x",
             f"{r['planning_share']:.0%}",
+            *([measured_on(r)] if result.get("sources") else []),
         )
         for r in sorted(rows, key=row_order)
     ]
     columns = ("kind", "row", "density", "run density", "output error", "retained mass", "PSNR (dB)")
     columns += ("over random (dB)", "SSIM", "denoising speedup", "attention speedup", "planning overhead")
+    columns += ("measured on",) if result.get("sources") else ()
     notes = (compare_conditions(result), TIMING_NOTE, *completeness_notes(result))
     return f"{markdown(columns, cells)}\n\n{' '.join(filter(None, notes))}"
 
@@ -132,9 +135,33 @@ def completeness_notes(result: dict) -> list[str]:
     if failures := result.get("failures"):
         notes.append(f"Failed: {'; '.join('{name} ({error})'.format(**one) for one in failures)}.")
     others = {commit for row in result["rows"] for commit in row.get("commits", ())} - {result["commit"]}
-    if others:
+    if others and not result.get("sources"):
         notes.append(f"Some clips were generated at {', '.join(sorted(others))}, with the same sources.")
+    return notes + _merge_notes(result)
+
+
+def _merge_notes(result: dict) -> list[str]:
+    """Return which comparisons a merged result is made of, and in which numbers they differ."""
+    if not (sources := result.get("sources")):
+        return []
+    parts = "; ".join(f"{one['rows']} rows, {one['device']}, commit {one['commit']}" for one in sources)
+    notes = [f"Merged comparisons: {parts}. Speedups are over the dense run of the same comparison."]
+    changes = [
+        f"{one['name']} ({', '.join(f'{name} {kept}, not {other}' for name, (kept, other) in one['numbers'].items())})"
+        for one in result["differences"]
+    ]
+    if changes:
+        more = f"; {len(changes) - MAX_CHANGES} more in compare.json" if len(changes) > MAX_CHANGES else ""
+        notes.append(
+            f"Rows of several comparisons are taken from the first, and other numbers of the same row are left out: "
+            f"{'; '.join(changes[:MAX_CHANGES])}{more}."
+        )
     return notes
+
+
+def measured_on(row: dict) -> str:
+    """Return the device and the commits of a row of a merged result, "-" for other rows."""
+    return f"{row['device']}, {', '.join(row['commits'])}" if row.get("device") else "-"
 
 
 def row_kind(row: dict) -> str:

@@ -18,6 +18,7 @@ from .comparison_tables import (
     TIMING_NOTE,
     completeness_notes,
     count_clips,
+    measured_on,
     row_kind,
     row_note,
     row_order,
@@ -115,6 +116,7 @@ COLUMNS = (
     Column("denoising speedup", lambda row: f"{row['speedup']:.2f}x", "over the denoising of the dense run"),
     Column("attention speedup", lambda row: f"{row['attention_speedup']:.2f}x", "over the attention of the dense run"),
     Column("planning overhead", lambda row: f"{row['planning_share']:.0%}", "share of planning in the attention time"),
+    Column("measured on", measured_on, "device and commits of the clips"),
 )
 
 
