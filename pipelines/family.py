@@ -1,25 +1,29 @@
 """Family: the declaration of one family of diffusers transformers by its adapter.
 
-To add a family, write ``pipelines/<name>.py`` with a module-level ``FAMILY = Family(...)`` and add the name to
-``FAMILIES``. Adapters refer to diffusers classes by name, so importing one does not import diffusers.
+To add a family, write ``pipelines/video/<name>.py`` or ``pipelines/image/<name>.py`` with a module-level
+``FAMILY = Family(...)`` and add the name to ``FAMILIES``. Adapters refer to diffusers classes by name, so importing one
+does not import diffusers.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
 
-FAMILIES = (
-    "wan", "hunyuan_video", "hunyuan_video15", "framepack", "helios", "cogvideox", "mochi", "ltx",
-    "minimax_h3", "skyreels_v2", "anyflow", "ltx2", "cosmos", "allegro", "easyanimate", "motif_video",
-    "kandinsky", "joyimage",
-    "flux", "chroma", "bria", "longcat_image", "ovis_image", "qwen_image", "krea2", "sd3", "lumina2", "z_image",
-    "cogview", "glm_image", "hidream", "hunyuan_image", "ernie_image", "aura_flow", "pixart", "hunyuan_dit",
-)  # fmt: skip
+FAMILIES = {
+    "video": (
+        "wan", "hunyuan_video", "helios", "cogvideox", "mochi", "ltx", "minimax_h3", "skyreels_v2", "anyflow", "cosmos",
+        "allegro", "easyanimate", "kandinsky",
+    ),
+    "image": (
+        "joyimage", "flux", "bria", "qwen_image", "krea2", "sd3", "lumina2", "z_image", "cogview", "hidream",
+        "hunyuan_image", "ernie_image", "aura_flow", "pixart",
+    ),
+}  # fmt: skip
 
 GridShape = tuple[int, int, int]
 
@@ -29,7 +33,7 @@ class Family:
     """A family of diffusers transformers. Images are videos of one frame.
 
     Attributes:
-        name: name of the adapter's file.
+        name: name of the adapter's file in ``pipelines/video`` or ``pipelines/image``.
         transformers: class names of the transformers.
         sites: regular expression that matches the full module names of all video self-attention modules and of no
             other module.
@@ -45,7 +49,7 @@ class Family:
         mask: name of the processor's argument from which all layers compute the same attention mask, if each layer
             makes a tensor of its own.
         pipelines: class names of the diffusers pipelines.
-        images: whether the pipelines generate images.
+        images: whether the pipelines generate images; the adapter is in ``pipelines/image``.
         timestep, latents: names of these arguments of the transformer's forward call.
         size_multiple: heights and widths of clips, in pixels, must be multiples of it; 1: unknown.
         fps: frames per second of the clips of the models: a number, or ``fps(config)`` where the models differ, with
@@ -71,6 +75,11 @@ class Family:
         """Return the frames per second of the clips of a pipeline, from its config; None if they are unknown."""
         return self.fps(config) if callable(self.fps) else self.fps
 
+    @property
+    def module(self) -> str:
+        """Name of the adapter's module inside ``dit_sparse.pipelines``."""
+        return f"{'image' if self.images else 'video'}.{self.name}"
+
     def supports(self, class_names: set[str]) -> bool:
         """Return whether a transformer with these names of its class and base classes belongs to the family."""
         return not class_names.isdisjoint(self.transformers)
@@ -88,8 +97,22 @@ def family_of(transformer: object) -> Family | None:
 
 def family_named(class_names: set[str]) -> Family | None:
     """Return the family of a transformer whose class and base classes have these names, or None."""
-    families = (importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in FAMILIES)
-    return next((family for family in families if family.supports(class_names)), None)
+    return next((family for family in all_families() if family.supports(class_names)), None)
+
+
+def all_families() -> Iterator[Family]:
+    """Return the families of the adapters, those of videos first."""
+    names = (f"{folder}.{name}" for folder, names in FAMILIES.items() for name in names)
+    return (importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in names)
+
+
+def patch_size(config: Mapping) -> GridShape:
+    """Return the size of a patch in latent frames, rows and columns, from ``patch_size`` and ``patch_size_t``.
+
+    Both are 1 if the config has none.
+    """
+    patch = config.get("patch_size", 1)
+    return tuple(patch) if isinstance(patch, list | tuple) else (config.get("patch_size_t") or 1, patch, patch)
 
 
 def patch_grid(arguments: Mapping, patch: GridShape) -> GridShape:

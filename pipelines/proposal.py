@@ -16,6 +16,7 @@ from dit_sparse.pipelines.family import (
     merged_grid,
     packed_shapes,
     patch_grid,
+    patch_size,
 )
 from dit_sparse.pipelines.unsupported import why_unsupported
 
@@ -118,8 +119,5 @@ def _grid_of_ids(config: Mapping, arguments: Mapping) -> GridShape:
 
 def _grid_of_latents(config: Mapping, arguments: Mapping) -> GridShape:
     """Return the grid of latents ``[B, C, F, H, W]`` or ``[B, C, H, W]``."""
-    patch = config.get("patch_size", 1)
-    sizes = tuple(patch) if isinstance(patch, list | tuple) else (config.get("patch_size_t") or 1, patch, patch)
-    if arguments["hidden_states"].ndim == 4:
-        return image_grid(arguments, sizes[-1])
-    return patch_grid(arguments, sizes)
+    patch = patch_size(config)
+    return image_grid(arguments, patch[-1]) if arguments["hidden_states"].ndim == 4 else patch_grid(arguments, patch)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
-from dit_sparse.pipelines.family import FAMILIES, Family
+from dit_sparse.pipelines.family import Family, all_families
 from dit_sparse.pipelines.unsupported import UNSUPPORTED
 
 from .tables import RESULTS, markdown
@@ -13,20 +12,15 @@ from .tables import RESULTS, markdown
 TEXT = {None: "-", "before": "before", "after": "after"}
 
 
-def _families() -> list[Family]:
-    """Return all families, those of videos first."""
-    families = [importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in FAMILIES]
-    return sorted(families, key=lambda family: family.images)
-
-
 def summary() -> str:
     """Return how many classes are supported, and the families by what they generate."""
-    families = _families()
+    families = list(all_families())
     groups = [[family for family in families if family.images is images] for images in (False, True)]
     counts = [sum(len(family.transformers) for family in group) for group in groups]
-    links = [", ".join(f"[`{family.name}`](pipelines/{family.name}.py)" for family in group) for group in groups]
+    pipelines = sum(len(family.pipelines) for family in families)
+    links = [", ".join(map(_link, group)) for group in groups]
     return (
-        f"{sum(counts)} transformer classes of diffusers in {len(families)} families.\n\n"
+        f"{sum(counts)} transformer classes of diffusers, used by {pipelines} pipelines.\n\n"
         f"- {counts[0]} for videos: {links[0]}\n"
         f"- {counts[1]} for images: {links[1]}"
     )
@@ -42,11 +36,11 @@ def family_table() -> str:
         (
             (
                 f"`{name}`",
-                f"[`{family.name}`](../pipelines/{family.name}.py)",
+                _link(family, "../"),
                 TEXT[family.text],
                 *_measured_cells(rows[name]),
             )
-            for family in _families()
+            for family in all_families()
             for name in family.transformers
         ),
     )
@@ -65,6 +59,10 @@ def feature_table() -> str:
     return f"{table}\n\ntorch {versions['torch']}, diffusers {versions['diffusers']}, commit {result['commit']}."
 
 
+def _link(family: Family, root: str = "") -> str:
+    return f"[`{family.name}`]({root}pipelines/{family.module.replace('.', '/')}.py)"
+
+
 def _measured_cells(row: dict) -> tuple[str, ...]:
     yes = lambda value: "yes" if value else "no"
     return yes(row["dense_equal"]), f"{row['difference']:.0e}", f"{row['density']:.3f}", yes(row["compiles"])
@@ -72,7 +70,7 @@ def _measured_cells(row: dict) -> tuple[str, ...]:
 
 def pipeline_table() -> str:
     """Return the pipelines of every family."""
-    rows = ((f"`{family.name}`", ", ".join(f"`{name}`" for name in family.pipelines)) for family in _families())
+    rows = ((f"`{family.name}`", ", ".join(f"`{name}`" for name in family.pipelines)) for family in all_families())
     return markdown(
         ("family", "pipelines"), ((name, pipelines or "modular pipelines only") for name, pipelines in rows)
     )

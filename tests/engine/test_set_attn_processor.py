@@ -16,7 +16,7 @@ import torch
 import dit_sparse as ds
 import tiny_pipelines as tiny
 from dit_sparse.engine.interception.intercept import interception_of
-from dit_sparse.pipelines.family import FAMILIES
+from dit_sparse.pipelines.family import all_families
 from sparse_pipelines import (
     SETTINGS,
     assert_same_objects,
@@ -31,7 +31,7 @@ from sparse_pipelines import (
 @pytest.fixture
 def our_wan() -> tiny.Tiny:
     """Our WanPipeline class with the components of the stock pipeline."""
-    from dit_sparse.pipelines.wan import WanPipeline
+    from dit_sparse.pipelines.video.wan import WanPipeline
 
     stock = cached_pipeline("wan")
     pipe = WanPipeline(**stock.pipe.components)
@@ -94,8 +94,9 @@ def test_prepare_works_on_every_pipeline(stock):
 
 
 def test_pipeline_classes_match_those_of_diffusers():
-    for family in FAMILIES:
-        module = import_module(f"dit_sparse.pipelines.{family}")
+    for family in all_families():
+        module = import_module(f"dit_sparse.pipelines.{family.module}")
+        assert module.FAMILY is family
         for name in module.FAMILY.pipelines:
             ours, stock = getattr(module, name), getattr(diffusers, name)
             assert issubclass(ours, stock) and ours.__name__ == name and ours is getattr(module, name)
@@ -103,13 +104,13 @@ def test_pipeline_classes_match_those_of_diffusers():
         for name in module.FAMILY.transformers:
             assert hasattr(diffusers, name)
         with pytest.raises(ImportError, match="NoSuchPipeline"):
-            exec(f"from dit_sparse.pipelines.{family} import NoSuchPipeline")
+            exec(f"from dit_sparse.pipelines.{family.module} import NoSuchPipeline")
 
 
 def test_pipeline_modules_import_diffusers_lazily():
     lines = (
         "import sys, dit_sparse",
-        *(f"import dit_sparse.pipelines.{family} as {family}" for family in FAMILIES),
+        *(f"import dit_sparse.pipelines.{family.module} as {family.name}" for family in all_families()),
         "assert not hasattr(wan, 'NoSuchPipeline')",
         "assert 'diffusers' not in sys.modules",
     )

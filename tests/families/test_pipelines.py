@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 from collections import defaultdict
 from functools import cache
@@ -12,7 +11,7 @@ from pathlib import Path
 import diffusers
 
 from dit_sparse.eval.report.tables import RESULTS
-from dit_sparse.pipelines.family import FAMILIES
+from dit_sparse.pipelines.family import all_families
 from dit_sparse.pipelines.unsupported import UNSUPPORTED
 from tiny_models import tiny_models
 
@@ -43,10 +42,9 @@ def transformer_annotations(cls: ast.ClassDef) -> set[str]:
 
 
 def test_families_list_every_pipeline_of_their_transformers():
-    for name in FAMILIES:
-        family = importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY
+    for family in all_families():
         expected = set().union(*(pipelines_of_transformers()[cls] for cls in family.transformers))
-        assert set(family.pipelines) == expected & PUBLIC, name
+        assert set(family.pipelines) == expected & PUBLIC, family.name
         assert len(set(family.pipelines)) == len(family.pipelines)
 
 
@@ -58,9 +56,7 @@ def test_the_stored_measurements_are_those_of_the_supported_classes():
 
 
 def test_every_transformer_of_diffusers_has_a_family_or_a_reason():
-    supported = {
-        cls for name in FAMILIES for cls in importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY.transformers
-    }
+    supported = {cls for family in all_families() for cls in family.transformers}
     assert supported.isdisjoint(UNSUPPORTED) and supported == set(tiny_models())
     known = supported | set(UNSUPPORTED) | OTHERS
     missing = {name for name in pipelines_of_transformers() if "Tr" in name or "DiT" in name} - known

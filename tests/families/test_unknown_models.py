@@ -10,7 +10,6 @@ import torch
 
 import dit_sparse as ds
 from dit_sparse.pipelines.family import (
-    FAMILIES,
     Family,
     family_named,
     family_of,
@@ -122,7 +121,6 @@ def test_images_of_one_size_are_frames_and_others_references():
     assert packed_shapes(torch.cat([image, reference])) == [(1, 5, 7), (1, 5, 7)]
     assert packed_shapes(torch.cat([image, reference])[None].expand(2, -1, -1)) == [(1, 5, 7), (1, 5, 7)]
     assert packed_shapes(torch.cat([image, reference[:21]])) == [(1, 5, 7), (1, 3, 7)]
-    assert len(set(FAMILIES)) == len(FAMILIES)
 
 
 @pytest.mark.parametrize("size", [(12, 16), (6, 10)])

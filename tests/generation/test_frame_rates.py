@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 
@@ -11,9 +10,9 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from dit_sparse.generation.generate import DEFAULT_FPS, default_fps
-from dit_sparse.pipelines.family import FAMILIES, Family
+from dit_sparse.pipelines.family import Family, all_families
 
-ALL = [importlib.import_module(f"dit_sparse.pipelines.{name}").FAMILY for name in FAMILIES]
+ALL = list(all_families())
 
 
 @pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)

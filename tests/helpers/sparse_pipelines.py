@@ -66,7 +66,7 @@ def cached_pipeline(name: str) -> tiny.Tiny:
 def make_variant(name: str) -> tiny.Tiny:
     """Return another pipeline of a family, an instance of our class with the components of a tiny one."""
     family, arguments, config = VARIANTS[name]
-    stock, cls = tiny.ALL[family](**config), getattr(import_module(f"dit_sparse.pipelines.{family}"), name)
+    stock, cls = tiny.ALL[family](**config), getattr(import_module(f"dit_sparse.pipelines.video.{family}"), name)
     components = stock.pipe.components | dict(image_processor=None)
     if name == "LTXConditionPipeline":  # has its own timesteps
         components["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -1,4 +1,4 @@
-"""Flux 1, 2 and 3: joint self-attention over text and image tokens, text first.
+"""Flux 1, 2 and 3, Chroma, LongCat-Image and Ovis-Image: joint self-attention over text and image tokens, text first.
 
 The reference images of Kontext and Flux 2 follow the image, as frames of a video if all have the image's size. The
 first blocks of Flux 3 attend within the image, and stay dense if it has references.
@@ -29,7 +29,14 @@ def _shapes(config: Mapping, arguments: Mapping) -> list[GridShape]:
 
 FAMILY = Family(
     name="flux",
-    transformers=("FluxTransformer2DModel", "Flux2Transformer2DModel", "Flux3Transformer2DModel"),
+    transformers=(
+        "FluxTransformer2DModel",
+        "Flux2Transformer2DModel",
+        "Flux3Transformer2DModel",
+        "ChromaTransformer2DModel",
+        "LongCatImageTransformer2DModel",
+        "OvisImageTransformer2DModel",
+    ),
     sites=r"((single_)?transformer_blocks|mode_blocks\.image)\.\d+\.attn",
     grid=lambda config, arguments: merged_grid(_shapes(config, arguments)),
     references=lambda config, arguments: merged_references(_shapes(config, arguments)),
@@ -55,6 +62,12 @@ FAMILY = Family(
         "Flux2KleinPipeline",
         "Flux2KleinInpaintPipeline",
         "Flux2KleinKVPipeline",
+        "ChromaPipeline",
+        "ChromaImg2ImgPipeline",
+        "ChromaInpaintPipeline",
+        "LongCatImagePipeline",
+        "LongCatImageEditPipeline",
+        "OvisImagePipeline",
     ),
 )
 

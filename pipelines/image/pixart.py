@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-sigma: self-attention over image tokens only."""
+"""PixArt-alpha, PixArt-sigma and Hunyuan-DiT: self-attention over image tokens only."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from dit_sparse.pipelines.family import Family, image_grid, pipeline_class
 
 FAMILY = Family(
     name="pixart",
-    transformers=("PixArtTransformer2DModel",),
-    sites=r"transformer_blocks\.\d+\.attn1",
+    transformers=("PixArtTransformer2DModel", "HunyuanDiT2DModel"),
+    sites=r"(transformer_)?blocks\.\d+\.attn1",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
     images=True,
     pipelines=(
         "PixArtAlphaPipeline",
         "PixArtSigmaPipeline",
         "PixArtSigmaPAGPipeline",
+        "HunyuanDiTPipeline",
+        "HunyuanDiTControlNetPipeline",
+        "HunyuanDiTPAGPipeline",
     ),
 )
 

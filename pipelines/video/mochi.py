@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
+from dit_sparse.pipelines.family import Family, patch_grid, patch_size, pipeline_class
 
 FAMILY = Family(
     name="mochi",
@@ -15,7 +15,7 @@ FAMILY = Family(
     transformers=("MochiTransformer3DModel",),
     size_multiple=16,
     sites=r"transformer_blocks\.\d+\.attn1",
-    grid=lambda config, arguments: patch_grid(arguments, (1, config["patch_size"], config["patch_size"])),
+    grid=lambda config, arguments: patch_grid(arguments, patch_size(config)),
     text="after",
     pipelines=("MochiPipeline",),
 )
