@@ -69,7 +69,8 @@ def compiled_library(name: str) -> Path:
         return cached
     folder = writable_cache_folder()
     library = folder / file_name
-    _log.info("compiling the CPU operator %s with %s into %s", name, shlex.join(compiler), library)
+    _log.info("compiling the CPU operator %s, once on this machine; it takes about 10 seconds", name)
+    _log.debug("with %s into %s", shlex.join(compiler), library)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as build_folder:
         object_file, shared_object = Path(build_folder, "kernel.o"), Path(build_folder, "kernel.so")

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from dit_sparse import DEFAULT_METHOD
-
 from .options import (
     Block,
     DenseStepsOrProfile,
@@ -33,14 +31,14 @@ from .options import (
     count_or_fraction,
     density_ramp,
 )
-from .terminal import console, one_sentence, print_error, progress_bars
+from .terminal import console, one_sentence, print_error, print_result, progress_bars
 
 
 def batch(
     prompts: Annotated[Path, typer.Argument(help="A .txt, .csv or .jsonl file.")],
     out: OutFolder = Path("out/batch"),
     model: Model = "shapes-wan",
-    method: Method = DEFAULT_METHOD,
+    method: Method = None,
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
     ramp: DensityRamp = None,
@@ -75,6 +73,7 @@ def batch(
     if manifest is None:
         print_error("interrupted; run the same command again to resume")
         raise typer.Exit(130)
+    print_result(manifest)
     counts = manifest["count"]
     summary = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
     console.print(f"{summary}; {escape(str(out / 'manifest.json'))}", soft_wrap=True)

@@ -13,12 +13,13 @@ from rich.table import Table
 from dit_sparse import DEFAULT_METHOD
 
 from .options import Method, OutJson, method_list
-from .terminal import console, make_table, one_sentence, progress_bars
+from .shared.command import CommandGroup
+from .terminal import console, make_table, one_sentence, print_result, progress_bars
 
 REPEATED = "; may be repeated"
 DensityList = Annotated[list[float] | None, typer.Option("--density", "-d", help=f"Density{REPEATED}.")]
 
-bench = typer.Typer(help="Benchmarks of this machine.", no_args_is_help=True, rich_markup_mode=None)
+bench = CommandGroup(help="Benchmarks of this machine.")
 
 
 @bench.command(epilog="Example: dit-sparse bench attention --out attention.json")
@@ -56,7 +57,9 @@ def attention(
                 rows += benchmark.measure_case(case, executors, seconds_per_case)
             progress(len(cases), len(cases))
         note = f"{cases[0].heads} heads, medians of interleaved runs"
-        save_json(out, {"rows": rows, "note": note} | conditions(device))
+        result = {"rows": rows, "note": note} | conditions(device)
+        save_json(out, result)
+    print_result(result)
     _print_executors(rows)
     console.print(f"{len(rows)} rows: {escape(str(out))}", soft_wrap=True)
 
@@ -100,7 +103,9 @@ def transformer(
         scaled = "" if device == "cuda" else "one layer, 256 channels and tokens in proportion, "
         note = f"{scaled}random weights, medians of {rounds} forward passes, dense and sparse interleaved"
         note += ", compiled blocks" if compiled else ""
-        save_json(out, {"rows": rows, "note": note} | conditions(device))
+        result = {"rows": rows, "note": note} | conditions(device)
+        save_json(out, result)
+    print_result(result)
     _print_transformers(rows)
     console.print(f"{len(rows)} rows: {escape(str(out))}", soft_wrap=True)
 
@@ -142,6 +147,7 @@ def scaling(
         save_json(out, result)
         for setting, key in (("own", "density"), ("fixed", "modelled_seconds")):
             save_figure(out.with_name(f"{out.stem}-{setting}.png"), benchmark.plot_cost(result, key, setting))
+    print_result(result)
     _print_exponents(result["exponents"])
     console.print(f"{len(result['rows'])} rows and two plots: {escape(str(out))}", soft_wrap=True)
 
@@ -172,7 +178,9 @@ def tail(
         problem = benchmark.Problem(tokens, heads, head_dim, density)
         rows = list(benchmark.measure(problem, [int(count) for count in counts], seconds, device))
         note = "shares of a dense call, medians over interleaved rounds"
-        save_json(out, {"rows": rows, "note": note} | conditions(device))
+        result = {"rows": rows, "note": note} | conditions(device)
+        save_json(out, result)
+    print_result(result)
     _print_shares(rows)
     console.print(f"{len(rows)} rows: {escape(str(out))}")
 
@@ -204,7 +212,9 @@ def planning(
         names = list(METHODS) if methods is None else method_list(methods)
         rows = list(benchmark.measure(names, problem, seconds, device))
         note = "CPU time of a plan as a share of dense attention, medians over interleaved rounds"
-        save_json(out, problem.settings() | {"rows": rows, "note": note} | conditions(device))
+        result = problem.settings() | {"rows": rows, "note": note} | conditions(device)
+        save_json(out, result)
+    print_result(result)
     table = make_table("method", "first step", "later step")
     for row in rows:
         cells = [row["why_not"]] if "why_not" in row else [f"{row[step]:.2%}" for step in ("first", "later")]

@@ -40,6 +40,7 @@ from .terminal import (
     make_table,
     one_sentence,
     print_error,
+    print_result,
     progress_bars,
 )
 
@@ -109,13 +110,8 @@ def compare(
         with progress_bars() as stage:
             result = task.run(stage)
         write_page(result, out / "report.html")
-    for table in _comparison_tables(result["rows"]):
-        console.print(table)
-    console.print(
-        "error: relative error of the attention output; mass: retained attention mass; PSNR in dB; "
-        "planning: share of the attention time",
-        highlight=False,
-    )
+    print_result(result)
+    _print_comparison(result)
     console.print(
         f"{len(result['prompts'])} prompts, {result['device']}; {escape(str(out / 'report.html'))}", soft_wrap=True
     )
@@ -129,8 +125,11 @@ def report(
         typer.Option("--out", "-o", help="Folder for the merged compare.json. Default: write none."),
     ] = None,
     html: Annotated[bool, typer.Option("--html", help="Write report.html next to compare.json.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table with all columns, notes and conditions, in Markdown.")
+    ] = False,
 ) -> None:
-    """Print the table of a comparison, or write its HTML report, from compare.json.
+    """Print the tables of a comparison, or write its HTML report, from compare.json.
 
     Several comparisons of the same model, call, schedule, prompts and seeds are merged; devices and commits may differ.
     """
@@ -155,10 +154,13 @@ def report(
         page = path.with_name("report.html")
         if html:
             write_page(result, page)
-        else:
-            print(compare_table(result))
+    print_result({"page": str(page)} if html else result)
     if html:
         console.print(f"open {escape(str(page))} in a browser")
+    elif markdown:
+        console.print(compare_table(result), highlight=False, markup=False, soft_wrap=True)
+    else:
+        _print_comparison(result)
 
 
 def reproduce(
@@ -174,6 +176,7 @@ def reproduce(
         from dit_sparse.eval.report.page import write_page
 
         if recipe is None:
+            print_result([{"name": name, "title": Recipe.load(name).title} for name in recipes()])
             for name in recipes():
                 console.print(f"{name:28} {Recipe.load(name).title}", highlight=False)
             return
@@ -185,7 +188,9 @@ def reproduce(
         with progress_bars() as stage:
             result = task.run(stage)
         write_page(result, folder / "report.html")
-    console.print(_reproduction_table(list(published_and_measured(paper, result))))
+    rows = list(published_and_measured(paper, result))
+    print_result({"recipe": paper.title, "rows": rows, "comparison": result})
+    console.print(_reproduction_table(rows))
     console.print(f"published / measured on {result['device']}; {escape(str(folder / 'report.html'))}", soft_wrap=True)
     console.print("published speedups are end-to-end, measured speedups are of the denoising")
     _end_with_failures(result)
@@ -197,6 +202,21 @@ def _end_with_failures(result: dict) -> None:
         print_error(f"{failure['name']} failed: {failure['error']}")
     if result["failures"]:
         raise typer.Exit(1)
+
+
+def _print_comparison(result: dict) -> None:
+    """Print a table for each density, and what they show."""
+    from dit_sparse.eval.report.comparison_tables import completeness_notes, fewer_steps_note
+
+    for table in _comparison_tables(result["rows"]):
+        console.print(table)
+    console.print(
+        "error: relative error of the attention output; mass: retained attention mass; PSNR in dB; "
+        "planning: share of the attention time",
+        highlight=False,
+    )
+    for note in filter(None, (fewer_steps_note(result["rows"]), *completeness_notes(result))):
+        console.print(note, highlight=False, markup=False)
 
 
 def _comparison_tables(rows: list[dict]) -> Iterator[Table]:

@@ -14,7 +14,6 @@ from .options import (
     Densities,
     Frames,
     Height,
-    JsonFile,
     Methods,
     Model,
     OutFolder,
@@ -27,9 +26,10 @@ from .options import (
     numbers,
     read_prompts,
 )
-from .terminal import console, make_table, one_sentence, progress_bars
+from .shared.command import CommandGroup
+from .terminal import console, make_table, one_sentence, print_result, progress_bars
 
-evaluate = typer.Typer(help="Evaluate videos and attention masks.", no_args_is_help=True, rich_markup_mode=None)
+evaluate = CommandGroup(help="Evaluate videos and attention masks.")
 
 
 @evaluate.command(epilog="Example: dit-sparse eval video out/demo/sparse.mp4 --reference out/demo/dense.mp4")
@@ -37,23 +37,18 @@ def video(
     path: Annotated[Path, typer.Argument(help="A video file.")],
     reference: Annotated[Path | None, typer.Option(help="The dense video of the same prompt and seed.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt of the video.")] = None,
-    json_file: JsonFile = None,
 ) -> None:
     """Score a video with VBench-style metrics, and its fidelity to a reference. Metrics whose weights are missing are
     listed as unavailable."""
     with one_sentence():
         from dit_sparse.eval.quality.fidelity import fidelity
         from dit_sparse.eval.quality.vbench_style import quality
-        from dit_sparse.output.files import save_json, writable_file
         from dit_sparse.output.media import read_video
 
-        if json_file:
-            writable_file(json_file, "--json")
         frames, fps = read_video(path)
         to_reference = None if reference is None else fidelity(frames, read_video(reference)[0])
         result = {"quality": quality(frames, prompt, fps), "fidelity": to_reference}
-        if json_file:
-            save_json(json_file, result)
+    print_result(result)
     for name, value in result["quality"].items():
         _print_metric(name, value)
     for name, statistics in (to_reference or {}).items():
@@ -81,7 +76,9 @@ def export(
         if not (results / "clips").is_dir():
             raise ValueError(f"{results} has no clips: run `dit-sparse compare` with this folder again")
         listed = write(out, clips_of_row(ClipStore(results / "clips"), result, rows[row]), default_fps(result["model"]))
-    console.print(f"{len(result['prompts']) * result['seeds']} videos, listed in {escape(str(listed))}", soft_wrap=True)
+    count = len(result["prompts"]) * result["seeds"]
+    print_result({"videos": count, "listed_in": str(listed)})
+    console.print(f"{count} videos, listed in {escape(str(listed))}", soft_wrap=True)
 
 
 @evaluate.command(epilog="Example: dit-sparse eval attention --methods radial,svg,svg2 --density 0.15,0.25")
@@ -120,6 +117,7 @@ def attention(
         save_json(out / "analysis.json", result)
         for number, row in enumerate(result["rows"]):
             save_figure(out / f"{number:02d}.png", analysis.plot_efficiency(row))
+    print_result(result)
     columns = {"density": "density", "retained": "retained mass", "best": "upper bound"}
     columns |= {"efficiency": "efficiency", "error": "relative error"}
     table = make_table("method", *columns.values())

@@ -2,89 +2,114 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from dit_sparse import DEFAULT_METHOD
-
 from .options import (
     Block,
     DenseStepsOrProfile,
     Density,
     DensityRamp,
+    Dtype,
     Executor,
     Fps,
     Frames,
     Guard,
     Guidance,
+    HeadProfile,
     Height,
-    JsonFile,
     Method,
     Model,
+    NegativePrompt,
+    Offload,
     OutFolder,
+    Preset,
     Seed,
     Steps,
+    VaeTiling,
     Width,
     call_arguments,
     count_or_fraction,
     density_ramp,
+    method_text,
 )
-from .terminal import console, make_table, one_sentence, progress_bars
+from .terminal import console, make_table, one_sentence, print_result, progress_bars
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
     model: Model = "shapes-wan",
-    method: Method = DEFAULT_METHOD,
+    method: Method = None,
+    preset: Preset = None,
+    profile: HeadProfile = None,
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
     ramp: DensityRamp = None,
     executor: Executor = "auto",
     block: Block = None,
     guard: Guard = None,
+    negative_prompt: NegativePrompt = None,
     seed: Seed = 0,
     steps: Steps = None,
     frames: Frames = None,
     height: Height = None,
     width: Width = None,
     guidance: Guidance = None,
+    dtype: Dtype = None,
+    offload: Offload = None,
+    vae_tiling: VaeTiling = False,
     fps: Fps = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The video file to write.")] = Path("out/video.mp4"),
 ) -> None:
-    """Generate one video with sparse attention, with any supported diffusers pipeline."""
+    """Generate one video with sparse attention, with any supported diffusers pipeline.
+
+    A JSON file next to the video lists its settings, the report of the run, versions and commit.
+    """
     with one_sentence():
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.generation import generate as generation
+        from dit_sparse.generation.batch import Job
         from dit_sparse.generation.checks import check_clip
+        from dit_sparse.generation.clip_result import clip_result
+        from dit_sparse.generation.loading import LoadOptions
         from dit_sparse.generation.model_config import check_model
         from dit_sparse.notation.reading import shorten_path
-        from dit_sparse.output.files import writable_file
+        from dit_sparse.output.files import save_json, writable_file
         from dit_sparse.output.media import save_video
 
         steps_settings = {"dense_steps": count_or_fraction(dense_steps), "density_ramp": density_ramp(ramp)}
         settings = {"executor": executor, "block": block, "guard": guard, **steps_settings}
-        processor = SparseAttnProcessor(method, density=density, **settings)
+        processor = SparseAttnProcessor(method_text(method, preset, profile), density=density, **settings)
         if out.suffix != ".mp4":
             raise ValueError(f"--out must be a file that ends in .mp4, got {shorten_path(out)}")
-        call = generation.default_call(model) | call_arguments(steps, frames, height, width, guidance)
+        call = call_arguments(steps, frames, height, width, guidance, negative_prompt)
+        call = generation.default_call(model) | call
+        options = LoadOptions(dtype, offload, vae_tiling)
         check_model(model)
         fps = generation.default_fps(model) if fps is None else fps
         check_clip(prompt, seed, call, fps, model=model)
         writable_file(out)
-        pipe = generation.load_pipeline(model)
+        sidecar = writable_file(out.with_suffix(".json"))
+        pipe = generation.load_pipeline(model, options=options)
         run = processor.attach(pipe)
         with progress_bars() as stage:
             clip = generation.generate(pipe, prompt, seed, call, stage("denoising"))
         save_video(out, clip.frames, fps)
+        job = Job(out.stem, prompt, seed, call, processor, model, fps)
+        result = clip_result(job.settings, clip, run.report().as_dict(), out) | {"loading": asdict(options)}
+        save_json(sidecar, result)
+    print_result(result)
     console.print(escape(str(run.report())))
-    console.print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {escape(str(out))}", soft_wrap=True)
+    files = f"{escape(str(out))} and its {sidecar.suffix}"
+    console.print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {files}", soft_wrap=True)
 
 
 def demo(
-    method: Method = DEFAULT_METHOD,
+    method: Method = None,
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
     ramp: DensityRamp = None,
@@ -94,24 +119,19 @@ def demo(
     seed: Seed = 0,
     steps: Steps = None,
     out: OutFolder = Path("out/demo"),
-    json_file: JsonFile = None,
 ) -> None:
     """Generate one video densely and sparsely from the same seed with the bundled model, and compare them."""
     with one_sentence():
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.bundled import BUNDLED_PROMPT
         from dit_sparse.demo.demo import Demo
-        from dit_sparse.output.files import save_json, writable_file
 
         steps_settings = {"dense_steps": count_or_fraction(dense_steps), "density_ramp": density_ramp(ramp)}
         processor = SparseAttnProcessor(method, density=density, **steps_settings, executor=executor, block=block)
         task = Demo(BUNDLED_PROMPT if prompt is None else prompt, processor, out, seed, call_arguments(steps))
-        if json_file:
-            writable_file(json_file, "--json")
         with progress_bars() as stage:
             result = task.run(stage)
-        if json_file:
-            save_json(json_file, result)
+    print_result(result)
     _print_demo(result)
     console.print(f"videos, plots and result.json: {escape(str(out))}", soft_wrap=True)
 

@@ -15,7 +15,8 @@ from .compare import compare, report, reproduce
 from .evaluate import evaluate
 from .generate import demo, generate
 from .profiles import profile
-from .show import doctor, methods, show
+from .shared.command import CommandGroup
+from .show import doctor, methods, presets, show
 from .study import study
 from .train import train
 
@@ -24,6 +25,7 @@ EXAMPLES = {
     generate: "generate 'a green square moves left' --method 'radial(sink=true)' --density 0.2 --out out/square.mp4",
     batch: "batch prompts.txt --density 0.25 --out out/batch",
     methods: "methods --kind scorer",
+    presets: "presets --json",
     show: "show 'radial(sink=true)' --grid 21x45x80 --density 0.25 --png mask.png",
     compare: "compare --methods 'radial,svg,pooled(svg),profile:shapes-wan' --density 0.15,0.25 --prompts 2",
     report: "report out/compare --html",
@@ -34,11 +36,7 @@ EXAMPLES = {
     doctor: "doctor --json > environment.json",
 }
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = CommandGroup()
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
 

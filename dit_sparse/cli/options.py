@@ -11,13 +11,14 @@ MAX_PROMPTS = 60  # prompts of the bundled model
 
 Model = Annotated[str, typer.Option(help="shapes-wan, a local diffusers folder, or a name on the Hugging Face hub.")]
 Method = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--method",
         "-m",
         callback=lambda text: import_methods(text),
         help="Method, with settings and compositions: radial, 'radial(sink=true)', 'radial|sink', 'cached(svg2)', "
-        "profile:NAME, module:Class of your own, or a preset: quality, balanced, fast. See `dit-sparse methods`.",
+        "profile:NAME, module:Class of your own, or a preset. See `dit-sparse methods`. Default: the preset balanced; "
+        "with --density, routed.",
     ),
 ]
 Methods = Annotated[
@@ -26,6 +27,12 @@ Methods = Annotated[
 Kinds = Annotated[
     str | None,
     typer.Option("--kind", help="Kinds of methods, separated by commas, such as scorer,pattern. Default: every kind."),
+]
+Preset = Annotated[
+    str | None, typer.Option(help="A preset instead of a method: quality, balanced or fast. See `dit-sparse presets`.")
+]
+HeadProfile = Annotated[
+    str | None, typer.Option("--profile", help="A head profile instead of a method: a name in profiles/ or a file.")
 ]
 Density = Annotated[
     float | None,
@@ -64,24 +71,52 @@ Frames = Annotated[int | None, typer.Option(help="Frames of the video.")]
 Height = Annotated[int | None, typer.Option(help="Height in pixels.")]
 Width = Annotated[int | None, typer.Option(help="Width in pixels.")]
 Guidance = Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")]
-Fps = Annotated[int | None, typer.Option(help="Frames per second of the file.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What the video must not show.")]
+Fps = Annotated[int | None, typer.Option(help="Frames per second of the file. Default: those of the model.")]
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16 of the weights. Default: bfloat16 on a GPU, else float32."),
+]
+Offload = Annotated[
+    str | None,
+    typer.Option(help="Keep on the GPU only one component at a time (model), or one layer (sequential, much slower)."),
+]
+VaeTiling = Annotated[bool, typer.Option("--vae-tiling", help="Decode the video in tiles, which needs less memory.")]
 
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 OutJson = Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def import_methods(text: str) -> str:
+def import_methods(text: str | None) -> str | None:
     """Import the modules of methods that are written ``module:Class``, and return the text."""
     from .terminal import one_sentence
 
-    if ":" not in text:
+    if text is None or ":" not in text:
         return text
     with one_sentence():
         from dit_sparse.notation.external import import_modules
 
         return import_modules(text)
+
+
+def method_text(method: str | None, preset: str | None = None, profile: str | None = None) -> str | None:
+    """Return the text of a method that is given by one of three options, or None.
+
+    Raises:
+        ValueError: two of them are given, or there is no such preset.
+    """
+    from dit_sparse.notation.presets import PRESETS
+    from dit_sparse.notation.settings import alternatives_to
+    from dit_sparse.notation.syntax import ProfileName, write
+
+    given = {"--method": method, "--preset": preset, "--profile": profile}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} exclude each other")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset[:60]!r}; {alternatives_to(preset, PRESETS)}")
+    return write(ProfileName(profile)) if profile is not None else method or preset
 
 
 def call_arguments(
@@ -90,6 +125,7 @@ def call_arguments(
     height: int | None = None,
     width: int | None = None,
     guidance: float | None = None,
+    negative_prompt: str | None = None,
     min_steps: int = 1,
 ) -> dict:
     """Return the arguments of a pipeline call that are not None.
@@ -100,7 +136,8 @@ def call_arguments(
     from dit_sparse.generation.checks import check_call
 
     arguments = {"num_inference_steps": steps, "num_frames": frames, "height": height, "width": width}
-    arguments = {name: value for name, value in (arguments | {"guidance_scale": guidance}).items() if value is not None}
+    arguments |= {"guidance_scale": guidance, "negative_prompt": negative_prompt}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     check_call(arguments, min_steps)
     return arguments
 

@@ -21,7 +21,7 @@ from .options import (
     numbers,
     read_prompts,
 )
-from .terminal import console, one_sentence, progress_bars
+from .terminal import console, one_sentence, print_result, progress_bars
 
 MAX_DRIFT = 1.25  # times the stored error; above it, a profile does not fit any more
 
@@ -67,6 +67,7 @@ def profile(
             with progress_bars() as stage:
                 before, now = compare_with_stored_error(stored, model, read_prompts(prompts), call, stage)
             advice = "the profile fits" if now <= MAX_DRIFT * before else "search again with these prompts and sizes"
+            print_result({"error": now, "stored_error": before, "fits": now <= MAX_DRIFT * before})
             console.print(f"relative error {now:.3f}, stored {before:.3f}: {advice}")
             return
         if target_density is None and max_error is None:
@@ -86,6 +87,7 @@ def profile(
         )
         with progress_bars() as stage:
             result = search.run(stage)
+    print_result(result.model_dump(mode="json", by_alias=True))
     for letter, entry in result.methods.items():
         settings = ", ".join(f"{name}={value}" for name, value in entry.settings.items())
         console.print(f"  {letter}  {entry.method} {settings}", highlight=False, markup=False)

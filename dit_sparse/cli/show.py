@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +11,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .options import Density, JsonFlag, Kinds, method_list
-from .terminal import console, make_table, one_sentence
+from .options import Density, Kinds, method_list
+from .terminal import console, make_table, one_sentence, print_result
 
 
 def methods(
     names: Annotated[list[str] | None, typer.Argument(help="Methods to describe in detail. Default: list all.")] = None,
     kind: Kinds = None,
-    json_out: JsonFlag = False,
 ) -> None:
     """List the methods by kind, with their papers and what they need; or the settings of the named methods."""
     with one_sentence():
@@ -32,16 +31,14 @@ def methods(
             if name not in METHODS:
                 raise ValueError(f"there is no method {name[:60]!r}; {alternatives_to(name, METHODS, METHODS)}")
     rows = [row for row in rows if not names or row["name"] in names]
-    if json_out:
-        print(json.dumps(rows, indent=2))
-        return
+    print_result(rows)
     if names:
         for row in rows:
             _print_details(row)
         return
     _print_list(rows)
-    presets = ", ".join(f"{name} = {text}" for name, text in PRESETS.items())
-    console.print(f"Presets: {presets}.", highlight=False)
+    listed = ", ".join(f"{name} = {preset.method}" for name, preset in PRESETS.items())
+    console.print(f"Presets: {listed}.", highlight=False)
     console.print(
         "`dit-sparse methods NAME` lists settings. Compose methods as in 'radial|sink', 'cached(svg2)' or "
         "'pooled(svg)', with settings as in 'radial(sink=true)'.",
@@ -81,6 +78,28 @@ def _print_details(row: dict) -> None:
     console.print("\n".join(lines) + "\n", highlight=False, markup=False, soft_wrap=True)
 
 
+def presets() -> None:
+    """List the presets, and the dense steps and layers that papers give for families of models."""
+    with one_sentence():
+        from dit_sparse.notation.presets import DEFAULT_PRESET, PRESETS
+
+    print_result({"default": DEFAULT_PRESET} | {name: asdict(preset) for name, preset in PRESETS.items()})
+    for name, preset in PRESETS.items():
+        default = " (default)" if name == DEFAULT_PRESET else ""
+        console.print(f"[bold]{name}[/]{default}: {preset.summary}", highlight=False)
+        table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), expand=True)
+        table.add_column(width=max(map(len, preset.families)))
+        table.add_column(ratio=1)
+        table.add_row("method", preset.method)
+        for family, of_paper in preset.families.items():
+            settings = ", ".join(f"{field}={value}" for field, value in of_paper.schedule.items())
+            table.add_row(family, f"{settings} ({of_paper.source})")
+        console.print(table, highlight=False)
+    console.print(
+        "Other families keep the first quarter of the steps dense. Use: --preset NAME, or enable(pipe, NAME)."
+    )
+
+
 def show(
     method: Annotated[
         str, typer.Argument(help="A static method, such as radial, 'radial(sink=true)' or 'radial|sink'.")
@@ -116,9 +135,12 @@ def show(
         plan = planned or Plan.dense(token_grid.tokens, block)
         if png:
             save_figure(png, plot_plan(plan, token_grid, name_of(sparse_method)))
-    console.print(terminal_map(plan), highlight=False, markup=False)
     resolved = sparse_method.resolve(token_grid, block)
     note = sparse_method.density_note(token_grid, block, plan.density)
+    result = {"method": name_of(sparse_method), "resolved": name_of(resolved), "grid": str(token_grid), "block": block}
+    result |= {"blocks": plan.blocks, "density": plan.density, "density_asked": sparse_method.density}
+    print_result(result | {"density_note": note, "png": png and str(png)})
+    console.print(terminal_map(plan), highlight=False, markup=False)
     lines = [
         *([] if resolved == sparse_method else [f"settings at this density: {name_of(resolved)}"]),
         *([f"density {sparse_method.density:g} requested: {note}"] if note else []),
@@ -128,7 +150,6 @@ def show(
 
 
 def doctor(
-    json_out: JsonFlag = False,
     quick: Annotated[bool, typer.Option(help="Skip executors that take long to compile.")] = False,
 ) -> None:
     """List which executors run on this machine, and why the others do not."""
@@ -136,9 +157,7 @@ def doctor(
         from dit_sparse.eval.bench.executor_support import check_executors
 
         result = check_executors(compile_executors=not quick)
-    if json_out:
-        print(json.dumps(result, indent=2))
-        return
+    print_result(result)
     console.print(f"device   {escape(result['device'])}", highlight=False)
     console.print("versions " + ", ".join(f"{name} {version or '-'}" for name, version in result["versions"].items()))
     table = make_table("executor", "status")

@@ -27,7 +27,7 @@ from .options import (
     numbers,
     read_prompts,
 )
-from .terminal import console, decimals, make_table, one_sentence, progress_bars
+from .terminal import console, decimals, make_table, one_sentence, print_result, progress_bars
 
 
 def study(
@@ -81,6 +81,7 @@ def study(
         )
         with progress_bars() as stage:
             result = task.run(stage)
+    print_result(result)
     table = make_table("row", "error of a step", "density", "with pooled terms", "PSNR (dB)")
     for row in result["rows"]:
         cost = row["density_achieved"] + row["tail_density"]

@@ -1,11 +1,13 @@
-"""Output of the commands: consoles, error messages, tables and progress bars."""
+"""Output of the commands: consoles, the result as JSON, the log, error messages, tables and progress."""
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -14,7 +16,62 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 console, error_console = Console(), Console(stderr=True)
-SECONDS_BETWEEN_LINES = 60  # of progress in a file or pipe
+LINES_PER_STAGE = 10  # of progress in a file or pipe, and another line a minute
+SECONDS_BETWEEN_LINES = 60
+
+
+@dataclass
+class OutputOptions:
+    """The shared options of the running command: ``--json``, ``--quiet`` and ``--verbose``."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+_options = OutputOptions()
+
+
+@contextmanager
+def output_options(json_output: bool, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Apply the shared options to all output while a command runs.
+
+    With ``--json`` or ``--quiet`` nothing is printed on standard output but the result as JSON. The log of the package
+    is printed on standard error: warnings with ``--quiet``, also what takes long by default, everything with
+    ``--verbose``.
+    """
+    if quiet and verbose:
+        with one_sentence():
+            raise ValueError("--quiet and --verbose cannot be combined")
+    before = vars(_options).copy()
+    vars(_options).update(json=json_output, quiet=quiet, verbose=verbose)
+    console.quiet = json_output or quiet
+    log, handler = logging.getLogger("dit_sparse"), _LogHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        vars(_options).update(before)
+        console.quiet = before["json"] or before["quiet"]
+
+
+class _LogHandler(logging.Handler):
+    """Prints records on standard error, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error_console.print(self.format(record), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_result(result: Any) -> None:
+    """Print the result of a command as JSON if ``--json`` is given. Infinity becomes ``"inf"`` and NaN null."""
+    if _options.json:
+        from dit_sparse.output.files import json_values
+
+        print(json.dumps(json_values(result), indent=2, allow_nan=False))
 
 
 @contextmanager
@@ -81,7 +138,10 @@ def decimals(value: float | None, digits: int) -> str:
 @contextmanager
 def progress_bars() -> Iterator[Any]:
     """Yield ``stage(name)``, which starts a bar and returns ``progress(done, steps)``. The first and latest bars stay
-    visible. In a file or pipe, a line is printed every minute instead."""
+    visible. In a file or pipe, lines are printed instead, about ten for each stage; with ``--quiet`` none."""
+    if _options.quiet:
+        yield lambda name: lambda done, steps: None
+        return
     if not error_console.is_terminal:
         yield _progress_lines
         return
@@ -104,21 +164,28 @@ def progress_bars() -> Iterator[Any]:
 
 
 def _progress_lines(name: str) -> Any:
-    """Return ``progress(done, steps)``, which prints a line with the time left at most once a minute."""
+    """Print that a stage begins, and return ``progress(done, steps)``, which prints a line with the time left after
+    each tenth of the steps, and at least once a minute."""
+    print_line = lambda text: error_console.print(text, highlight=False, markup=False, soft_wrap=True)
     begin = printed = time.monotonic()
+    group = 0
+    print_line(f"{name} ...")
 
     def progress(done: int, steps: int) -> None:
-        nonlocal printed
-        now = time.monotonic()
-        if now - printed >= SECONDS_BETWEEN_LINES:
-            printed = now
-            left = f", {duration((now - begin) * (steps - done) / done)} left" if done else ""
-            error_console.print(f"{name}: {done} of {steps}{left}", highlight=False, markup=False, soft_wrap=True)
+        nonlocal printed, group
+        now, reached = time.monotonic(), LINES_PER_STAGE * done // max(steps, 1)
+        if reached > group or now - printed >= SECONDS_BETWEEN_LINES:
+            printed, group = now, reached
+            seconds_left = (now - begin) * (steps - done) / done if done else None
+            left = "" if seconds_left is None or done >= steps else f", {duration(seconds_left)} left"
+            print_line(f"{name}: {done} of {steps}{left}")
 
     return progress
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as text, such as ``1 h 05 min``."""
+    """Return a duration as text, such as ``40 s``, ``12 min`` or ``1 h 05 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -21,7 +21,7 @@ from .options import (
     count_or_fraction,
     read_prompts,
 )
-from .terminal import console, make_table, one_sentence, progress_bars
+from .terminal import console, make_table, one_sentence, print_result, progress_bars
 
 
 def train(
@@ -66,6 +66,7 @@ def train(
         )
         with progress_bars() as stage:
             result = training.run(stage)
+    print_result(result | {"weights": str(out)})
     kept = result["kept_mass"]
     table = make_table("attention mass kept", *(f"density {density}" for density in kept["best"]))
     for name, label in (("untrained", "untrained"), ("trained", "trained"), ("best", "best blocks")):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from dit_sparse import Grid, Plan, Site, SparseAttnProcessor, attention, prepare
+from dit_sparse import Grid, Plan, Schedule, Site, SparseAttnProcessor, attention, prepare
 from dit_sparse.engine.report import Report
 
 from ..bundled import BUNDLED
@@ -103,6 +103,7 @@ class Demo:
             "model": self.model,
             "prompt": self.prompt,
             "seed": self.seed,
+            "preset": report.preset,
             "method": report.method,
             "settings": report.settings,
             "density_asked": report.density_asked,
@@ -122,7 +123,7 @@ class Demo:
             "dense_calls": report.dense_calls,
             "grid": ", ".join(report.grids),
             "steps": self.steps,
-            "dense_steps": self.processor.settings.schedule.first_sparse_step(self.steps),
+            "dense_steps": Schedule(**report.schedule).first_sparse_step(self.steps),
             **conditions(),
         }
 

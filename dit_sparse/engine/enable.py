@@ -13,6 +13,7 @@ from ..grid import short_repr
 from ..kernels.executors import executor as executor_named
 from ..method import Method
 from ..methods import DEFAULT_METHOD, DEFAULT_VOXEL_METHOD
+from ..notation.presets import DEFAULT_PRESET, PRESETS, family_schedule
 from ..notation.syntax import ProfileName, write
 from ..pipelines.family import SetAttnProcessorMixin
 from ..pipelines.module_adapter import AnyFamily, ModuleAdapter
@@ -31,7 +32,8 @@ class SparseAttnProcessor:
     Args:
         method: a Method, or its text: a name of ``dit_sparse.METHODS``, with settings as in ``"radial(sink=true)"``,
             a composition as in ``"radial|sink"``, ``"profile:NAME"``, or ``"quality"``, ``"balanced"`` or ``"fast"``.
-            Default: ``"routed"``, for plain torch modules ``"svg2"``.
+            Default: ``"balanced"``, with ``density`` or settings ``"routed"``; for plain torch modules ``"svg2"``.
+            A preset also sets which steps and layers stay dense, if a paper gives them for the model's family.
         density: fraction of the query-key pairs to compute, in (0, 1]. Default: 0.25 if the method has no settings.
         schedule: which steps and layers stay dense, and how often plans are made. Default: that of the profile, or
             ``Schedule()``.
@@ -84,13 +86,17 @@ class SparseAttnProcessor:
         may_change = method is None and not is_plain
         self._plain_method = partial(make_method, DEFAULT_VOXEL_METHOD, density, settings) if may_change else None
         if method is None:
-            method = DEFAULT_VOXEL_METHOD if is_plain else DEFAULT_METHOD
+            is_changed = density is not None or bool(settings)
+            method = DEFAULT_VOXEL_METHOD if is_plain else DEFAULT_METHOD if is_changed else DEFAULT_PRESET
+        preset = method if isinstance(method, str) and method in PRESETS and not settings else None
+        self._paper_may_schedule = preset is not None and schedule is None
+        self._overrides = overrides
         method, self._profile = make_method(method, density, settings)
         if schedule is None:
             schedule = Schedule() if self._profile is None else self._profile.to_schedule()
         if isinstance(schedule, Schedule):
             schedule = replace(schedule, **overrides)
-        self.settings = Settings(method, schedule, executor, block, min_tokens, steps, guard)
+        self.settings = Settings(method, schedule, executor, block, min_tokens, steps, guard, preset)
         if not (family is None or isinstance(family, AnyFamily)):
             raise ValueError(f"family must be a dit_sparse.Family or ModuleAdapter, got {type(family).__name__}")
         self.family = family
@@ -132,8 +138,20 @@ class SparseAttnProcessor:
         scheduler = lambda: getattr(model, "scheduler", None)  # users may swap schedulers
         settings = self.settings
         if self._plain_method is not None and all(isinstance(parts[-1], ModuleAdapter) for parts in transformers):
-            settings = replace(settings, method=self._plain_method()[0])
+            settings = replace(settings, method=self._plain_method()[0], preset=None)
+        elif self._paper_may_schedule:
+            settings = self._schedule_of_paper(settings, {family.name for *_, family in transformers})
         return Run(type(model).__name__, settings, scheduler, lambda: _is_guided(model), transformers)
+
+    def _schedule_of_paper(self, settings: Settings, families: set[str]) -> Settings:
+        """Return the settings of a preset with the schedule that a paper gives for the model's family, if any.
+        Arguments such as ``dense_steps`` take precedence."""
+        found = family_schedule(settings.preset, families)
+        if found is None or found.schedule.keys() <= self._overrides.keys():
+            return settings
+        schedule = replace(settings.schedule, **found.schedule | self._overrides)
+        preset = f"{settings.preset}, dense steps and layers of {found.source}"
+        return replace(settings, schedule=schedule, preset=preset)
 
     def __repr__(self) -> str:
         settings = self.settings

@@ -12,9 +12,9 @@ import torch
 
 from ..clusters import ClusterPlan
 from ..grid import Grid, Site
-from ..method import Method
 from ..methods import name_of
 from ..plan import Plan
+from .settings import Settings
 
 log = logging.getLogger("dit_sparse")
 
@@ -24,7 +24,9 @@ class Report:
     """What a run has computed since it began. ``print(report)`` shows it as text.
 
     Attributes:
+        preset: name of the preset, with the paper of its schedule; None if the method was given in another way.
         method, settings: name and settings of the method.
+        schedule: fields of the `Schedule`.
         resolved: by token grid, the method with the settings found for its density, for methods that solve for
             settings.
         executors: number of sparse calls by executor.
@@ -47,8 +49,10 @@ class Report:
         planning_seconds: time spent on plans.
     """
 
+    preset: str | None
     method: str
     settings: dict
+    schedule: dict
     resolved: dict[str, str]
     executors: dict[str, int]
     choices: dict[str, int]
@@ -77,6 +81,7 @@ class Report:
             [
                 f"{self.method}: density requested {decimals(self.density_asked)}, "
                 f"achieved {decimals(self.density_achieved)}, whole run {decimals(self.density_run)}",
+                *([f"  preset           {self.preset}"] if self.preset else []),
                 *([f"  pooled tail      {self._tail_text()}"] if self.tail_density else []),
                 f"  grid             {', '.join(self.grids) or '-'}",
                 f"  sparse calls     {self.sparse_calls}" + (f": {executors}" if executors else ""),
@@ -183,16 +188,18 @@ class RunCounters:
         computed = float(self.computed_in_sparse) + float(self.observed_pairs) + dense_pairs
         return computed / pairs if pairs else None
 
-    def report(self, method: Method) -> Report:
-        """Return the report of a run with this method."""
-        achieved = self.density_achieved
+    def report(self, run: Settings) -> Report:
+        """Return the report of a run with these settings."""
+        method, achieved = run.method, self.density_achieved
         resolved = {str(grid): method.resolve(grid, block) for grid, block in self.grids}
         notes = [] if achieved is None else [method.density_note(*one, achieved) for one in self.grids]
         if any(layer["raised"] for layer in self.guarded_layers.values()):
             notes = ["the quality guard raised it"]
         return Report(
+            preset=run.preset,
             method=name_of(method),
             settings=method.settings(),
+            schedule=asdict(run.schedule),
             resolved={grid: name_of(one) for grid, one in resolved.items() if one != method},
             executors=dict(self.executors),
             choices=dict(self.choices),

@@ -103,7 +103,7 @@ class Run:
 
     def report(self) -> Report:
         """Return what the run has computed so far."""
-        return self._counters.report(self._settings.method)
+        return self._counters.report(self._settings)
 
     def observe(self, observer: Observer) -> None:
         """Call ``observer(site, q, k, plan)`` before every sparse call, outside of the measured time."""

@@ -21,7 +21,8 @@ SHORT_SEQUENCE = 32_768  # tokens; below it, blocks of 64 select more finely tha
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run, documented in ``SparseAttnProcessor``.
+    """The settings of a run, documented in ``SparseAttnProcessor``. ``preset`` is the name of the preset, with the
+    source of its schedule, or None.
 
     Raises:
         ValueError: a setting has the wrong type or lies outside of its range.
@@ -34,6 +35,7 @@ class Settings:
     min_tokens: int | None = within("[0, 1000000000]")
     steps: int | None = within("[1, 1000000]")
     guard: float | None = within("(0, 1)", None)
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -23,10 +23,10 @@ from dit_sparse import SparseAttnProcessor, prepare
 
 from ..bundled import BUNDLED
 from ..notation.reading import check_regular_file, read_json
-from ..output.environment import conditions
 from ..output.files import json_values, partial_files, save_json, writable_folder
 from ..output.media import check_video, save_video
 from .checks import check_clip
+from .clip_result import clip_result
 from .generate import Progress, Stage, default_call, default_fps, generate, load_pipeline
 from .model_config import check_model
 from .processes import Interrupted, file_lock, interruptible, shard
@@ -71,6 +71,7 @@ class Job:
         values = {"model": self.model, "prompt": self.prompt, "seed": self.seed, "call": self.call, "fps": self.fps}
         values |= {"method": type(run.method).__name__, "settings": run.method.settings()}
         values |= {"schedule": asdict(run.schedule), "executor": run.executor, "block": run.block}
+        values |= {"preset": run.preset}
         return json.loads(json.dumps(json_values(values)))
 
 
@@ -192,9 +193,7 @@ class Batch:
             pipe.set_attn_processor(None)
         video = self._path(job, "mp4")
         save_video(video, clip.frames, job.fps)
-        result = {"status": "done", "seconds": clip.seconds, "report": report, "asked": job.settings}
-        result["video_sha256"] = sha256(video.read_bytes()).hexdigest()
-        save_json(self._path(job, "json"), result | conditions())
+        save_json(self._path(job, "json"), clip_result(job.settings, clip, report, video))
 
     def _write_manifest(self, jobs: Sequence[Job]) -> dict:
         """Write the status of all clips to ``manifest.json`` and return it."""

@@ -17,6 +17,7 @@ from ..bundled import BUNDLED, BUNDLED_CALL, BUNDLED_FPS, SMALL_CALL, model_sour
 from ..notation.reading import shorten_path
 from ..output.files import to_uint8
 from .checks import COUNTS, check_clip
+from .loading import LoadOptions
 from .model_config import check_model, failure_reason, frames_per_second
 
 DEFAULT_FPS = 16
@@ -58,12 +59,13 @@ def default_fps(model: str) -> int:
     return BUNDLED_FPS if model == BUNDLED else frames_per_second(model) or DEFAULT_FPS
 
 
-def load_pipeline(model: str, device: str | None = None) -> Any:
+def load_pipeline(model: str, device: str | None = None, options: LoadOptions | None = None) -> Any:
     """Load a diffusers pipeline.
 
     Args:
         model: the bundled ``shapes-wan``, a local diffusers folder, or a name on the Hugging Face hub.
         device: default: ``cuda`` if there is a GPU, else ``cpu``.
+        options: data type, offload and tiled decoding.
 
     Raises:
         ValueError: the model cannot be loaded, or no adapter supports its transformer.
@@ -73,8 +75,10 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
 
     bundled = model == BUNDLED
     check_model(model)
+    options = options or LoadOptions()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if bundled or device == "cpu" else torch.bfloat16
+    dtype = options.torch_dtype(torch.float32 if bundled or device == "cpu" else torch.bfloat16)
+    _log.info("loading %s", shorten_path(model))
     if bundled:  # the warning about num_frames does not apply: the bundled autoencoder keeps every frame
         pipeline_wan.logger.addFilter(_is_not_frame_warning)
     try:
@@ -82,7 +86,7 @@ def load_pipeline(model: str, device: str | None = None) -> Any:
             pipe = DiffusionPipeline.from_pretrained(model_source(model), dtype=dtype)
     except Exception as error:
         raise ValueError(f"cannot load the model {shorten_path(model)}: {failure_reason(error)}") from error
-    return pipe.to(device)
+    return options.place(pipe, device)
 
 
 def generate(

@@ -123,7 +123,7 @@ class _Parser:
             return call
         if call.positional:
             self.fail(f"{call.name} is a preset, whose settings are written NAME=VALUE", position)
-        method = parse(PRESETS[call.name])
+        method = parse(PRESETS[call.name].method)
         return Call(method.name, method.positional, tuple((dict(method.settings) | dict(call.settings)).items()))
 
     def arguments(self, depth: int) -> tuple[tuple, tuple[tuple[str, Any], ...]]:

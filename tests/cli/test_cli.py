@@ -1,21 +1,24 @@
 """The commands: help, output, files, and one-sentence errors."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import typer
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from typer.testing import CliRunner
 
 from dit_sparse import METHODS, __version__
-from dit_sparse.cli import terminal
 from dit_sparse.cli.main import app
 from dit_sparse.cli.options import call_arguments, count_or_fraction, method_list
-from dit_sparse.cli.terminal import duration, one_sentence, progress_bars
+from dit_sparse.cli.terminal import one_sentence
+from dit_sparse.generation.loading import LoadOptions
 from dit_sparse.kernels.executors import EXECUTORS
 from dit_sparse.methods import KINDS, method
 from dit_sparse.output.media import read_video, save_video
@@ -131,6 +134,11 @@ BAD = {
     "misspelt method": (["generate", "x", "--method", "radail"], "did you mean 'radial'?"),
     "misspelt setting": (["generate", "x", "-m", "radial(dekay=1)"], "did you mean 'decay'?"),
     "misspelt profile": (["generate", "x", "-m", "profile:shapes_wan"], "did you mean 'shapes-wan'?"),
+    "misspelt preset": (["generate", "x", "--preset", "quick"], "there is no preset 'quick'; there are quality"),
+    "method and preset": (["generate", "x", "--preset", "fast", "-m", "svg"], "--method and --preset exclude"),
+    "misspelt data type": (["generate", "x", "--dtype", "float"], "did you mean 'float16'?"),
+    "offload without a GPU": (["generate", "x", "--offload", "model"], "there is no GPU"),
+    "missing profile": (["generate", "x", "--profile", "shapes_wan"], "did you mean 'shapes-wan'?"),
     "type of a setting": (["demo", "-m", "radial(decay=x)"], "decay of radial must be a number, got 'x'"),
     "open parenthesis": (["demo", "-m", "radial(decay=1"], "expected ',' or ')' (character 15)"),
     "deep nesting": (["demo", "-m", "pooled(" * 10_000], "nested more than 32 levels deep"),
@@ -159,7 +167,7 @@ BAD = {
     "large clip": (["generate", "x", "--height", "99999", "--width", "99999", "--frames", "9999"], "a smaller clip"),
     "long name": (["generate", "x", "--out", "a" * 300 + ".mp4"], "File name too long"),
     "folder in the way": (["generate", "x", "--out", "f.mp4"], "must be a file, got the folder f.mp4"),
-    "device in the way": (["demo", "--json", "/dev/null"], "exists and is not a file"),
+    "device in the way": (["generate", "x", "--out", "d.mp4"], "exists and is not a file"),
     "format of a plot": (["show", "radial", "--png", "mask.xyz"], "--png must end in"),
     "profile as a folder": (["profile", "shapes-wan", "--out", "f.json"], "must be a file, got the folder f.json"),
     "output": (["demo", "--out", "/proc/nothing"], "cannot write into"),
@@ -171,6 +179,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, tmp_path,
     monkeypatch.chdir(tmp_path)
     for folder in ("f.mp4", "f.json"):
         (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / "d.mp4")
     result = call(*arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr
@@ -304,8 +313,45 @@ def test_generate_writes_a_video(text, line, tmp_path):
     out = tmp_path / f"{'v' * 200}.mp4"
     result = call("generate", "a blue square", "-m", text, *size, "--dense-steps", "1", "--out", out)
     assert result.exit_code == 0, result.output
-    assert out.stat().st_size > 1000 and f": {out}\n" in result.output, "the path is printed on one line"
+    assert out.stat().st_size > 1000 and f": {out} and its .json\n" in result.output, "the path is printed on one line"
     assert line in result.output, result.output
+
+
+def test_generate_writes_what_it_did_next_to_the_video(tmp_path):
+    size = ("--steps", "2", "--frames", "2", "--height", "32", "--width", "32", "--dense-steps", "1")
+    options = ("--preset", "fast", "--negative-prompt", "red", "--dtype", "float32", "--seed", "3")
+    result = call("generate", "a blue square", *size, *options, "--out", tmp_path / "x.mp4", "--json")
+    assert result.exit_code == 0, result.output
+    stored = json.loads((tmp_path / "x.json").read_text())
+    assert json.loads(result.stdout) == stored
+    asked, report = stored["asked"], stored["report"]
+    assert (asked["prompt"], asked["seed"], asked["fps"], asked["preset"]) == ("a blue square", 3, 8, "fast")
+    assert asked["call"]["negative_prompt"] == "red" and asked["model"] == "shapes-wan"
+    assert report["method"] == "asa" and report["schedule"]["dense_steps"] == 1 and report["preset"].startswith("fast")
+    assert report["density_asked"] == 0.25 and report["sparse_calls"] > 0 and stored["loading"]["dtype"] == "float32"
+    assert stored["versions"]["torch"] and {"commit", "device", "video_sha256"} <= stored.keys()
+
+
+def test_presets_are_listed():
+    output = call("presets").output
+    assert "balanced (default)" in output and "hunyuan_video" in output and "arXiv:2505.18875" in output
+    assert max(map(len, output.splitlines())) <= 80
+    assert json.loads(call("presets", "--json").output)["fast"]["method"] == "asa(density=0.25)"
+
+
+def test_loaded_pipelines_are_placed_by_the_options(monkeypatch):
+    calls = []
+    pipe = SimpleNamespace(
+        vae=SimpleNamespace(enable_tiling=lambda: calls.append("tiling")),
+        to=lambda device: calls.append(device) or pipe,
+        enable_sequential_cpu_offload=lambda: calls.append("sequential"),
+    )
+    assert LoadOptions(vae_tiling=True).place(pipe, "cpu") is pipe and calls == ["tiling", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert LoadOptions(offload="sequential").place(pipe, "cuda") is pipe and calls[2:] == ["sequential"]
+    assert LoadOptions("float16").torch_dtype(torch.float32) == torch.float16
+    with pytest.raises(ValueError, match="the autoencoder of SimpleNamespace cannot decode in tiles"):
+        LoadOptions(vae_tiling=True).place(SimpleNamespace(), "cpu")
 
 
 @pytest.mark.parametrize(("text", "value"), [(None, None), ("3", 3), ("0.2", 0.2), ("1.0", 1.0)])
@@ -326,19 +372,6 @@ def test_call_arguments_are_those_that_are_given():
     assert call_arguments(steps=4, guidance=0.0) == {"num_inference_steps": 4, "guidance_scale": 0.0}
     with pytest.raises(ValueError, match=r"num_inference_steps must be in \[2, 100000\], got 1"):
         call_arguments(steps=1, min_steps=2)
-
-
-def test_progress_in_a_file_is_a_line_a_minute_with_the_time_left(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    with progress_bars() as stage:
-        progress = stage("clips (steps)")
-        for done in range(0, 101):
-            now[0] = 12.0 * done
-            progress(done, 400)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 20 and lines[0] == "clips (steps): 5 of 400, 1 h 19 min left"
-    assert lines[-1] == "clips (steps): 100 of 400, 1 h 00 min left" and duration(90 * 60) == "1 h 30 min"
 
 
 def test_the_installed_command_answers():

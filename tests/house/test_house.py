@@ -70,7 +70,9 @@ GROUPS = {  # lowest first; a file belongs to the first group whose pattern it f
     ),
     "demo": Group("demo demo.*", "engine methods profile output generation eval plotting bundled numpy"),
     "cli": Group(
-        "cli cli.* app", "engine bundled demo typer rich gradio", lazily="methods output generation eval plotting"
+        "cli cli.* app",
+        "engine bundled demo typer rich gradio",
+        lazily="methods output generation eval plotting yaml tomli",
     ),
 }
 

@@ -1,0 +1,1 @@
+"""What all commands share: the options --config, --json, --quiet and --verbose."""
