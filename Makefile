@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/dit-sparse demo
 
 app: .venv/ready  ## the demo as a page on localhost
-	$(BIN)/python app.py
+	$(BIN)/dit-sparse app
 
 test: .venv/ready .venv/packages/triton-3.6.0 .venv/packages/xformers-0.0.35
 	$(BIN)/ruff check .

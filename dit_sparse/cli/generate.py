@@ -1,4 +1,4 @@
-"""``dit-sparse generate`` and ``dit-sparse demo``: one sparse video, and one next to its dense video."""
+"""``dit-sparse generate``, ``demo`` and ``app``: one sparse video, and one next to its dense video."""
 
 from __future__ import annotations
 
@@ -134,6 +134,28 @@ def demo(
     print_result(result)
     _print_demo(result)
     console.print(f"videos, plots and result.json: {escape(str(out))}", soft_wrap=True)
+
+
+def app(
+    model: Annotated[list[str] | None, typer.Option(help="Another model to offer; may be repeated.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Except on localhost, only the offered models run.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Another name of this machine in URLs; may be repeated.")
+    ] = None,
+) -> None:
+    """Start a page that generates one prompt densely and sparsely, and compares the clips."""
+    with one_sentence():
+        try:
+            from dit_sparse.demo.page import serve
+        except ModuleNotFoundError as error:
+            if error.name != "gradio":
+                raise
+            raise ValueError("the page needs Gradio: pip install gradio, or in a checkout -e '.[demo]'") from None
+        print_result({"address": f"http://{host}:{port}"})
+        serve(model or [], host, port, allow_host or [], quiet=console.quiet)
 
 
 def _print_demo(result: dict) -> None:

@@ -13,6 +13,7 @@ from .batch import batch
 from .bench import bench
 from .compare import compare, report, reproduce
 from .evaluate import evaluate
+from .generate import app as page
 from .generate import demo, generate
 from .profiles import profile
 from .shared.command import CommandGroup
@@ -23,6 +24,7 @@ from .train import train
 EXAMPLES = {
     demo: "demo --density 0.25 --out out/demo",
     generate: "generate 'a green square moves left' --method 'radial(sink=true)' --density 0.2 --out out/square.mp4",
+    page: "app --port 7860",
     batch: "batch prompts.txt --density 0.25 --out out/batch",
     methods: "methods --kind scorer",
     presets: "presets --json",
@@ -61,7 +63,7 @@ def root(
 
 
 for command, example in EXAMPLES.items():
-    app.command(epilog=f"Example: dit-sparse {example}")(command)
+    app.command(command.__name__, epilog=f"Example: dit-sparse {example}")(command)
 
 
 def main() -> None:

@@ -4,15 +4,6 @@ from __future__ import annotations
 
 import socket
 
-from ..bundled import BUNDLED
-from ..generation.model_config import check_family, pipeline_config
-
-
-def check_model(model: str) -> None:
-    """Raise ValueError if a model is missing, or if no adapter supports it. No weights are downloaded."""
-    if model != BUNDLED:
-        check_family(model, pipeline_config(model))
-
 
 def check_address(host: str, port: int) -> None:
     """Raise ValueError if the page cannot listen on the address."""

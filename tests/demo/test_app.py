@@ -1,7 +1,7 @@
-"""The Gradio page of app.py: validated requests, the method settings of the form, and the page in a browser."""
+"""The Gradio page: validated requests, the method settings of the form, and the page in a browser."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import re
 import shutil
@@ -156,10 +156,7 @@ def test_a_device_is_free_again_after_a_cancel_and_an_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def app():
-    spec = importlib.util.spec_from_file_location("app_page", ROOT / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("dit_sparse.demo.page")
 
 
 def fields(model="shapes-wan", method="radial", own_density=False, settings=None) -> list:

@@ -1,7 +1,7 @@
 """The page under hostile or impatient use: refused requests, overtaking clicks, texts, the start."""
 
 import asyncio
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -15,7 +15,9 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from typer.testing import CliRunner
 
+from dit_sparse.cli.main import app as cli
 from dit_sparse.demo.demo import Demo
 from dit_sparse.demo.device_pool import Cancelled
 from dit_sparse.demo.request import GenerationRequest
@@ -30,10 +32,7 @@ MARKUP = "<img src=x onerror=\"document.title='injected'\"> ![a](b) $x$ ${1+1} {
 
 @pytest.fixture(scope="module")
 def app():
-    spec = importlib.util.spec_from_file_location("app_page", ROOT / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("dit_sparse.demo.page")
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +219,7 @@ def start(*arguments: str, **environment: str) -> tuple[int, str]:
     return process.returncode, process.stderr
 
 
-def test_a_failing_start_is_one_sentence(app, monkeypatch, capsys):
+def test_a_failing_start_is_one_sentence(app):
     with socket.create_server(("127.0.0.1", 0)) as busy:
         cases = {
             ("--port", str(busy.getsockname()[1])): "cannot listen on 127.0.0.1:",
@@ -230,14 +229,12 @@ def test_a_failing_start_is_one_sentence(app, monkeypatch, capsys):
             ("--model", "nope"): "cannot load the model nope: it is not a diffusers pipeline",
         }
         for arguments, message in cases.items():
-            monkeypatch.setattr(sys, "argv", ["app.py", *arguments])
-            with pytest.raises(SystemExit) as exit:
-                app.main()
-            output = capsys.readouterr().err
-            assert exit.value.code == 2 and output.startswith(f"app.py: error: {message}") and output.count("\n") == 1
+            result = CliRunner().invoke(cli, ["app", *arguments])
+            assert result.exit_code == 2 and result.stderr.startswith(f"dit-sparse: {message}"), result.stderr
+            assert result.stderr.count("\n") == 1
 
 
 def test_a_start_without_gradio_is_one_sentence(tmp_path):
-    (tmp_path / "gradio.py").write_text("raise ImportError('no module', name='gradio')")
+    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError('no module', name='gradio')")
     code, output = start(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
-    assert code == 2 and re.fullmatch(r"app.py: error: cannot import gradio: .*\n", output)
+    assert code == 2 and re.fullmatch(r"dit-sparse: the page needs Gradio: .*\n", output)

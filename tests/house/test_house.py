@@ -68,10 +68,10 @@ GROUPS = {  # lowest first; a file belongs to the first group whose pattern it f
         "diffusers numpy pydantic PIL imageio scipy jinja2 matplotlib tomli",
         lazily="triton skimage lpips pyiqa transformers",
     ),
-    "demo": Group("demo demo.*", "engine methods profile output generation eval plotting bundled numpy"),
+    "demo": Group("demo demo.*", "engine methods profile output generation eval plotting bundled numpy gradio"),
     "cli": Group(
         "cli cli.* app",
-        "engine bundled demo typer rich gradio",
+        "engine bundled demo typer rich",
         lazily="methods output generation eval plotting yaml tomli",
     ),
 }
