@@ -14,7 +14,7 @@ from dit_sparse import DEFAULT_METHOD
 
 from .options import Method, OutJson, method_list
 from .shared.command import CommandGroup
-from .terminal import console, make_table, one_sentence, print_result, progress_bars
+from .terminal import console, make_table, one_sentence, print_result, progress_bars, warn_if_busy
 
 REPEATED = "; may be repeated"
 DensityList = Annotated[list[float] | None, typer.Option("--density", "-d", help=f"Density{REPEATED}.")]
@@ -60,6 +60,7 @@ def attention(
         result = {"rows": rows, "note": note} | conditions(device)
         save_json(out, result)
     print_result(result)
+    warn_if_busy(result)
     _print_executors(rows)
     console.print(f"{len(rows)} rows: {escape(str(out))}", soft_wrap=True)
 
@@ -106,6 +107,7 @@ def transformer(
         result = {"rows": rows, "note": note} | conditions(device)
         save_json(out, result)
     print_result(result)
+    warn_if_busy(result)
     _print_transformers(rows)
     console.print(f"{len(rows)} rows: {escape(str(out))}", soft_wrap=True)
 
@@ -181,6 +183,7 @@ def tail(
         result = {"rows": rows, "note": note} | conditions(device)
         save_json(out, result)
     print_result(result)
+    warn_if_busy(result)
     _print_shares(rows)
     console.print(f"{len(rows)} rows: {escape(str(out))}")
 

@@ -206,7 +206,8 @@ def _end_with_failures(result: dict) -> None:
 
 def _print_comparison(result: dict) -> None:
     """Print a table for each density, and what they show."""
-    from dit_sparse.eval.report.comparison_tables import completeness_notes, fewer_steps_note
+    from dit_sparse.eval.report.comparison_tables import completeness_notes
+    from dit_sparse.eval.report.fewer_steps import fewer_steps_note
 
     for table in _comparison_tables(result["rows"]):
         console.print(table)

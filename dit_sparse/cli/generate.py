@@ -37,7 +37,7 @@ from .options import (
     density_ramp,
     method_text,
 )
-from .terminal import console, make_table, one_sentence, print_result, progress_bars
+from .terminal import console, make_table, one_sentence, print_result, progress_bars, warn_if_busy
 
 
 def generate(
@@ -103,6 +103,7 @@ def generate(
         result = clip_result(job.settings, clip, run.report().as_dict(), out) | {"loading": asdict(options)}
         save_json(sidecar, result)
     print_result(result)
+    warn_if_busy(result)
     console.print(escape(str(run.report())))
     files = f"{escape(str(out))} and its {sidecar.suffix}"
     console.print(f"{len(clip.frames)} frames in {clip.seconds:.1f} s: {files}", soft_wrap=True)
@@ -132,6 +133,7 @@ def demo(
         with progress_bars() as stage:
             result = task.run(stage)
     print_result(result)
+    warn_if_busy(result)
     _print_demo(result)
     console.print(f"videos, plots and result.json: {escape(str(out))}", soft_wrap=True)
 

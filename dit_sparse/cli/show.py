@@ -124,7 +124,8 @@ def show(
         sparse_method = SparseAttnProcessor(method, density=density).settings.method
         if not sparse_method.static:
             raise ValueError(
-                f"{name_of(sparse_method)[:60]} plans from queries and keys: `show` draws static methods only"
+                f"{name_of(sparse_method)[:60]} plans from queries and keys, and `show` has none: "
+                f"`dit-sparse demo` draws the mask of a generated video"
             )
         if not 16 <= block <= 256:
             raise ValueError(f"block must be in [16, 256], got {block}")

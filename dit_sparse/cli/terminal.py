@@ -92,6 +92,14 @@ def one_sentence() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def warn_if_busy(result: dict) -> None:
+    """Print a warning if the machine was busy when the times of a result, with its conditions, were measured."""
+    from dit_sparse.output.environment import busy_warning
+
+    if warning := busy_warning(result.get("load")):
+        print_error(f"warning: {warning}")
+
+
 def print_error(message: str) -> None:
     error_console.print(f"dit-sparse: {message}", highlight=False, markup=False, soft_wrap=True)
 

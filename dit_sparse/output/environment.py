@@ -27,8 +27,28 @@ MAPPED = ("kernels", "pipelines", "profiles")  # inside the package in a wheel, 
 
 
 def conditions(device: str | None = None) -> dict:
-    """Return device, versions and commit as plain values for JSON."""
-    return {"device": device_name(device), "versions": versions(), "commit": commit()}
+    """Return device, versions, commit and load of the machine as plain values for JSON."""
+    return {"device": device_name(device), "versions": versions(), "commit": commit(), "load": machine_load()}
+
+
+def machine_load() -> dict | None:
+    """Return the mean number of running processes in the last minute and the number of CPU cores, as ``"average"`` and
+    ``"cores"``; None if the system has no load average. It includes the threads of this process."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return {"average": round(os.getloadavg()[0], 1), "cores": os.cpu_count() or 1}
+
+
+def is_busy(load: dict | None) -> bool:
+    """Whether more processes were running than the machine has cores, so that they slowed each other."""
+    return load is not None and load["average"] > load["cores"]
+
+
+def busy_warning(load: dict | None) -> str | None:
+    """Return a warning for timings that end with this load, or None if the machine was not busy."""
+    if not is_busy(load):
+        return None
+    return f"times are not reliable: the load average was {load['average']:g} on {load['cores']} cores"
 
 
 def device_name(device: str | None = None) -> str:

@@ -66,6 +66,7 @@ class _Row(_Strict):
     speedup: FiniteFloat
     attention_speedup: FiniteFloat
     planning_share: FiniteFloat
+    busy_clips: Annotated[int, Field(ge=0)] = 0
     strip: Annotated[str, Field(pattern="^[A-Za-z0-9+/=]*$")]
     equal_to: list[str] = []
     device: str | None = None

@@ -19,7 +19,15 @@ from dit_sparse.eval.analysis import retained_mass
 from dit_sparse.eval.bench.timing import first_line
 from dit_sparse.generation.generate import Progress, generate, load_pipeline
 from dit_sparse.methods.patterns.dense import Dense
-from dit_sparse.output.environment import commit, device_name, method_digest, source_digest, versions, weights_digest
+from dit_sparse.output.environment import (
+    commit,
+    device_name,
+    machine_load,
+    method_digest,
+    source_digest,
+    versions,
+    weights_digest,
+)
 from dit_sparse.profiling import probe
 from dit_sparse.profiling.candidates import Candidate
 
@@ -264,6 +272,7 @@ class ClipRunner:
             "latent_error": record.latent_errors,
             "mass": record.mean_mass(),
             "commit": self._commit,
+            "load": machine_load(),
         }
         return ClipRecord(clip.frames, metadata, np.stack(record.latents) if spec.is_reference else None)
 

@@ -16,6 +16,7 @@ from dit_sparse.eval.quality.fidelity import Unavailable, lpips, ms_ssim, psnr, 
 from dit_sparse.eval.quality.vbench_style import quality
 from dit_sparse.generation.generate import default_fps
 from dit_sparse.methods import kind_of
+from dit_sparse.output.environment import is_busy
 
 from .runner import ClipRunner, ClipSpec
 
@@ -91,6 +92,7 @@ def _cost(runs: Sequence[dict], dense_runs: Sequence[dict]) -> dict:
         "speedup": total("seconds", dense_runs) / seconds,
         "attention_speedup": total("attention_seconds", dense_runs) / max(attention_seconds, 1e-9),
         "planning_share": total("planning_seconds") / max(attention_seconds, 1e-9),
+        "busy_clips": sum(is_busy(run.get("load")) for run in runs),
     }
 
 

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from dit_sparse.methods import KINDS, kind_of
 
+from .fewer_steps import fewer_steps_note
 from .tables import RESULTS, markdown, stored_results
 
 BASELINES = ("dense", "random_blocks")
 KIND_TITLES = {kind: f"{kind}s" for kind in ("baseline", *KINDS, "profile")} | {"other": "other methods"}
-MAX_CHANGES = 8  # rows of which a report of merged results lists the differing numbers
+MAX_CHANGES = 8  # rows that a note lists by name
 TIMING_NOTE = "Clips of an earlier run keep its timings, and small differences in speed may be noise of the machine."
 
 
@@ -97,7 +98,7 @@ def compare_table(result: dict, density: float | None = None) -> str:
     columns = ("kind", "row", "density", "run density", "output error", "retained mass", "PSNR (dB)")
     columns += ("over random (dB)", "SSIM", "denoising speedup", "attention speedup", "planning overhead")
     columns += ("measured on",) if result.get("sources") else ()
-    notes = (compare_conditions(result), TIMING_NOTE, *completeness_notes(result))
+    notes = (compare_conditions(result), fewer_steps_note(rows), TIMING_NOTE, *completeness_notes(result))
     return f"{markdown(columns, cells)}\n\n{' '.join(filter(None, notes))}"
 
 
@@ -128,12 +129,16 @@ def same_cost_note(row: dict, rows: Sequence[dict]) -> str:
 
 
 def completeness_notes(result: dict) -> list[str]:
-    """Return warnings: the comparison was stopped or is still running, rows failed, or clips are of other commits."""
+    """Return warnings: an unfinished comparison, failed rows, a busy machine, or clips of other commits."""
     notes = []
     if not result.get("finished", True):
         notes.append(f"Unfinished: only the first {len(result['rows'])} rows are here.")
     if failures := result.get("failures"):
         notes.append(f"Failed: {'; '.join('{name} ({error})'.format(**one) for one in failures)}.")
+    busy = [row["name"] for row in result["rows"] if row.get("busy_clips")]
+    if busy:
+        which = f"{len(busy)} rows" if len(busy) > MAX_CHANGES else ", ".join(busy)
+        notes.append(f"Times of {which} are not reliable: the load average was above the number of cores.")
     others = {commit for row in result["rows"] for commit in row.get("commits", ())} - {result["commit"]}
     if others and not result.get("sources"):
         notes.append(f"Some clips were generated at {', '.join(sorted(others))}, with the same sources.")

@@ -23,6 +23,7 @@ from .comparison_tables import (
     row_note,
     row_order,
 )
+from .fewer_steps import fewer_steps_note
 
 SIZES = {"wide": (5.7, 5.2), "narrow": (3.3, 5.2)}  # inches of the Pareto plots, 100 pixels each on the page
 COSTS = {
@@ -65,7 +66,7 @@ def render_page(result: dict) -> str:
         model=result["model"],
         facts=[count_clips(result), f"{', '.join(result['grids'])} tokens", f"{result['steps']} steps"],
         device=result["device"],
-        warnings=completeness_notes(result),
+        warnings=list(filter(None, (fewer_steps_note(rows), *completeness_notes(result)))),
         pareto=_pareto_figures(rows) if has_points else [],
         intervals=_interval_figures(groups) if has_points else [],
         columns=[column for column in COLUMNS if any(column.text(row) != "-" for row in rows)],

@@ -136,7 +136,7 @@ BAD = {
     "misspelt profile": (["generate", "x", "-m", "profile:shapes_wan"], "did you mean 'shapes-wan'?"),
     "misspelt preset": (["generate", "x", "--preset", "quick"], "there is no preset 'quick'; there are quality"),
     "method and preset": (["generate", "x", "--preset", "fast", "-m", "svg"], "--method and --preset exclude"),
-    "misspelt data type": (["generate", "x", "--dtype", "float"], "did you mean 'float16'?"),
+    "misspelt data type": (["generate", "x", "--dtype", "float"], "did you mean 'float32'?"),
     "offload without a GPU": (["generate", "x", "--offload", "model"], "there is no GPU"),
     "missing profile": (["generate", "x", "--profile", "shapes_wan"], "did you mean 'shapes-wan'?"),
     "type of a setting": (["demo", "-m", "radial(decay=x)"], "decay of radial must be a number, got 'x'"),
