@@ -79,7 +79,7 @@ def _print_details(row: dict) -> None:
 
 
 def presets() -> None:
-    """List the presets, and the dense steps and layers that papers give for families of models."""
+    """List the presets, and the dense steps and layers that papers give for models."""
     with one_sentence():
         from dit_sparse.notation.presets import DEFAULT_PRESET, PRESETS
 
@@ -88,16 +88,14 @@ def presets() -> None:
         default = " (default)" if name == DEFAULT_PRESET else ""
         console.print(f"[bold]{name}[/]{default}: {preset.summary}", highlight=False)
         table = Table(box=None, show_header=False, padding=(0, 0, 0, 2), expand=True)
-        table.add_column(width=max(map(len, preset.families)))
+        table.add_column(width=max(map(len, preset.schedules)))
         table.add_column(ratio=1)
         table.add_row("method", preset.method)
-        for family, of_paper in preset.families.items():
+        for transformer, of_paper in preset.schedules.items():
             settings = ", ".join(f"{field}={value}" for field, value in of_paper.schedule.items())
-            table.add_row(family, f"{settings} ({of_paper.source})")
+            table.add_row(transformer, f"{settings} ({of_paper.source})")
         console.print(table, highlight=False)
-    console.print(
-        "Other families keep the first quarter of the steps dense. Use: --preset NAME, or enable(pipe, NAME)."
-    )
+    console.print("Other models keep the first quarter of the steps dense. Use: --preset NAME, or enable(pipe, NAME).")
 
 
 def show(

@@ -13,7 +13,7 @@ from ..grid import short_repr
 from ..kernels.executors import executor as executor_named
 from ..method import Method
 from ..methods import DEFAULT_METHOD, DEFAULT_VOXEL_METHOD
-from ..notation.presets import DEFAULT_PRESET, PRESETS, family_schedule
+from ..notation.presets import DEFAULT_PRESET, PRESETS, paper_schedule
 from ..notation.syntax import ProfileName, write
 from ..pipelines.family import SetAttnProcessorMixin
 from ..pipelines.module_adapter import AnyFamily, ModuleAdapter
@@ -33,7 +33,7 @@ class SparseAttnProcessor:
         method: a Method, or its text: a name of ``dit_sparse.METHODS``, with settings as in ``"radial(sink=true)"``,
             a composition as in ``"radial|sink"``, ``"profile:NAME"``, or ``"quality"``, ``"balanced"`` or ``"fast"``.
             Default: ``"balanced"``, with ``density`` or settings ``"routed"``; for plain torch modules ``"svg2"``.
-            A preset also sets which steps and layers stay dense, if a paper gives them for the model's family.
+            A preset also sets which steps and layers stay dense, if a paper gives them for the model.
         density: fraction of the query-key pairs to compute, in (0, 1]. Default: 0.25 if the method has no settings.
         schedule: which steps and layers stay dense, and how often plans are made. Default: that of the profile, or
             ``Schedule()``.
@@ -140,13 +140,15 @@ class SparseAttnProcessor:
         if self._plain_method is not None and all(isinstance(parts[-1], ModuleAdapter) for parts in transformers):
             settings = replace(settings, method=self._plain_method()[0], preset=None)
         elif self._paper_may_schedule:
-            settings = self._schedule_of_paper(settings, {family.name for *_, family in transformers})
+            settings = self._schedule_of_paper(
+                settings, {type(transformer).__name__ for _, _, transformer, _ in transformers}
+            )
         return Run(type(model).__name__, settings, scheduler, lambda: _is_guided(model), transformers)
 
-    def _schedule_of_paper(self, settings: Settings, families: set[str]) -> Settings:
-        """Return the settings of a preset with the schedule that a paper gives for the model's family, if any.
+    def _schedule_of_paper(self, settings: Settings, transformers: set[str]) -> Settings:
+        """Return the settings of a preset with the schedule that a paper gives for the model, if any.
         Arguments such as ``dense_steps`` take precedence."""
-        found = family_schedule(settings.preset, families)
+        found = paper_schedule(settings.preset, transformers)
         if found is None or found.schedule.keys() <= self._overrides.keys():
             return settings
         schedule = replace(settings.schedule, **found.schedule | self._overrides)

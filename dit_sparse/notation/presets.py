@@ -1,4 +1,4 @@
-"""Presets: names for a method at a density, and the dense steps and layers that papers give for model families."""
+"""Presets: names for a method at a density, and the dense steps and layers that papers give for models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ ADASPA = "AdaSpa, arXiv:2502.21079"
 
 
 @dataclass(frozen=True)
-class FamilySchedule:
-    """Which steps and layers stay dense in models of a family.
+class PaperSchedule:
+    """Which steps and layers stay dense in a model.
 
     Attributes:
         schedule: fields of a `Schedule` that differ from its defaults.
@@ -30,24 +30,24 @@ class Preset:
     Attributes:
         method: its text.
         summary: what it costs and gives.
-        families: schedules by family of transformers (``dit_sparse/pipelines``); the default one for other families.
+        schedules: by class name of the transformer; the default schedule for other classes.
     """
 
     method: str
     summary: str
-    families: dict[str, FamilySchedule]
+    schedules: dict[str, PaperSchedule]
 
 
 # A quarter of the steps, the default, is what Radial Attention keeps dense (12 of 50). 3 % of the layers is the first
 # one of 40 and none of fewer than 34.
-_FIRST_LAYER = FamilySchedule({"dense_layers": 0.03}, f"{RADIAL}; {SVG2}")
+_FIRST_LAYER = PaperSchedule({"dense_layers": 0.03}, f"{RADIAL}; {SVG2}")
 _FEWER_STEPS = {
-    "wan": _FIRST_LAYER,
-    "hunyuan_video": FamilySchedule({"dense_steps": 0.1, "dense_layers": 0.03}, SVG2),
-    "cogvideox": FamilySchedule({"dense_steps": 0.2}, ADASPA),
-    "cosmos": FamilySchedule({"dense_steps": 0.3}, SVG2),
+    "WanTransformer3DModel": _FIRST_LAYER,
+    "HunyuanVideoTransformer3DModel": PaperSchedule({"dense_steps": 0.1, "dense_layers": 0.03}, SVG2),
+    "CogVideoXTransformer3DModel": PaperSchedule({"dense_steps": 0.2}, ADASPA),
+    "CosmosTransformer3DModel": PaperSchedule({"dense_steps": 0.3}, SVG2),
 }
-_MORE_STEPS = {name: _FEWER_STEPS[name] for name in ("wan", "cosmos")}
+_MORE_STEPS = {name: _FEWER_STEPS[name] for name in ("WanTransformer3DModel", "CosmosTransformer3DModel")}
 
 PRESETS = {
     "quality": Preset("routed(density=0.25)", "highest fidelity to the dense video", _MORE_STEPS),
@@ -57,14 +57,15 @@ PRESETS = {
 DEFAULT_PRESET = "balanced"
 
 
-def family_schedule(preset: str, families: Collection[str]) -> FamilySchedule | None:
-    """Return the schedule of a preset for the transformers of a pipeline.
+def paper_schedule(preset: str, transformers: Collection[str]) -> PaperSchedule | None:
+    """Return the schedule of a preset for a pipeline.
 
     Args:
         preset: a name in ``PRESETS``.
-        families: the families of all transformers of the pipeline.
+        transformers: the class names of the transformers of the pipeline.
 
     Returns:
-        None if the preset has no schedule for the family, or if the transformers belong to several families.
+        None if the preset has no schedule for the class, or if the transformers are of several classes.
     """
-    return PRESETS[preset].families.get(next(iter(families))) if len(set(families)) == 1 else None
+    names = set(transformers)
+    return PRESETS[preset].schedules.get(names.pop()) if len(names) == 1 else None

@@ -334,7 +334,9 @@ def test_generate_writes_what_it_did_next_to_the_video(tmp_path):
 
 def test_presets_are_listed():
     output = call("presets").output
-    assert "balanced (default)" in output and "hunyuan_video" in output and "arXiv:2505.18875" in output
+    assert (
+        "balanced (default)" in output and "HunyuanVideoTransformer3DModel" in output and "arXiv:2505.18875" in output
+    )
     assert max(map(len, output.splitlines())) <= 80
     assert json.loads(call("presets", "--json").output)["fast"]["method"] == "asa(density=0.25)"
 
