@@ -3,7 +3,8 @@
 FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
-# The cpu executor and Triton compile at first use.
+# The cpu executor and Triton compile at first use. The version of g++ is that of the base image.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
@@ -13,8 +14,8 @@ COPY . .
 RUN pip install --no-cache-dir torch==2.13.0 --index-url "${TORCH_INDEX}" \
     && pip install --no-cache-dir '.[demo]' -c constraints.txt
 
-RUN useradd --create-home user
-USER user
+RUN useradd --create-home --uid 1000 user
+USER 1000
 WORKDIR /home/user
 ENTRYPOINT ["dit-sparse"]
 CMD ["--help"]

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test app fix shapes gpu clean
+.PHONY: demo test app fix shapes gpu docs clean
 
 demo: .venv/ready
 	$(BIN)/dit-sparse demo
@@ -25,12 +25,16 @@ shapes: .venv/ready  ## continue the training of the bundled model
 gpu: .venv/ready  ## with an NVIDIA GPU: tests, benchmarks, training, comparison
 	$(BIN)/python -m dit_sparse.eval.bench.gpu_suite --out out/gpu
 
+docs: .venv/ready  ## the documentation site, in build/site
+	$(BIN)/python docs/_site/assemble.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file build/docs/mkdocs.yml
+
 # Without an NVIDIA GPU, PyTorch is installed first, at the pinned version.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
 	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[demo,dev]' -c constraints.txt
+	$(BIN)/pip install --quiet --editable '.[demo,dev,docs]' -c constraints.txt
 	touch $@
 
 # Only for tests, outside of site-packages: the oldest supported Triton, and xFormers, which warns at import on a CPU.

@@ -27,7 +27,7 @@ def kind_section(kind: str) -> str:
     rows = method_rows([kind])
     lines = [f"![Masks]({PICTURES}/{kind}.png)", _overview(rows)]
     for row in rows:
-        lines += _section(row)
+        lines += method_section(row)
     return "\n\n".join(lines)
 
 
@@ -42,7 +42,7 @@ def method_conditions() -> str:
             f"Planning: {shape}, density {result['density']:g}, medians of {rounds} interleaved rounds; "
             f"{result['device']}, torch {result['versions']['torch']}, commit {result['commit']}."
         )
-    notes += [f"PSNR: {compare_conditions(result)}" for result in _comparisons()]
+    notes += [f"PSNR: {compare_conditions(result)}" for result in stored_comparisons()]
     return "\n\n".join(notes)
 
 
@@ -61,7 +61,7 @@ def _overview(rows: list[dict]) -> str:
     return markdown(columns, cells)
 
 
-def _section(row: dict) -> Iterator[str]:
+def method_section(row: dict) -> Iterator[str]:
     yield f"### {row['name']}"
     yield f"{row['summary']}."
     cited = row["paper"]
@@ -99,24 +99,24 @@ def _planning_shares() -> dict[str, str]:
 def _fidelity() -> dict[tuple[str, float], str]:
     """Return the mean PSNR and its interval by method and density."""
     texts: dict[tuple[str, float], str] = {}
-    for result in _comparisons():
+    for result in stored_comparisons():
         for row in result["rows"]:
             if row["psnr"] and row["density_asked"]:
                 low, high = row["psnr"]["interval"] or (None, None)
                 interval = "" if low is None else f" [{low:.1f}, {high:.1f}]"
                 texts.setdefault(
-                    (_listed_name(row["method"]), row["density_asked"]), f"{row['psnr']['mean']:.1f}{interval}"
+                    (listed_name(row["method"]), row["density_asked"]), f"{row['psnr']['mean']:.1f}{interval}"
                 )
     return texts
 
 
-def _listed_name(method: str) -> str:
+def listed_name(method: str) -> str:
     """Return the name of a method on the page: gates are listed with the weights that they were compared with."""
     name = method.partition("(")[0]
     return name if kind_of(name) == "gate" else method
 
 
-def _comparisons() -> list[dict]:
+def stored_comparisons() -> list[dict]:
     """Return the stored comparisons of the page, the preferred ones first."""
     paths = [path for name in ("compare-papers.json", "compare.json") for path in stored_results(name)]
     return [json.loads(path.read_text()) for path in paths]

@@ -10,7 +10,7 @@ from functools import partial
 
 from dit_sparse.methods import KINDS
 
-from . import comparison_tables, gate_tables, method_page, model_tables
+from . import comparison_tables, gate_tables, method_page, model_tables, preset_table
 from . import tables as result_tables
 from .tables import ROOT
 
@@ -21,11 +21,13 @@ PAGES = (
     "docs/kernels.md",
     "docs/methods.md",
     "docs/models.md",
+    "docs/presets.md",
     "docs/routed.md",
 )
 TABLES = {
     "kinds": method_page.kind_table,
     "conditions": method_page.method_conditions,
+    "presets": preset_table.preset_table,
     "models": model_tables.summary,
     "families": model_tables.family_table,
     "features": model_tables.feature_table,
