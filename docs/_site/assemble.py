@@ -6,6 +6,7 @@ pages made from the code: methods, commands, executed tutorials, and the files o
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import yaml
@@ -18,6 +19,7 @@ from tutorials import NOTEBOOKS, tutorial_files
 BUILD = ROOT / "build" / "docs"
 NOT_IN_SITE = ("_site", "examples")  # folders of docs/
 MAPPED = ("kernels", "pipelines", "profiles", "eval")  # inside of the package dit_sparse when it is installed
+INTERVAL = re.compile(r"(\d) (\[-?[\d.]+), (-?[\d.]+\])")
 Files = dict[str, str | bytes]
 
 
@@ -34,7 +36,7 @@ def site_files() -> Files:
     pages = [(repository_path(uri), text) for uri, text in files.items() if isinstance(text, str)]
     for path in sorted(linked_files(pages) - set(PAGES)):
         files[site_uri(path)] = _repository_file(path)
-    return {uri: _with_site_links(uri, text) if isinstance(text, str) else text for uri, text in files.items()}
+    return {uri: _for_the_site(uri, text) if isinstance(text, str) else text for uri, text in files.items()}
 
 
 def assemble() -> None:
@@ -49,16 +51,20 @@ def assemble() -> None:
     (methods,) = (section["Methods"] for section in config["nav"] if "Methods" in section)
     methods += navigation()
     (BUILD / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False))
-    _link_package()
+    _copy_package()
 
 
-def _link_package() -> None:
-    """Lay out the package as a wheel does, because Griffe reads files without importing them."""
+def _copy_package() -> None:
+    """Lay out the package as a wheel does, because Griffe reads files without importing them. It reads only folders
+    with an ``__init__.py``."""
     package = BUILD / "python" / "dit_sparse"
     shutil.rmtree(package, ignore_errors=True)
-    package.mkdir(parents=True)
-    for source in [*(ROOT / "dit_sparse").iterdir(), *(ROOT / name for name in MAPPED)]:
-        (package / source.name).symlink_to(source)
+    for folder in ("dit_sparse", *MAPPED):
+        for file in (ROOT / folder).rglob("*.py"):
+            copy = package / file.relative_to(ROOT / "dit_sparse" if folder == "dit_sparse" else ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+            (copy.parent / "__init__.py").touch()
 
 
 def _repository_file(path: str) -> str | bytes:
@@ -67,7 +73,9 @@ def _repository_file(path: str) -> str | bytes:
     return (ROOT / path).read_text() if path.endswith(".md") else source_page(path)
 
 
-def _with_site_links(uri: str, text: str) -> str:
+def _for_the_site(uri: str, text: str) -> str:
+    """Return a page with links within the site, and with intervals of tables that stay on one line."""
+    text = INTERVAL.sub("\\1\N{NO-BREAK SPACE}\\2,\N{NO-BREAK SPACE}\\3", text)
     return rewrite_links(link_to_method_pages(text, uri == "methods.md"), uri)
 
 

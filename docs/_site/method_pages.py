@@ -51,7 +51,8 @@ def _page(row: dict) -> str:
     heading, summary, *facts = method_section(row)
     facts = [text.replace("](../dit_sparse/", "](../../dit_sparse/") for text in facts]
     cls = METHODS[name]
-    parts = [f"# {heading.lstrip('# ')}", summary, *facts, "## Use", _example(row)]
+    overview = f"[All {row['kind']}s](../methods.md#{row['kind']}s), with pictures of their masks."
+    parts = [f"# {heading.lstrip('# ')}", f"{summary} {overview}", *facts, "## Use", _example(row)]
     if rows := _results(name):
         parts += ["## Measured", *rows]
     parts += ["## Settings", f"::: {cls.__module__}.{cls.__name__}\n    options: {{members: false}}"]
