@@ -19,6 +19,7 @@ from tutorials import NOTEBOOKS, tutorial_files
 BUILD = ROOT / "build" / "docs"
 NOT_IN_SITE = ("_site", "examples")  # folders of docs/
 MAPPED = ("kernels", "pipelines", "profiles", "eval")  # inside of the package dit_sparse when it is installed
+ALONE = ("batch.md", "benchmarks.md")  # in their section: no list of its pages
 INTERVAL = re.compile(r"(\d) (\[-?[\d.]+), (-?[\d.]+\])")
 Files = dict[str, str | bytes]
 
@@ -75,6 +76,7 @@ def _repository_file(path: str) -> str | bytes:
 
 def _for_the_site(uri: str, text: str) -> str:
     """Return a page with links within the site, and with intervals of tables that stay on one line."""
+    text = f"---\nhide: [navigation]\n---\n{text}" if uri in ALONE else text
     text = INTERVAL.sub("\\1\N{NO-BREAK SPACE}\\2,\N{NO-BREAK SPACE}\\3", text)
     return rewrite_links(link_to_method_pages(text, uri == "methods.md"), uri)
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "docs" / "tutorials"
 EXECUTED = ROOT / "build" / "docs" / "tutorials"
 LIBRARY = ("dit_sparse", "kernels", "pipelines", "eval")
+KERNEL = (sys.executable, "-m", "ipykernel_launcher", "--IPKernelApp.log_level=ERROR", "-f")
 TIMEOUT = 900  # seconds for the start of a kernel, and for a cell
 ENVIRONMENT = {"COLUMNS": "100", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "NO_COLOR": "1"}
 
@@ -38,12 +39,12 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
     class ThisInterpreter(KernelSpecManager):
         def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+            return KernelSpec(argv=[*KERNEL, "{connection_file}"])
 
     notebook = nbformat.read(path, as_version=4)
     scripts = os.pathsep.join([str(Path(sys.executable).parent), sysconfig.get_path("scripts"), os.environ["PATH"]])
     with TemporaryDirectory() as folder, mock.patch.dict(os.environ, ENVIRONMENT, PATH=scripts):
-        manager = AsyncKernelManager(kernel_spec_manager=ThisInterpreter(), transport="ipc")
+        manager = AsyncKernelManager(kernel_spec_manager=ThisInterpreter())
         options = {"timeout": TIMEOUT, "startup_timeout": TIMEOUT, "resources": {"metadata": {"path": folder}}}
         client = NotebookClient(notebook, km=manager, **options)
         client.execute()
