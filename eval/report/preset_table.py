@@ -39,6 +39,22 @@ def preset_table() -> str:
     return markdown(COLUMNS, cells) + conditions
 
 
+def schedule_table() -> str:
+    """Return a row for every transformer class to which a preset gives a schedule of a paper."""
+    classes = {name: None for preset in PRESETS.values() for name in preset.schedules}
+    rows = []
+    for name in classes:
+        schedules = [preset.schedules.get(name) for preset in PRESETS.values()]
+        texts = ("default" if one is None else _fields_text(one.schedule) for one in schedules)
+        sources = {one.source: None for one in schedules if one is not None}
+        rows.append((f"`{name}`", *texts, "; ".join(sources)))
+    return markdown(("transformer class", *(f"`{preset}`" for preset in PRESETS), "source"), rows)
+
+
+def _fields_text(schedule: dict) -> str:
+    return ", ".join(f"`{name}={value:g}`" for name, value in schedule.items())
+
+
 def _link(name: str) -> str:
     return f"[`{name}`](methods.md#{name})"
 

@@ -28,6 +28,7 @@ TABLES = {
     "kinds": method_page.kind_table,
     "conditions": method_page.method_conditions,
     "presets": preset_table.preset_table,
+    "preset_schedules": preset_table.schedule_table,
     "models": model_tables.summary,
     "families": model_tables.family_table,
     "features": model_tables.feature_table,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import typer
 
-from dit_sparse import Grid
+from dit_sparse import Grid, Scorer
 from dit_sparse.cli.main import EXAMPLES, app
 from dit_sparse.cli.options import count_or_fraction, method_list, numbers
 from dit_sparse.eval.comparison.row_syntax import parse_row
@@ -20,6 +23,21 @@ from dit_sparse.methods import KINDS
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "profiles" / "README.md"]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMeans(Scorer):
+    """Stands for the method of docs/extending/method.md."""
+
+    sharpness: float = 1.0
+
+
+@pytest.fixture(autouse=True)
+def module_of_a_user(monkeypatch):
+    """Modules that the documentation's commands import from the working folder."""
+    module = ModuleType("my_methods")
+    module.BlockMeans = BlockMeans
+    monkeypatch.setitem(sys.modules, "my_methods", module)
 
 
 def texts(pattern: str) -> list[str]:
