@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from dit_sparse import DEFAULT_METHOD
 
@@ -239,9 +238,7 @@ def _print_executors(rows: list[dict]) -> None:
         dense = min(group, key=lambda row: row["dense_seconds"])
         console.print(f"\n{shape}: dense attention takes {ms(dense['dense_seconds'])} ms by {dense['dense']}")
         columns = ("pattern", "executor", "ms", "speedup", "of ideal", "TFLOP/s", "plan", "order")
-        table = Table(box=None, header_style="bold")
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
+        table = make_table(*columns, numbers=6)
         for row in group:
             speed = (f"{row['speedup']:.2f}x", f"{1 / row['cost_per_block']:.0%}", f"{row['tflops']:.2f}")
             overhead = (ms(row["planning_seconds"]), ms(row["permute_seconds"]))

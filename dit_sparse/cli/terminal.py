@@ -120,9 +120,14 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def make_table(*columns: str) -> Table:
-    """Return a table with these headings."""
-    return Table(*columns, box=None, header_style="bold")
+def make_table(*columns: str, numbers: int = 0) -> Table:
+    """Return a table with these headings. The last ``numbers`` columns are aligned to the right and not wrapped; other
+    cells that are too long are folded, so that nothing is cut."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1 if numbers > 4 else 2, 0, 0))
+    for number, column in enumerate(columns):
+        is_number = number >= len(columns) - numbers
+        table.add_column(column, overflow="fold", no_wrap=is_number, justify="right" if is_number else "left")
+    return table
 
 
 def make_number_table(title: str, name: str, *columns: str) -> Table:

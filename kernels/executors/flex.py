@@ -7,6 +7,7 @@ On a CPU, PyTorch returns no log-sum-exp, so ``lse`` is None.
 from __future__ import annotations
 
 import functools
+import logging
 import shutil
 
 import torch
@@ -19,6 +20,8 @@ from dit_sparse.plan import Plan
 LSE = torch.cuda.is_available()
 CLUSTERS = False
 THIRD_PARTY = True
+
+_log = logging.getLogger("dit_sparse")
 
 
 def why_not(q: Tensor, k: Tensor, plan: Plan) -> str | None:
@@ -58,6 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = No
 def _compiled_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
+    _log.info("compiling FlexAttention, which takes up to a minute in each process")
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
