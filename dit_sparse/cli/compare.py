@@ -173,6 +173,7 @@ def reproduce(
     """Repeat the experiment of a paper, and print published and measured results."""
     with one_sentence():
         from dit_sparse.eval.comparison.reproduce import Recipe, published_and_measured, recipes
+        from dit_sparse.eval.report.comparison_tables import completeness_notes
         from dit_sparse.eval.report.page import write_page
 
         if recipe is None:
@@ -193,6 +194,8 @@ def reproduce(
     console.print(_reproduction_table(rows))
     console.print(f"published / measured on {result['device']}; {escape(str(folder / 'report.html'))}", soft_wrap=True)
     console.print("published speedups are end-to-end, measured speedups are of the denoising")
+    for note in completeness_notes(result):
+        console.print(note, highlight=False, markup=False)
     _end_with_failures(result)
 
 

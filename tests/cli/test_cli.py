@@ -122,7 +122,7 @@ def test_show_refuses_methods_that_need_queries(text):
 
 
 def test_doctor_lists_every_executor():
-    result = json.loads(call("doctor", "--json", "--quick").output)
+    result = json.loads(call("doctor", "--json", "--quick").stdout)
     assert set(result["executors"]) == set(EXECUTORS)
     assert result["executors"]["gather"] == "ok"
     assert re.search("not checked|needs a C", result["executors"]["flex"]), "it would compile for a while"
