@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .shared import completion
+
 MAX_PROMPTS = 60  # prompts of the bundled model
 
 Model = Annotated[str, typer.Option(help="shapes-wan, a local diffusers folder, or a name on the Hugging Face hub.")]
@@ -16,6 +18,7 @@ Method = Annotated[
         "--method",
         "-m",
         callback=lambda text: import_methods(text),
+        autocompletion=completion.names(completion.methods),
         help="Method, with settings and compositions: radial, 'radial(sink=true)', 'radial|sink', 'cached(svg2)', "
         "profile:NAME, module:Class of your own, or a preset. See `dit-sparse methods`. Default: the preset balanced; "
         "with --density, routed.",
@@ -26,13 +29,26 @@ Methods = Annotated[
 ]
 Kinds = Annotated[
     str | None,
-    typer.Option("--kind", help="Kinds of methods, separated by commas, such as scorer,pattern. Default: every kind."),
+    typer.Option(
+        "--kind",
+        autocompletion=completion.names(completion.kinds),
+        help="Kinds of methods, separated by commas, such as scorer,pattern. Default: every kind.",
+    ),
 ]
 Preset = Annotated[
-    str | None, typer.Option(help="A preset instead of a method: quality, balanced or fast. See `dit-sparse presets`.")
+    str | None,
+    typer.Option(
+        autocompletion=completion.names(completion.presets),
+        help="A preset instead of a method: quality, balanced or fast. See `dit-sparse presets`.",
+    ),
 ]
 HeadProfile = Annotated[
-    str | None, typer.Option("--profile", help="A head profile instead of a method: a name in profiles/ or a file.")
+    str | None,
+    typer.Option(
+        "--profile",
+        autocompletion=completion.names(completion.profiles),
+        help="A head profile instead of a method: a name in profiles/ or a file.",
+    ),
 ]
 Density = Annotated[
     float | None,
@@ -55,7 +71,12 @@ DensityRamp = Annotated[
         help="Factors of the density at the first and last sparse step, such as 1.3,0.6. Default: that of the method.",
     ),
 ]
-Executor = Annotated[str, typer.Option(help="auto, or an executor of `dit-sparse doctor`.")]
+Executor = Annotated[
+    str,
+    typer.Option(
+        autocompletion=completion.names(completion.executors), help="auto, or an executor of `dit-sparse doctor`."
+    ),
+]
 Block = Annotated[int | None, typer.Option(help="Tokens in a block. Default: 64 below 32,768 tokens, else 128.")]
 Guard = Annotated[
     float | None,
@@ -76,11 +97,17 @@ Fps = Annotated[int | None, typer.Option(help="Frames per second of the file. De
 
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16 of the weights. Default: bfloat16 on a GPU, else float32."),
+    typer.Option(
+        autocompletion=completion.names(completion.dtypes),
+        help="float32, bfloat16 or float16 of the weights. Default: bfloat16 on a GPU, else float32.",
+    ),
 ]
 Offload = Annotated[
     str | None,
-    typer.Option(help="Keep on the GPU only one component at a time (model), or one layer (sequential, much slower)."),
+    typer.Option(
+        autocompletion=completion.names(completion.offloads),
+        help="Keep on the GPU only one component at a time (model), or one layer (sequential, much slower).",
+    ),
 ]
 VaeTiling = Annotated[bool, typer.Option("--vae-tiling", help="Decode the video in tiles, which needs less memory.")]
 

@@ -57,9 +57,16 @@ def test_long_names_are_folded(output):
         ("generate --pre", "--preset"),
         ("bench attention --con", "--config"),
         ("app --q", "--quiet"),
+        ("generate --preset ba", "balanced"),
+        ("generate x -m rou", "routed"),
+        ("generate --profile wan2.1-1", "wan2.1-1.3b"),
+        ("demo --executor ga", "gather"),
+        ("methods --kind sc", "scorer"),
+        ("generate --dtype b", "bfloat16"),
+        ("generate --offload se", "sequential"),
     ],
 )
-def test_the_shell_completes_commands_and_options(words, expected):
+def test_the_shell_completes_commands_options_and_values(words, expected):
     line = f"dit-sparse {words}"
     environment = {"_DIT_SPARSE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
     assert expected in CliRunner().invoke(app, [], env=environment, prog_name="dit-sparse").output
