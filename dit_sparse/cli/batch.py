@@ -15,6 +15,7 @@ from .options import (
     DenseStepsOrProfile,
     Density,
     DensityRamp,
+    Engine,
     Executor,
     Fps,
     Frames,
@@ -27,6 +28,7 @@ from .options import (
     Seeds,
     Steps,
     Width,
+    Workers,
     call_arguments,
     count_or_fraction,
     density_ramp,
@@ -54,20 +56,25 @@ def batch(
     guidance: Guidance = None,
     retries: Annotated[int, typer.Option(min=0, help="Further attempts for a clip that fails.")] = 1,
     fps: Fps = None,
+    engine: Engine = "local",
+    workers: Workers = None,
 ) -> None:
-    """Generate a video for each prompt of a file. The same command resumes an interrupted batch; under `accelerate
-    launch` the processes share the clips."""
+    """Generate a video for each prompt of a file. The same command resumes an interrupted batch. Under `accelerate
+    launch` the processes share the clips; with --engine ray, the workers of a Ray cluster take them from a queue."""
     with one_sentence():
         from dit_sparse.generation.batch import Batch, Interrupted
         from dit_sparse.generation.prompts import read_rows
+        from dit_sparse.generation.ray_batch import run_batch
+        from dit_sparse.generation.ray_pool import check_engine
 
+        check_engine(engine, workers)
         settings = {"method": method, "density": density, "dense_steps": count_or_fraction(dense_steps)}
         settings |= {"density_ramp": density_ramp(ramp), "executor": executor, "block": block, "guard": guard}
         call = call_arguments(steps, frames, height, width, guidance)
         task = Batch(read_rows(prompts), out, model, settings, call, seed, seeds, retries, fps)
         try:
             with _progress_bars() as stage:
-                manifest = task.run(stage)
+                manifest = task.run(stage) if engine == "local" else run_batch(task, stage, workers)
         except Interrupted:
             manifest = None
     if manifest is None:

@@ -111,6 +111,17 @@ Offload = Annotated[
 ]
 VaeTiling = Annotated[bool, typer.Option("--vae-tiling", help="Decode the video in tiles, which needs less memory.")]
 
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="local: this process; ray: the workers of a Ray cluster, the running one or a new one on this machine."
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes of --engine ray. Default: one for each GPU, or for each machine without GPUs."),
+]
+
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 OutJson = Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")]
 

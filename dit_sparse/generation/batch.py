@@ -1,19 +1,18 @@
 """Generate a clip for each prompt of a list, on one device or many, and resume after an interruption.
 
-Every clip is a video and a JSON file of the same name with its settings and measurements. The JSON file is written
-last, so a clip without it is not done. Under ``accelerate launch`` the processes share the remaining clips. A lock for
-each clip prevents other processes from generating the clip or removing its partial files at the same time. The clips of
-a process that was killed are generated at the next start.
+Every clip is a video and a JSON file of the same name with its settings and measurements, see
+`dit_sparse.generation.clip_folder`. Under ``accelerate launch`` the processes share the remaining clips, and the clips
+of a process that was killed are generated at the next start. `dit_sparse.generation.ray_batch` runs a batch on a Ray
+cluster instead.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ import torch
 from dit_sparse import SparseAttnProcessor, prepare
 
 from ..bundled import BUNDLED
-from ..notation.reading import check_regular_file, read_json
-from ..output.files import json_values, partial_files, save_json, writable_folder
-from ..output.media import check_video, save_video
+from ..output.files import json_values, save_json, writable_folder
+from ..output.media import save_video
 from .checks import check_clip
+from .clip_folder import ClipFolder, LiveManifest, begin_measurement, end_measurement, same_settings
 from .clip_result import clip_result
 from .generate import Progress, Stage, default_call, default_fps, generate, load_pipeline
 from .model_config import check_model
-from .processes import Interrupted, file_lock, interruptible, shard
+from .processes import Interrupted, interruptible, shard
 from .prompts import Row
 
 KINDS = ("mp4", "json")  # files of a clip
@@ -117,11 +116,15 @@ class Batch:
                 check_clip(job.prompt, job.seed, job.call, job.fps, model=self.model)
             except ValueError as error:
                 raise ValueError(f"{job.name}: {error}") from None
-            stored = self._stored_result(job) or {}
-            if stored.get("status") == "done" and not _same_settings(stored.get("asked"), job.settings):
+            stored = self.folder.result(job.name) or {}
+            if stored.get("status") == "done" and not same_settings(stored.get("asked"), job.settings):
                 raise ValueError(f"{self.out} holds {job.name} with other settings: choose another --out")
         files = (f"{name}.{kind}" for name in (*(job.name for job in self.jobs()), "manifest") for kind in KINDS)
         writable_folder(self.out, files)
+
+    @property
+    def folder(self) -> ClipFolder:
+        return ClipFolder(self.out)
 
     def jobs(self) -> list[Job]:
         """Return all clips, in the order of the rows."""
@@ -151,112 +154,81 @@ class Batch:
         Raises:
             Interrupted: SIGINT or SIGTERM was received. Finished clips stay valid.
         """
-        jobs, progress = self.jobs(), stage("clips")
-        names = set(shard(lambda: [job.name for job in jobs if not self._is_done(job)]))
+        jobs, progress, folder = self.jobs(), stage("clips"), self.folder
+        names = set(shard(lambda: [job.name for job in jobs if not folder.is_done(job.name)]))
         own_jobs = [job for job in jobs if job.name in names]
+        live = LiveManifest(folder, jobs) if int(os.environ.get("RANK", 0)) == 0 else None
         with interruptible(lambda: stage("stopping")) as signals:
             pipe = prepare(load_pipeline(self.model)) if own_jobs else None
             try:
                 for number, job in enumerate(own_jobs):
                     if signals:
                         raise Interrupted
-                    with self._locked(job.name) as acquired:  # if not acquired, another process is generating this clip
-                        if acquired and not self._is_done(job):
-                            on_step = _batch_progress(progress, number, len(own_jobs), signals)
-                            self._generate_or_fail(pipe, job, on_step)
+                    on_step = _batch_progress(progress, number, len(own_jobs), signals)
+                    self.generate_missing(pipe, job, on_step, live.update if live else None)
                 progress(len(jobs), len(jobs))
             finally:
-                manifest = self._write_manifest(jobs)
+                manifest = folder.write_manifest(jobs)
         return manifest
 
-    def _generate_or_fail(self, pipe: Any, job: Job, progress: Progress) -> None:
-        """Generate a clip, or record why it failed: one failure must not end the batch."""
+    def generate_missing(
+        self,
+        pipe: Any,
+        job: Job,
+        progress: Progress | None = None,
+        on_start: Callable[[], None] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Generate a clip unless it is done, or record why it failed: one failure must not end the batch.
+
+        Args:
+            pipe: a prepared pipeline of the batch's model.
+            job: the clip.
+            progress: called after each denoising step.
+            on_start: called when the clip is known as running.
+            wait: whether to wait for another process that is generating the clip; otherwise it is left to that process.
+        """
+        with self.folder.locked(job.name, wait) as acquired:
+            if acquired and not self.folder.is_done(job.name):
+                self._generate_or_fail(pipe, job, progress, on_start)
+
+    def _generate_or_fail(
+        self, pipe: Any, job: Job, progress: Progress | None, on_start: Callable[[], None] | None
+    ) -> None:
         for _ in range(1 + self.retries):
+            measured = begin_measurement()
+            self.folder.announce(job.name, measured)
+            if on_start:
+                on_start()
             try:
-                return self._generate(pipe, job, progress)
+                return self._generate(pipe, job, progress, measured)
             except Interrupted:
                 raise
             except Exception as error:
                 out_of_memory, message = _is_out_of_memory(error), f"{type(error).__name__}: {_first_line(error)}"
+                lines = traceback.format_exc()
             torch.cuda.empty_cache()  # after the except block, because the error holds tensors
             if out_of_memory:
                 message = f"out of memory: use fewer frames, a smaller size or a lower density ({message})"
                 break
-        save_json(self._path(job, "json"), {"status": "failed", "error": message, "asked": job.settings})
+        self.fail(job, message, end_measurement(measured) | {"traceback": lines})
 
-    def _generate(self, pipe: Any, job: Job, progress: Progress) -> None:
+    def fail(self, job: Job, message: str, measured: dict) -> None:
+        """Record why a clip failed."""
+        failure = {"status": "failed", "error": message, "asked": job.settings}
+        save_json(self.folder.file(job.name, "json"), failure | measured)
+
+    def _generate(self, pipe: Any, job: Job, progress: Progress | None, measured: dict) -> None:
         pipe.set_attn_processor(job.processor)
         try:
             clip = generate(pipe, job.prompt, job.seed, job.call, progress)
             report = pipe.sparse_run.report().as_dict()
         finally:
             pipe.set_attn_processor(None)
-        video = self._path(job, "mp4")
+        video = self.folder.file(job.name, "mp4")
         save_video(video, clip.frames, job.fps)
-        save_json(self._path(job, "json"), clip_result(job.settings, clip, report, video))
-
-    def _write_manifest(self, jobs: Sequence[Job]) -> dict:
-        """Write the status of all clips to ``manifest.json`` and return it."""
-        with self._locked("manifest", wait=True):
-            manifest, counts = self._status(jobs), None
-            while manifest["count"] != counts:  # another process may have finished a clip meanwhile
-                save_json(self.out / "manifest.json", manifest)
-                counts, manifest = manifest["count"], self._status(jobs)
-        if counts["done"] == len(jobs):  # an encoder can outlive the process that was killed
-            for job in jobs:
-                with self._locked(job.name):
-                    pass
-        return manifest
-
-    def _status(self, jobs: Sequence[Job]) -> dict:
-        clips = []
-        for job in jobs:
-            result = self._stored_result(job) or {"status": "missing", "asked": job.settings}
-            clips.append({"name": job.name} | result)
-        counts = {status: sum(clip["status"] == status for clip in clips) for status in ("done", "failed", "missing")}
-        return {"count": counts, "clips": clips}
-
-    @contextmanager
-    def _locked(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Hold the lock of a clip or of the manifest, and remove its partial files, left by killed processes. Yields
-        whether the lock was acquired."""
-        with file_lock(self.out / f".{name}.lock", wait) as acquired:
-            for path in partial_files(self.out, name) if acquired else ():
-                path.unlink(missing_ok=True)
-            yield acquired
-
-    def _is_done(self, job: Job) -> bool:
-        return (self._stored_result(job) or {}).get("status") == "done"
-
-    def _stored_result(self, job: Job) -> dict | None:
-        """Return the content of a clip's JSON file, or None if the file or the video of a finished clip is missing or
-        damaged."""
-        try:
-            result = read_json(self._path(job, "json"))
-        except ValueError:
-            return None
-        if not isinstance(result, dict) or "status" not in result:
-            return None
-        damaged = result["status"] == "done" and not _is_intact(self._path(job, "mp4"), result.get("video_sha256"))
-        return None if damaged else result
-
-    def _path(self, job: Job, kind: str) -> Path:
-        return self.out / f"{job.name}.{kind}"
-
-
-def _same_settings(stored: Any, settings: Any) -> bool:
-    """Whether two settings agree. The names of settings may differ between versions, and a newer version may have
-    further settings at the end that are None by default; order and values may not differ."""
-
-    def values(part: Any) -> Any:
-        if isinstance(part, dict):  # capitals are class names, such as {"Top": {"density": 0.2}}
-            pairs = [(key if key[:1].isupper() else "", values(value)) for key, value in part.items()]
-            while pairs and pairs[-1][1] is None:
-                pairs.pop()
-            return pairs
-        return [values(value) for value in part] if isinstance(part, list) else part
-
-    return values(stored) == values(settings)
+        result = clip_result(job.settings, clip, report, video) | end_measurement(measured)
+        save_json(self.folder.file(job.name, "json"), result)
 
 
 def _batch_progress(progress: Progress, number: int, count: int, signals: list[int]) -> Progress:
@@ -268,24 +240,6 @@ def _batch_progress(progress: Progress, number: int, count: int, signals: list[i
             raise Interrupted
 
     return on_step
-
-
-def _is_intact(video: Path, digest: str | None) -> bool:
-    """Whether a video file is unchanged since it was written; without a digest, as in folders of older versions,
-    whether it is complete."""
-    try:
-        status = check_regular_file(video)
-        return _is_intact_version(video, digest, status.st_size, status.st_mtime_ns)
-    except (OSError, ValueError):
-        return False
-
-
-@lru_cache(maxsize=100_000)
-def _is_intact_version(video: Path, digest: str | None, *_: int) -> bool:
-    if digest:
-        return sha256(video.read_bytes()).hexdigest() == digest
-    check_video(video)
-    return True
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from batches import file_names, make_rows, silent_stage, write_file
 from dit_sparse.cli.main import app
 from dit_sparse.generation import batch as module
+from dit_sparse.generation import clip_folder
 from dit_sparse.generation.batch import Batch, Interrupted
 from dit_sparse.generation.generate import Clip
 from dit_sparse.generation.processes import file_lock
@@ -71,7 +72,7 @@ def test_a_video_without_json_is_generated_again_and_partial_files_are_removed(t
 
 
 def test_the_manifest_includes_clips_that_another_process_finishes_meanwhile(tmp_path, generated, monkeypatch):
-    task, original = Batch(make_rows("a"), tmp_path), module.save_json
+    task, original = Batch(make_rows("a"), tmp_path), clip_folder.save_json
     task.run(silent_stage)
     result = (tmp_path / "c0.json").read_text()
     (tmp_path / "c0.json").unlink()
@@ -83,7 +84,7 @@ def test_the_manifest_includes_clips_that_another_process_finishes_meanwhile(tmp
         original(path, value)
 
     monkeypatch.setattr(module, "shard", lambda names_left: [])
-    monkeypatch.setattr(module, "save_json", save_json)
+    monkeypatch.setattr(clip_folder, "save_json", save_json)
     assert task.run(silent_stage)["count"]["done"] == 1 and not generated
     assert json.loads((tmp_path / "manifest.json").read_text())["count"]["done"] == 1
 

@@ -60,7 +60,7 @@ GROUPS = {  # lowest first; a file belongs to the first group whose pattern it f
     "generation": Group(
         "generation generation.* profiling.* training training.*",
         "core profile engine methods planning executors adapters output bundled plotting numpy pydantic",
-        lazily="diffusers transformers",
+        lazily="diffusers transformers ray",
     ),
     "eval": Group(
         "eval.*",

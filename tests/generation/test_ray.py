@@ -1,0 +1,158 @@
+"""Batches on a local Ray cluster: workers that are killed, slow tasks, failures, and the files of a batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from batches import file_names, make_rows, silent_stage, write_file
+from dit_sparse.cli.main import app
+from dit_sparse.generation.batch import Batch
+from dit_sparse.generation.ray_batch import run_batch
+from dit_sparse.generation.ray_pool import MAX_DEATHS, RayPool, check_engine
+
+ray = pytest.importorskip("ray")
+
+CALL = {"num_inference_steps": 2, "num_frames": 2, "height": 32, "width": 32, "guidance_scale": 1.0}
+SETTINGS = {"method": "radial", "density": 0.25, "dense_steps": 1, "executor": "gather"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One cluster for the file; its workers get the classes of this file by value, because they cannot import it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(
+        num_cpus=2,
+        address="local",
+        object_store_memory=80 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    yield
+    ray.shutdown()
+
+
+class Worker:
+    """Appends the name of a task to a file, and does what the name asks for."""
+
+    def __init__(self, folder: Path, broken: bool = False) -> None:
+        if broken:
+            raise ValueError("there is no such model")
+        self.folder = folder
+
+    def describe(self) -> dict:
+        return {"process": os.getpid(), "kind": "a"}
+
+    def run(self, task: str) -> str:
+        with (self.folder / "runs").open("a") as file:
+            file.write(f"{task}\n")
+        times = (self.folder / "runs").read_text().splitlines().count(task)
+        if task == "deadly" or (task == "killed" and times == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task == "raises":
+            raise RuntimeError("a reason")
+        while task == "slow" and not {*"abcdef"} <= {*(self.folder / "runs").read_text().splitlines()}:
+            time.sleep(0.05)
+        return task.upper()
+
+
+def run_pool(folder: Path, tasks: list[str], workers: int = 2, **options) -> tuple[list, dict]:
+    """Return the results in the order of their end, and the reasons of failures by task."""
+    results, failures = [], {}
+    pool = RayPool(partial(Worker, folder, **options), workers)
+    try:
+        on_failure = lambda number, reason: failures.update({tasks[number]: reason})
+        pool.run(tasks, lambda number, result: results.append(result), on_failure)
+        assert pool.run([], None, None) is None
+    finally:
+        pool.close()
+    return results, failures
+
+
+def test_every_task_runs_once_although_workers_die_and_tasks_fail_or_are_slow(tmp_path):
+    """The slow task ends after the others, so that it would wait forever if it held them."""
+    tasks = ["slow", "killed", *"abcdef", "raises", "deadly"]
+    results, failures = run_pool(tmp_path, tasks)
+    assert sorted(results) == sorted(["SLOW", "KILLED", *"ABCDEF"])
+    assert set(failures) == {"raises", "deadly"} and failures["raises"] == "RuntimeError: a reason"
+    assert failures["deadly"].startswith(f"the worker died {MAX_DEATHS} times")
+    runs = (tmp_path / "runs").read_text().splitlines()
+    assert {task: runs.count(task) for task in tasks} == {task: 1 for task in tasks} | {
+        "killed": 2,
+        "deadly": MAX_DEATHS,
+    }
+
+
+def test_workers_that_cannot_load_end_the_run_with_their_reason(tmp_path):
+    with pytest.raises(ValueError, match="there is no such model"):
+        run_pool(tmp_path, ["a"], workers=1, broken=True)
+    with pytest.raises(ValueError, match="workers must be at least 1"):
+        RayPool(Worker, 0)
+
+
+def kill_first_worker(out: Path, killed: list[int]) -> None:
+    """Kill the process that announces the first clip in its lock file."""
+    while not killed:
+        for path in out.glob(".c*.lock"):
+            try:
+                process = json.loads(path.read_text())["process"]
+            except (OSError, ValueError):
+                continue
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+            return
+        time.sleep(0.002)
+
+
+def test_a_batch_whose_worker_is_killed_has_the_files_of_a_local_batch(tmp_path):
+    prompts = [f"a red circle moves {way}" for way in ("left", "right", "up", "down")]
+    make = lambda name: Batch(make_rows(*prompts), tmp_path / name, settings=SETTINGS, call=CALL, seed=3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the workers
+    try:
+        local = make("local").run(silent_stage)
+    finally:
+        torch.set_num_threads(threads)
+    task, killed, progress = make("ray"), [], []
+    killer = threading.Thread(target=kill_first_worker, args=(task.out, killed), daemon=True)
+    killer.start()
+    manifest = run_batch(task, lambda name: lambda *numbers: progress.append(numbers), workers=2)
+    assert killed and manifest["count"] == {"done": 4, "failed": 0, "missing": 0}
+    assert file_names(task.out) == file_names(tmp_path / "local")
+    assert progress == [(number, 4) for number in range(5)]
+    for clip, expected in zip(manifest["clips"], local["clips"], strict=True):
+        assert clip["asked"] == expected["asked"] and clip.keys() == expected.keys()
+        assert clip["video_sha256"] == expected["video_sha256"]
+        assert clip["start"] < clip["end"] and clip["peak_memory"] > 0 and clip["host"]
+        assert clip["process"] not in killed
+    assert json.loads((task.out / "manifest.json").read_text()) == manifest
+    assert run_batch(task, silent_stage, workers=2) == manifest, "all clips are done: no worker is started"
+
+
+def test_engines_are_checked_before_any_work(tmp_path, monkeypatch):
+    prompts = str(write_file(tmp_path, "p.txt", "a\n"))
+    refuse = lambda *options: CliRunner().invoke(app, ["batch", prompts, "--out", str(tmp_path / "out"), *options])
+    assert "--engine must be local or ray, got 'spark'" in refuse("--engine", "spark").output
+    assert "--workers is the number of processes of --engine ray" in refuse("--workers", "2").output
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without accelerate launch" in refuse("--engine", "ray").output
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    run = refuse("--engine", "ray")
+    assert run.exit_code == 2 and run.output.strip() == (
+        "dit-sparse: --engine ray needs Ray: pip install 'dit-sparse[ray]'"
+    )
+    assert not (tmp_path / "out").exists()
+    check_engine("local")
