@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
-from .plan import BasePlan, lists_from_mask, repeat_batch
+from .kernels.key_lists import lists_from_mask
+from .plan import BasePlan, repeat_batch
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class ClusterPlan(BasePlan):
     keys: Clusters
     lengths: Tensor | None = None
     tail: int | None = None
+    first_query: int = 0
 
     @classmethod
     def from_mask(cls, keep: Tensor, queries: Clusters, keys: Clusters) -> ClusterPlan:

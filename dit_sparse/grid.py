@@ -181,6 +181,7 @@ class Site:
         component: name of the transformer in its pipeline, which may have two.
         references: tokens that are neither video nor text, such as history frames: always computed, like text, but not
             counted in the density.
+        first_query: number of the first query whose output is used: the queries are the last tokens of the sequence.
     """
 
     grid: BaseGrid
@@ -197,6 +198,14 @@ class Site:
     heads: tuple[int, ...] | None = None
     component: str = ""
     references: int = 0
+    first_query: int = 0
+
+    @property
+    def reference_share(self) -> float:
+        """Fraction of the query-key pairs with a reference token."""
+        queries = self.grid.tokens - self.first_query
+        among = min(self.references, self.grid.after) if self.first_query else self.references
+        return 1 - (1 - self.references / self.grid.tokens) * (1 - among / queries)
 
     def __repr__(self) -> str:
         steps = "" if self.steps is None else f" of {self.steps}"

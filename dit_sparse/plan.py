@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .kernels.key_lists import lists_from_mask
 from .order import reorder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .grid import Grid
-
-MAX_UNTRIMMED_BYTES = 16 << 20  # smaller index lists are not trimmed, because trimming synchronizes with the GPU
 
 
 def num_blocks(tokens: int, block: int) -> int:
@@ -38,6 +37,7 @@ class BasePlan:
         count: length of each list, int32 ``[B|1, H|1, Q]``.
         tail: greatest number of tokens of a pooled term. The key groups that a row does not keep take part in its
             softmax as means of this many consecutive tokens (`dit_sparse.kernels.tail`). None: they do not take part.
+        first_query: number of the first query whose output is used; see :meth:`for_queries`.
     """
 
     index: Tensor
@@ -51,7 +51,7 @@ class BasePlan:
     @cached_property
     def density_by_head(self) -> Tensor:
         """Fraction of the query-key token pairs that each head computes, float64 ``[B|1, H|1]``."""
-        return (self._sum_kept(self.key_sizes) * self.query_sizes).sum(-1).double() / self.tokens**2
+        return (self._sum_kept(self.key_sizes) * self._used_sizes).sum(-1).double() / self._pairs
 
     @property
     def mean_density(self) -> Tensor:
@@ -71,13 +71,26 @@ class BasePlan:
             return 0.0
         terms = -(-self.key_sizes // self.tail)
         dropped = terms.sum(-1, keepdim=True) - self._sum_kept(terms)
-        return ((dropped * self.query_sizes).sum(-1).double() / self.tokens**2).mean()
+        return ((dropped * self._used_sizes).sum(-1).double() / self._pairs).mean()
 
     @property
     def tail_density(self) -> float:
         """Pairs of a query and a pooled term, as a fraction of the query-key token pairs, mean over the heads. The cost
         of a plan relative to dense attention is about ``density + tail_density``."""
         return float(self.mean_tail_density)
+
+    @cached_property
+    def _used_sizes(self) -> Tensor:
+        """Queries of each group whose outputs are used, int64 ``[B|1, H|1, Q]``."""
+        if not self.first_query:
+            return self.query_sizes
+        group = self.query_group[..., self.first_query :]
+        sizes = group.new_zeros(*group.shape[:-1], self.query_sizes.shape[-1])
+        return sizes.scatter_add_(-1, group, torch.ones_like(group))
+
+    @property
+    def _pairs(self) -> int:
+        return (self.tokens - self.first_query) * self.tokens
 
     def _sum_kept(self, values: Tensor) -> Tensor:
         """Return the sum of ``values [B|1, H|1, Qk]`` over the key groups that each row keeps, ``[B|1, H|1, Q]``."""
@@ -100,6 +113,18 @@ class BasePlan:
         index = torch.arange(columns, dtype=torch.int32, device=self.index.device)
         count = torch.full((), columns, dtype=torch.int32, device=self.index.device)
         return replace(self, index=index.expand(1, 1, rows, -1), count=count.expand(1, 1, rows), tail=None)
+
+    def for_queries(self, first: int) -> BasePlan:
+        """Return the plan for the queries from number ``first`` on, whose outputs alone are used.
+
+        Groups without any of these queries keep one key group, because every row must keep one. These pairs are no part
+        of the density.
+        """
+        if not first:
+            return self
+        plan = replace(self, first_query=first)
+        count = torch.where(plan._used_sizes > 0, self.count, 1)
+        return replace(plan, index=self.index.expand(*count.shape, -1), count=count)
 
     def repeat_batch(self) -> BasePlan:
         """Return the plan for the batch repeated twice, ``[B, ...] -> [2 B, ...]``."""
@@ -150,38 +175,6 @@ def repeat_batch(value: Any) -> Any:
     return value if shared else torch.cat([value, value])
 
 
-def lists_from_mask(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the index and count of a boolean mask ``[B|1, H|1, Q, Qk]``. Raises as :func:`check_rows` does."""
-    position = keep.cumsum(-1)
-    count = position[..., -1].int()
-    check_rows(count)
-    width = list_width(count, keep.shape[-1])
-    index = torch.zeros(*keep.shape[:-1], 1 + width, dtype=torch.int32, device=keep.device)
-    number = torch.arange(keep.shape[-1], dtype=torch.int32, device=keep.device).expand(keep.shape)
-    index.scatter_(-1, position.mul_(keep), number)  # numbers that are not kept go to position 0, which is cut off
-    return index[..., 1:].contiguous(), count
-
-
-def check_rows(count: Tensor) -> None:
-    """Raise ValueError if a row is empty. On a GPU this is a device-side assert, so that nothing synchronizes."""
-    message = "a query block keeps no key block; every row must keep at least one"
-    if count.is_cuda:
-        torch._assert_async((count > 0).all(), message)
-    elif (count == 0).any():
-        raise ValueError(message)
-
-
-def list_width(count: Tensor, columns: int) -> int:
-    """Return the width of the index lists: the largest count.
-
-    On a GPU the largest count synchronizes with the device, so lists below `MAX_UNTRIMMED_BYTES` keep all ``columns``.
-    Larger ones are trimmed: attention over that many blocks takes much longer than the wait.
-    """
-    if count.is_cuda and count.numel() * columns * torch.int32.itemsize <= MAX_UNTRIMMED_BYTES:
-        return columns
-    return int(count.max())
-
-
 @dataclass(frozen=True)
 class Plan(BasePlan):
     """Plan of equal blocks: which key blocks each query block attends to, and the token order they are cut from.
@@ -201,6 +194,7 @@ class Plan(BasePlan):
     order: Tensor | None = None
     lengths: Tensor | None = None
     tail: int | None = None
+    first_query: int = 0
 
     @classmethod
     def from_mask(cls, keep: Tensor, tokens: int, block: int, order: Tensor | None = None) -> Plan:

@@ -48,6 +48,8 @@ class Family:
             ids; in a compiled transformer they receive only these arguments and the latents.
         mask: name of the processor's argument from which all layers compute the same attention mask, if each layer
             makes a tensor of its own.
+        cached_keys: whether keys may begin with a cache of earlier tokens, so that the queries are the last tokens of
+            the sequence that ``grid`` and ``references`` describe.
         pipelines: class names of the diffusers pipelines.
         images: whether the pipelines generate images; the adapter is in ``pipelines/image``.
         timestep, latents: names of these arguments of the transformer's forward call.
@@ -64,6 +66,7 @@ class Family:
     references: Callable[[Mapping, Mapping], tuple[int, int]] = lambda config, arguments: (0, 0)
     reads: tuple[str, ...] = ()
     mask: str | None = None
+    cached_keys: bool = False
     pipelines: tuple[str, ...] = ()
     timestep: str = "timestep"
     latents: str = "hidden_states"

@@ -53,6 +53,7 @@ class ModuleAdapter:
     steps: int | None = None
     text: ClassVar[None] = None
     mask: ClassVar[None] = None
+    cached_keys: ClassVar[bool] = False
 
     def supports(self, class_names: set[str]) -> bool:
         """Return whether the adapter is for a module with these names of its class and base classes."""

@@ -17,7 +17,6 @@ UNSUPPORTED = {
     "WanAnimate2Transformer3DModel": OWN_MASK,
     "Ideogram4Transformer2DModel": "its mask lets the padding of prompts attend to itself",
     "SanaWMLTX2RefinerTransformer3DModel": "its token grid is not among the arguments of its forward call",
-    "AnyFlowFARTransformer3DModel": "it generates blocks of frames with a causal mask and cached keys",
     "AceStepTransformer1DModel": "half of its layers have a sliding window of their own",
     "LongCatAudioDiTTransformer": SHORT,
     "StableAudioDiTModel": SHORT,

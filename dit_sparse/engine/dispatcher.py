@@ -21,7 +21,8 @@ from .forward import AttentionCall, AttentionSite, Forward, TokenLayout, why_den
 from .guard import QualityGuard
 from .interception.parallel import arrange, joint_order
 from .items import ItemLayout, check_attention
-from .padding import KeyPadding, PaddingCache
+from .masks.causal import CausalParts, with_missing_queries
+from .masks.padding import KeyPadding, MaskCache
 from .plans import Plans
 from .report import RunCounters
 from .settings import Settings
@@ -62,7 +63,7 @@ class AttentionDispatcher:
         self._plans = Plans(settings.method, settings.schedule, counters.planning, guard=self._guard)
         self._forward = Forward(settings, self.tracker)
         self._choices = ExecutorChoices(settings, counters)
-        self._padding = PaddingCache()
+        self._masks = MaskCache()
         self._checked_attention = False
         self._reserved_bytes: dict[str, int] = {}  # by branch of this generation
 
@@ -79,13 +80,13 @@ class AttentionDispatcher:
             check_grid(self._settings.method, grid)
         self.tracker.begin_forward(timestep, latents, context, compiled)
         self._forward.begin(layout, batch=layout.items if is_plain else len(latents))
-        self._padding.clear()
+        self._masks.clear()
         self._guard.begin_forward()
 
     def end_generation(self) -> None:
         """Drop everything that depends on the tokens of one generation."""
         self._plans.end_generation()
-        self._padding.clear()
+        self._masks.clear()
         self._reserved_bytes.clear()
         self._guard.end_generation()
         self._choices.end_generation()
@@ -105,8 +106,8 @@ class AttentionDispatcher:
         layout = self._forward.layout
         if isinstance(layout, ItemLayout):
             return self._attend_items(attention_site, call, layout)
-        grid = layout.grid(call.q.shape[2], attention_site.text)
-        if reason := why_dense(layout, grid, call):
+        grid = layout.grid(call.k.shape[2], attention_site.text)
+        if reason := why_dense(layout, grid, call, attention_site.cached_keys):
             return self._dense(call, self._counters.warn(reason))
         site = self._next_site(attention_site, grid)
         if call.ranks is None:
@@ -151,12 +152,29 @@ class AttentionDispatcher:
             return out
         if reason := self._why_site_is_dense(site):
             return self._dense(call, reason)
-        padding = self._padding.read(call, site.grid)
+        if self._settings.method.keeps_model_attention:
+            return self._dense(call, "the method")
+        padding = self._masks.read(call, site.grid)
         if isinstance(padding, str):
             return self._dense(call, self._counters.warn(padding))
+        if isinstance(padding, CausalParts):
+            outputs = [self._attend_part(*part) for part in padding.split(call, site)]
+            return padding.merge(outputs, call.q.shape[2])
+        if call.q.shape[2] < call.k.shape[2]:
+            return self._attend_last_queries(with_missing_queries(call), site)
         if padding is None or padding.order is None:
             return self._attend_sparsely(call, site, padding)
         return padding.restore(self._attend_sparsely(padding.arrange_call(call), padding.arrange_site(site), padding))
+
+    def _attend_last_queries(self, call: AttentionCall, site: Site) -> Tensor:
+        """Compute a call of which only the outputs from its first used query on are used, and return these."""
+        out = self._attend_sparsely(call, replace(site, first_query=call.first_query), None)
+        return out[:, :, call.first_query - call.k.shape[2] :]
+
+    def _attend_part(self, call: AttentionCall, site: Site | None) -> Tensor:
+        """Compute a part of a causal call, see `CausalParts.split`."""
+        reason = "the keys hold no video token" if site is None else self._why_site_is_dense(site)
+        return self._dense(call, reason) if reason else self._attend_sparsely(call, site, None)
 
     def _why_site_is_dense(self, site: Site) -> str | None:
         return (
@@ -197,8 +215,8 @@ class AttentionDispatcher:
             return self._dense(call, f"{reason}, by the backend {call.backend}")
         if not self._choices.may_replace_sdpa(site.grid):
             return self._dense(call, reason)
-        padding = self._padding.read(call, site.grid)
-        if isinstance(padding, str):
+        padding = self._masks.read(call, site.grid)
+        if isinstance(padding, str | CausalParts) or call.q.shape[2] < call.k.shape[2]:
             return self._dense(call, reason)
         without_padding = partial(padding.attend_without_padding, call) if padding else None
         if padding is not None and padding.order is not None:
@@ -211,8 +229,8 @@ class AttentionDispatcher:
 
     def _observe_dense(self, call: AttentionCall, site: Site, out: Tensor) -> None:
         """Call ``observe_dense`` with a call of the last dense step and the output of the method's plan for it."""
-        padding, counters = self._padding.read(call, site.grid), self._counters
-        if self._why_site_is_dense(site) or isinstance(padding, str):
+        padding, counters = self._masks.read(call, site.grid), self._counters
+        if self._why_site_is_dense(site) or isinstance(padding, str | CausalParts) or call.q.shape[2] < call.k.shape[2]:
             return
         if padding is not None and padding.order is not None:
             call, site, out = padding.arrange_call(call), padding.arrange_site(site), padding.arrange(out)

@@ -24,6 +24,7 @@ class AttentionSite:
         layer, layers: number of the module, and how many there are.
         text: position of the text tokens, as in ``Family``.
         module: the attention module.
+        cached_keys: whether keys may begin with a cache of earlier tokens, as in ``Family``.
     """
 
     component: str
@@ -31,6 +32,7 @@ class AttentionSite:
     layers: int
     text: str | None
     module: nn.Module
+    cached_keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class AttentionCall:
 
     Attributes:
         q, k, v: after RoPE, ``[B, H, N, D]``, and ``[B, Hkv, N, D]`` for keys and values.
-        mask: a tensor or None, or another object that the user's attention backend accepts as a mask.
+        mask: a tensor, a ``BlockMask``, None, or another object that the user's attention backend accepts as a mask.
         mask_source: the processor's argument from which all layers compute the same mask, or None.
         is_causal, dropout_p, scale: as in ``scaled_dot_product_attention``.
         stock: computes the call as the model does, ``[B, H, N, D]``.
@@ -47,6 +49,7 @@ class AttentionCall:
         is_parallel: whether the call belongs to a form of context parallelism that is not supported.
         ranks: under context parallelism, the index of this rank and the number of ranks that share the heads; else
             None.
+        first_query: number of the first query whose output is used, as in ``Site``.
         is_checked: whether ``stock`` is known to compute plain attention; functions of a model's own are compared with
             it once.
     """
@@ -64,6 +67,7 @@ class AttentionCall:
     mask_source: Tensor | None = None
     ranks: tuple[int, int] | None = None
     is_checked: bool = True
+    first_query: int = 0
 
     @property
     def needs_gradient(self) -> bool:
@@ -72,7 +76,7 @@ class AttentionCall:
     @property
     def pairs(self) -> int:
         """Query-key pairs of all heads and batch items."""
-        return self.q.shape[:3].numel() * self.k.shape[2]
+        return self.q.shape[:2].numel() * (self.q.shape[2] - self.first_query) * self.k.shape[2]
 
     def under_autocast(self, device: str, dtype: torch.dtype) -> AttentionCall:
         """Return the call with inputs of that dtype; ``stock`` runs under autocast, as in the model."""
@@ -117,28 +121,35 @@ class TokenLayout:
         return f"{self.frames}x{self.height}x{self.width}{references}"
 
 
-def why_dense(layout: object, grid: BaseGrid | None, call: AttentionCall) -> str | None:
+def why_dense(layout: object, grid: BaseGrid | None, call: AttentionCall, cached_keys: bool = False) -> str | None:
     """Return why a call cannot be computed sparsely, or None if it can.
 
     Args:
         layout: tokens of the transformer call, for messages.
         grid: ``layout`` with the text tokens of this attention call, or None if the queries do not fit it.
         call: the intercepted call.
+        cached_keys: whether the queries may be the last tokens of the keys only.
     """
     q, k, v = call.q, call.k, call.v
-    if q.shape[2] != k.shape[2] or grid is None:
+    fits = q.shape[2] == k.shape[2] or (cached_keys and q.shape[2] < k.shape[2] and call.mask is None)
+    if not fits or grid is None:
         return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {layout}"
     if q.shape[-1] != v.shape[-1] or not q.dtype == k.dtype == v.dtype:
         return "queries, keys and values differ in dtype or head_dim"
     if call.is_causal or call.dropout_p > 0:
         return "causal attention and dropout are not supported"
-    if not (call.mask is None or isinstance(call.mask, Tensor)):
+    if not (call.mask is None or isinstance(call.mask, Tensor) or is_block_mask(call.mask)):
         return f"the model's attention mask is a {type(call.mask).__name__}"
     if call.needs_gradient:
         return "gradients are required, and the executors have no backward pass"
     if call.is_parallel:
         return "this form of context parallelism is not supported"
     return None
+
+
+def is_block_mask(mask: object) -> bool:
+    """Return whether a mask is a ``BlockMask`` of FlexAttention, whose import would import PyTorch's compiler."""
+    return type(mask).__name__ == "BlockMask" and hasattr(mask, "mask_mod")
 
 
 class Forward:

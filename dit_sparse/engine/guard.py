@@ -84,8 +84,10 @@ class QualityGuard:
 def retained_mass(call: AttentionCall, site: Site, plan: Plan | ClusterPlan) -> Tensor:
     """Return the share of the attention weights that a plan computes, a mean over sampled video queries and heads."""
     q, k, grid = call.q, call.k, site.grid
-    count = min(max(grid.video // TOKENS_PER_ROW, 1), MAX_ROWS)
-    rows = grid.before + ((torch.arange(count, device=q.device) + 0.5) * (grid.video / count)).long()
+    first = max(grid.before, site.first_query)
+    video = grid.before + grid.video - first
+    count = min(max(video // TOKENS_PER_ROW, 1), MAX_ROWS)
+    rows = first + ((torch.arange(count, device=q.device) + 0.5) * (video / count)).long()
     k = k if plan.lengths is None else without_padding(k, plan.lengths)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale

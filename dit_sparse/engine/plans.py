@@ -23,6 +23,9 @@ from ..scoring import without_padding
 from .guard import QualityGuard
 from .report import Stopwatch
 
+CORRECTIONS = 4  # plans made at most to correct the density of the last queries of a sequence
+TOLERANCE = 0.005
+
 
 @dataclass(frozen=True)
 class CachedPlan:
@@ -70,7 +73,8 @@ class Plans:
         """Return the plan for ``q, k [B, H, N, D]``, a new one if there is none or the schedule asks for it. It does
         not depend on tokens after the ``lengths [B]``."""
         method = self._method_at(site)
-        key = (site.grid, q.device, method) if method.static else (*self._key(q, site), len(q), q.device)
+        static_key = site.grid, site.first_query, q.device, method
+        key = static_key if method.static else (*self._key(q, site), len(q), q.device)
         cached = self._cache.get(key)
         self._previews.pop(key, None)
         # Compared with the last renewal: caches may skip a step, and some schedulers evaluate a step twice.
@@ -126,7 +130,7 @@ class Plans:
         """Return the method with the density of a step over all pairs, those with reference tokens included. Equal
         densities return the same object."""
         level = self._guard.level(site) if self._guard else 0
-        key = site.step, site.steps, site.references, site.grid, level
+        key = site.step, site.steps, site.references, site.first_query, site.grid, level
         if key not in self._methods:
             method = map_density(self.method, partial(self._density, site))
             self._methods[key] = next((one for one in (self.method, *self._methods.values()) if one == method), method)
@@ -136,10 +140,29 @@ class Plans:
         density = self._schedule.density_at(site, density, ramp=self.method.density_ramp)
         if self._guard:
             density = self._guard.density(site, density)
-        video = 1 - site.references / site.grid.tokens
-        return 1 - (1 - density) * video**2 if site.references else density
+        return 1 - (1 - density) * (1 - site.reference_share) if site.references else density
 
     def _make_plan(
+        self, method: Method, q: Tensor, k: Tensor, v: Tensor | None, site: Site, lengths: Tensor | None
+    ) -> Plan | ClusterPlan | None:
+        """Make a plan for the queries of the site. A method distributes its density over all queries, so the density of
+        the last ones is corrected."""
+        plan = self._make_full_plan(method, q, k, v, site, lengths)
+        if plan is None or not site.first_query:
+            return plan
+        plan = plan.for_queries(site.first_query)
+        if method.density is None or method.manages_own_plans:
+            return plan
+        factor = 1.0
+        for _ in range(CORRECTIONS):
+            if abs(plan.density - method.density) <= TOLERANCE:
+                break
+            factor *= method.density / plan.density
+            corrected = map_density(method, lambda density, factor=factor: min(density * factor, 1.0))
+            plan = self._make_full_plan(corrected, q, k, v, site, lengths).for_queries(site.first_query)
+        return plan
+
+    def _make_full_plan(
         self, method: Method, q: Tensor, k: Tensor, v: Tensor | None, site: Site, lengths: Tensor | None
     ) -> Plan | ClusterPlan | None:
         """Make a plan; if the batch holds both branches, from its second half, which is conditional."""
@@ -158,4 +181,4 @@ class Plans:
 
     def _key(self, q: Tensor, site: Site) -> tuple:
         branch = site.branch if self._schedule.per_branch else site.plan_group
-        return site.grid, site.layer, branch, len(q) // 2 if self._splits_batch(q, site) else len(q)
+        return site.grid, site.first_query, site.layer, branch, len(q) // 2 if self._splits_batch(q, site) else len(q)

@@ -136,7 +136,7 @@ class RunCounters:
         self.sparse_calls += 1
         self.executors[executor] += 1
         self.grids[site.grid, site.block] = None
-        references = pairs * (1 - (1 - site.references / site.grid.tokens) ** 2)
+        references = pairs * site.reference_share
         self.sparse_pairs += pairs - references
         self.reference_pairs += references
         # not in place, because the tensor may have been created in inference mode

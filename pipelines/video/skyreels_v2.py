@@ -1,7 +1,7 @@
 """SkyReels V2: text to video, image to video, diffusion forcing.
 
-Self-attention is over video tokens only. Models with ``num_frame_per_block`` above 1 attend causally by blocks of
-frames and stay dense.
+Self-attention is over video tokens only. Models with ``num_frame_per_block`` above 1 attend causally by groups of
+frames.
 """
 
 from __future__ import annotations

@@ -99,3 +99,18 @@ def test_blocks_of_pipelines_compile_with_fullgraph(name):
     with ds.enable(stock.pipe, "radial", **settings) as run:
         torch.testing.assert_close(generate(stock), expected, rtol=0, atol=1e-5)
     assert not counters["graph_break"] and run.report().sparse_calls > 0
+
+
+class OwnAttention:
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        return hidden_states
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_processors_that_cannot_be_intercepted_are_counted_at_every_step(whole):
+    model = wan(2)
+    model.blocks[0].attn1.processor = OwnAttention()
+    with ds.enable(model, "radial", **SETTINGS) as run:
+        denoise(compiled(model, whole, "eager"))
+    missed = {"OwnAttention calls no attention function that can be intercepted": 3}
+    assert run.report().dense_calls == missed | {"the schedule": 1} and not counters["graph_break"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dit_sparse as ds
 from dit_sparse.engine.forward import AttentionCall
-from dit_sparse.engine.padding import KeyPadding, PaddingCache, read_padding
+from dit_sparse.engine.masks.padding import KeyPadding, MaskCache, read_padding
 from dit_sparse.kernels.executors import executor
 from dit_sparse.methods import method
 
@@ -100,7 +100,7 @@ def test_a_mask_that_excludes_nothing_is_no_padding():
 
 
 def test_masks_of_one_source_are_read_once():
-    grid, cache = GRIDS["text before"], PaddingCache()
+    grid, cache = GRIDS["text before"], MaskCache()
     keys = valid_keys(grid, TEXT["right"])
     first = masked_call(grid, keys[:, None, None])
     second = masked_call(grid, torch.ones_like(first.mask))

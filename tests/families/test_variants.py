@@ -82,10 +82,9 @@ VARIANTS = {
     ),
     "SkyReels V2, causal": Variant(
         "SkyReelsV2Transformer3DModel",
-        [],
+        ["2x8x8", "4x8x8"],
         dict(num_frame_per_block=2),
         grid=(4, 8, 8),
-        reason="the attention mask [1, 1, 256, 256] allows different keys for different queries",
     ),
     "CogVideoX 1.5": Variant(
         "CogVideoXTransformer3DModel",

@@ -44,6 +44,11 @@ def _anyflow(call: Call) -> dict:
     return _wan(call) | dict(hidden_states=call.video(4).transpose(1, 2), timestep=time, r_timestep=time - 100)
 
 
+def _anyflow_far(call: Call) -> dict:
+    """All frames as one chunk, which the model pads to a multiple of 128 tokens."""
+    return _anyflow(call) | dict(chunk_partition=[call.grid[0]])
+
+
 def _hunyuan(call: Call) -> dict:
     return dict(
         hidden_states=call.video(4),
@@ -184,6 +189,7 @@ VIDEO_MODELS = [
     TinyModel("ChronoEditTransformer3DModel", WAN, _wan, 2),
     TinyModel("SkyReelsV2Transformer3DModel", WAN, _wan, 2),
     TinyModel("AnyFlowTransformer3DModel", WAN, _anyflow, 2, axes="BFCHW"),
+    TinyModel("AnyFlowFARTransformer3DModel", WAN, _anyflow_far, 2, axes="BFCHW"),
     TinyModel(
         "HunyuanVideoTransformer3DModel",
         HUNYUAN | dict(num_refiner_layers=1, pooled_projection_dim=8, rope_axes_dim=(4, 6, 6)),

@@ -32,7 +32,7 @@ class Group:
 
 GROUPS = {  # lowest first; a file belongs to the first group whose pattern it fits
     "core": Group(
-        "grid order plan clusters schedule voxels voxels.* kernels.tail kernels.free_memory",
+        "grid order plan clusters schedule voxels voxels.* kernels.key_lists kernels.tail kernels.free_memory",
         lazily="plotting matplotlib",
     ),
     "planning": Group("kernels.planning kernels.planning.*", "core executors gpu"),

@@ -12,13 +12,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from dit_sparse import METHODS, ClusterPlan, Grid, Pattern, Site
 from dit_sparse import plan as plan_module
 from dit_sparse.composition import PerHead
-from dit_sparse.engine import padding, tracking
-from dit_sparse.engine.padding import KeyPadding
+from dit_sparse.engine import tracking
+from dit_sparse.engine.masks import padding
+from dit_sparse.engine.masks.padding import KeyPadding
 from dit_sparse.engine.plans import Plans
 from dit_sparse.engine.report import RunCounters
 from dit_sparse.eval.bench import attention as attention_bench
 from dit_sparse.eval.bench import transformer as transformer_bench
-from dit_sparse.kernels import pick
+from dit_sparse.kernels import key_lists, pick
 from dit_sparse.kernels.calibration import CostModel
 from dit_sparse.kernels.executors import block_ragged, block_sparse
 from dit_sparse.kernels.permute import permute_tokens
@@ -97,9 +98,9 @@ def test_methods_plan_and_attend_without_synchronization(name, grid, both_branch
 
 def trim_lists_on_gpu(monkeypatch) -> None:
     """Return a third of the columns as the width of lists, which cannot be read from a fake tensor."""
-    list_width = plan_module.list_width
+    list_width = key_lists.list_width
     trimmed = lambda count, columns: columns // 3 if count.is_cuda else list_width(count, columns)
-    monkeypatch.setattr(plan_module, "list_width", trimmed)
+    monkeypatch.setattr(key_lists, "list_width", trimmed)
 
 
 def test_only_long_lists_are_trimmed(monkeypatch):

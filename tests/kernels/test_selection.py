@@ -8,8 +8,8 @@ import torch
 from attention_cases import nan_filled_memory
 from dit_sparse.budget import Mass, Top
 from dit_sparse.density import keep_pairs
+from dit_sparse.kernels.key_lists import lists_from_mask
 from dit_sparse.kernels.planning.selection import select_top, select_top_by_sort, select_top_triton
-from dit_sparse.plan import lists_from_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -72,10 +72,12 @@ class Interception:
             return
         intercepting = _intercepting_class(type(module.processor))
         if intercepting is None:
-            self._hook = self._hook or module.register_forward_pre_hook(HookCallback(self._count_call))
+            hook = HookCallback(self._count_call)
+            self._hook = self._hook or module.register_forward_pre_hook(hook, with_kwargs=True)
+            _register_operators()
             return
         self._remove_hook()
-        _register_operator()
+        _register_operators()
         self.stock_processor = module.processor
         processor = object.__new__(intercepting)
         processor.__dict__ = self.stock_processor.__dict__  # shared, so that a backend set by diffusers applies to both
@@ -94,11 +96,20 @@ class Interception:
             self._hook.remove()
         self._hook = None
 
-    def _count_call(self, module: nn.Module, args: tuple) -> None:
-        if not torch.compiler.is_compiling() and interception_of(module) is not self:
-            processor = module.processor
-            name = getattr(processor, "__name__", type(processor).__name__)
-            self.report_missed(f"{name} calls no attention function that can be intercepted")
+    def _count_call(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if interception_of(module) is self:
+            return None
+        processor = module.processor
+        name = getattr(processor, "__name__", type(processor).__name__)
+        reason = f"{name} calls no attention function that can be intercepted"
+        if not torch.compiler.is_compiling():
+            self.report_missed(reason)
+        elif args:
+            return (torch.ops.dit_sparse.count_missed(args[0], self.number, reason), *args[1:]), kwargs
+        else:
+            first = next(iter(kwargs))
+            return args, kwargs | {first: torch.ops.dit_sparse.count_missed(kwargs[first], self.number, reason)}
+        return None
 
     def compute(self, call: AttentionCall) -> Tensor:
         return call.stock() if self.attend is None else self.attend(call)
@@ -179,6 +190,8 @@ def _intercepting_dispatcher(dispatch: Callable) -> Callable:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if torch.compiler.is_compiling():
             if not (attn_mask is None or isinstance(attn_mask, Tensor)):
+                reason = f"a compiled graph cannot pass on a {type(attn_mask).__name__}"
+                query = torch.ops.dit_sparse.count_missed(query, _tracing.number, reason)
                 return stock()
             name = None if backend is None else str(getattr(backend, "value", backend))
             call = (q, k, v, attn_mask, _tracing.number, dropout_p, is_causal, scale, enable_gqa, name)
@@ -247,8 +260,20 @@ def chosen_backend(backend: Any) -> str | None:
 
 
 @functools.cache
-def _register_operator() -> None:
-    """Register ``torch.ops.dit_sparse.attend``, the intercepted call of a compiled graph."""
+def _register_operators() -> None:
+    """Register the operators of compiled graphs: ``torch.ops.dit_sparse.attend``, an intercepted call, and
+    ``count_missed``, which copies a tensor and counts a call that cannot be intercepted."""
+
+    @torch.library.custom_op("dit_sparse::count_missed", mutates_args=())
+    def count_missed(x: Tensor, number: Tensor, reason: str) -> Tensor:
+        interception = Interception._links.get(int(number))
+        if interception is not None and interception.active:
+            interception.report_missed(reason)
+        return x.clone()
+
+    @count_missed.register_fake
+    def _(x, number, reason):
+        return torch.empty_like(x)
 
     @torch.library.custom_op("dit_sparse::attend", mutates_args=())
     def attend(

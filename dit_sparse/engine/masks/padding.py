@@ -1,16 +1,18 @@
-"""Padding of batch items, read from attention masks."""
+"""Attention masks: padding of batch items, and parts that are causal by frames."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..grid import Grid, Site
-from .forward import AttentionCall
+from ...grid import Grid, Site
+from ..forward import AttentionCall, is_block_mask
+from .causal import CausalParts, read_causal
 
 EXCLUDED = -1e4  # additive mask values up to this one exclude a key
 
@@ -112,20 +114,30 @@ def _valid_keys(mask: Tensor, batch: int, tokens: int) -> Tensor | str:
     return keys
 
 
-class PaddingCache:
-    """Padding by mask, cached for one transformer call because reading a mask synchronizes with the GPU."""
+def read_mask(mask: Any, batch: int, grid: Grid) -> KeyPadding | CausalParts | str | None:
+    """Return what a mask describes: padding as `read_padding` does, the parts of a causal mask, or why neither."""
+    padding = "a BlockMask" if is_block_mask(mask) else read_padding(mask, batch, grid)
+    if not isinstance(padding, str):
+        return padding
+    if not is_block_mask(mask) and (mask.ndim < 2 or mask.shape[-2] != grid.tokens or "bias" in padding):
+        return padding
+    return read_causal(mask, grid)
+
+
+class MaskCache:
+    """What masks describe, cached for one transformer call because reading a mask synchronizes with the GPU."""
 
     def __init__(self) -> None:
-        self._cache: dict[tuple, tuple[Tensor, KeyPadding | str | None]] = {}  # holds the masks: their ids stay unique
+        self._cache: dict[tuple, tuple] = {}  # holds the masks: their ids stay unique
 
-    def read(self, call: AttentionCall, grid: Grid) -> KeyPadding | str | None:
-        """Return the padding of a call as `read_padding` does; None without a mask."""
+    def read(self, call: AttentionCall, grid: Grid) -> KeyPadding | CausalParts | str | None:
+        """Return what the mask of a call describes, as `read_mask` does; None without a mask."""
         if call.mask is None:
             return None
         source = call.mask if call.mask_source is None else call.mask_source
         key = id(source), call.mask.shape, grid
         if key not in self._cache:
-            self._cache[key] = source, read_padding(call.mask, call.q.shape[0], grid)
+            self._cache[key] = source, read_mask(call.mask, call.q.shape[0], grid)
         return self._cache[key][1]
 
     def clear(self) -> None:
