@@ -42,9 +42,9 @@ def site_files() -> Files:
 
 def assemble() -> None:
     """Write the files of the site, the configuration of MkDocs and the package for the API reference."""
-    pages = BUILD / "pages"
+    files, pages = site_files(), BUILD / "pages"
     shutil.rmtree(pages, ignore_errors=True)
-    for uri, content in site_files().items():
+    for uri, content in files.items():
         file = pages / uri
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content.encode() if isinstance(content, str) else content)

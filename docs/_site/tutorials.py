@@ -64,13 +64,15 @@ def executed(path: Path) -> nbformat.NotebookNode:
 def tutorial_files(path: Path) -> Iterator[tuple[str, str | bytes]]:
     """Yield address and content of the page of a notebook, and of its pictures. Warnings and progress are left out."""
     from nbconvert import MarkdownExporter
+    from nbconvert.filters import strip_ansi
 
     notebook = executed(path)
-    for cell in notebook.cells:
-        cell.outputs = [output for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     text, resources = MarkdownExporter().from_notebook_node(notebook)
     for name, content in resources["outputs"].items():
         yield f"tutorials/{path.stem}/{name}", content
+    text = strip_ansi(text)
     text = re.sub(r"!\[\w*\]\((output_\w+\.\w+)\)", rf"![Output]({path.stem}/\1)", text)
     text = re.sub(r"\n{3,}", "\n\n", text)
     download = f"[Download this notebook]({path.name}){{ .md-button }}"
