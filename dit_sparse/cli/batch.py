@@ -21,10 +21,13 @@ from .options import (
     Frames,
     Guard,
     Guidance,
+    HeadProfile,
     Height,
     Method,
     Model,
+    NegativePrompt,
     OutFolder,
+    Preset,
     Seeds,
     Steps,
     Width,
@@ -32,6 +35,7 @@ from .options import (
     call_arguments,
     count_or_fraction,
     density_ramp,
+    method_text,
 )
 from .terminal import console, one_sentence, print_error, print_result, progress_bars
 
@@ -41,12 +45,15 @@ def batch(
     out: OutFolder = Path("out/batch"),
     model: Model = "shapes-wan",
     method: Method = None,
+    preset: Preset = None,
+    profile: HeadProfile = None,
     density: Density = None,
     dense_steps: DenseStepsOrProfile = None,
     ramp: DensityRamp = None,
     executor: Executor = "auto",
     block: Block = None,
     guard: Guard = None,
+    negative_prompt: NegativePrompt = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first clip of each prompt.")] = 0,
     seeds: Seeds = 1,
     steps: Steps = None,
@@ -70,7 +77,8 @@ def batch(
         check_engine(engine, workers)
         settings = {"method": method, "density": density, "dense_steps": count_or_fraction(dense_steps)}
         settings |= {"density_ramp": density_ramp(ramp), "executor": executor, "block": block, "guard": guard}
-        call = call_arguments(steps, frames, height, width, guidance)
+        settings["method"] = method_text(method, preset, profile)
+        call = call_arguments(steps, frames, height, width, guidance, negative_prompt)
         task = Batch(read_rows(prompts), out, model, settings, call, seed, seeds, retries, fps)
         try:
             with _progress_bars() as stage:

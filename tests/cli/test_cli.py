@@ -18,6 +18,7 @@ from dit_sparse import METHODS, __version__
 from dit_sparse.cli.main import app
 from dit_sparse.cli.options import call_arguments, count_or_fraction, method_list
 from dit_sparse.cli.terminal import one_sentence
+from dit_sparse.generation.batch import Batch
 from dit_sparse.generation.loading import LoadOptions
 from dit_sparse.kernels.executors import EXECUTORS
 from dit_sparse.methods import KINDS, method
@@ -330,6 +331,18 @@ def test_generate_writes_what_it_did_next_to_the_video(tmp_path):
     assert report["method"] == "asa" and report["schedule"]["dense_steps"] == 1 and report["preset"].startswith("fast")
     assert report["density_asked"] == 0.25 and report["sparse_calls"] > 0 and stored["loading"]["dtype"] == "float32"
     assert stored["versions"]["torch"] and {"commit", "device", "video_sha256"} <= stored.keys()
+
+
+def test_a_batch_takes_a_preset_and_a_negative_prompt(tmp_path, monkeypatch):
+    """Rows may have their own."""
+    (tmp_path / "p.csv").write_text("prompt,method,negative_prompt\na,,\nb,radial,blue\n")
+    jobs = []
+    manifest = {"count": {"done": 2, "failed": 0, "missing": 0}, "clips": []}
+    monkeypatch.setattr(Batch, "run", lambda batch, stage: jobs.extend(batch.jobs()) or manifest)
+    options = ("--preset", "fast", "--negative-prompt", "red", "--out", tmp_path / "out", "--json")
+    assert json.loads(call("batch", tmp_path / "p.csv", *options).stdout) == manifest
+    assert [job.processor.settings.preset for job in jobs] == ["fast", None]
+    assert [job.call["negative_prompt"] for job in jobs] == ["red", "blue"]
 
 
 def test_presets_are_listed():
