@@ -16,6 +16,7 @@ from .options import (
     DenseSteps,
     Densities,
     DensityRamp,
+    Engine,
     Executor,
     Frames,
     Height,
@@ -26,6 +27,7 @@ from .options import (
     Seeds,
     Steps,
     Width,
+    Workers,
     call_arguments,
     count_or_fraction,
     density_ramp,
@@ -75,18 +77,23 @@ def compare(
     ] = False,
     quality: Annotated[bool, typer.Option("--quality", help="Also score each clip with VBench-style metrics.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A quick run: two prompts, six steps, short clips.")] = False,
+    engine: Engine = "local",
+    workers: Workers = None,
     out: OutFolder = Path("out/compare"),
 ) -> None:
     """Compare methods with dense attention and with each other. The same command resumes an interrupted comparison.
 
     Clips are reused while model, settings and sources stay the same; a comparison of more methods adds to them. If rows
-    fail, the others are completed, and the exit code is 1.
+    fail, the others are completed, and the exit code is 1. With --engine ray, the workers of a Ray cluster share the
+    prompts.
     """
     with one_sentence():
         from dit_sparse import Schedule
         from dit_sparse.eval.comparison.comparison import QUICK_CALL, Comparison
+        from dit_sparse.eval.comparison.ray_runner import runner_class
         from dit_sparse.eval.report.page import write_page
 
+        make_runner = runner_class(engine, workers)
         call = {"num_inference_steps": QUICK_STEPS} if quick else {}
         if quick and model == "shapes-wan":
             call = QUICK_CALL
@@ -108,7 +115,7 @@ def compare(
             call=call | call_arguments(steps, frames, height, width, min_steps=2),
         )
         with progress_bars() as stage:
-            result = task.run(stage)
+            result = task.run(stage, make_runner)
         write_page(result, out / "report.html")
     print_result(result)
     _print_comparison(result)
@@ -168,10 +175,13 @@ def reproduce(
     prompts: Prompts = "4",
     seeds: Seeds = 1,
     executor: Executor = "auto",
+    engine: Engine = "local",
+    workers: Workers = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Output folder. Default: out/RECIPE.")] = None,
 ) -> None:
     """Repeat the experiment of a paper, and print published and measured results."""
     with one_sentence():
+        from dit_sparse.eval.comparison.ray_runner import runner_class
         from dit_sparse.eval.comparison.reproduce import Recipe, published_and_measured, recipes
         from dit_sparse.eval.report.comparison_tables import completeness_notes
         from dit_sparse.eval.report.page import write_page
@@ -181,13 +191,13 @@ def reproduce(
             for name in recipes():
                 console.print(f"{name:28} {Recipe.load(name).title}", highlight=False)
             return
-        paper = Recipe.load(recipe)
+        paper, make_runner = Recipe.load(recipe), runner_class(engine, workers)
         folder = out or Path("out") / Path(recipe).stem
         task = paper.comparison(read_prompts(prompts), folder, seeds, executor)
         paper.check_call()
         console.print(f"{paper.title}\n{paper.source}, on {paper.hardware}", highlight=False, markup=False)
         with progress_bars() as stage:
-            result = task.run(stage)
+            result = task.run(stage, make_runner)
         write_page(result, folder / "report.html")
     rows = list(published_and_measured(paper, result))
     print_result({"recipe": paper.title, "rows": rows, "comparison": result})

@@ -12,6 +12,7 @@ from .options import (
     Block,
     DenseSteps,
     Densities,
+    Engine,
     Executor,
     Frames,
     Height,
@@ -21,6 +22,7 @@ from .options import (
     Seeds,
     Steps,
     Width,
+    Workers,
     call_arguments,
     count_or_fraction,
     method_list,
@@ -53,6 +55,8 @@ def study(
     frames: Frames = None,
     height: Height = None,
     width: Width = None,
+    engine: Engine = "local",
+    workers: Workers = None,
     out: OutFolder = Path("out/study"),
 ) -> None:
     """Measure the error of the guided prediction in single steps, for methods and the parts of a method.
@@ -62,8 +66,10 @@ def study(
     """
     with one_sentence():
         from dit_sparse import Schedule
+        from dit_sparse.eval.comparison.ray_runner import runner_class
         from dit_sparse.eval.study.study import Study
 
+        make_runner = runner_class(engine, workers)
         task = Study.create(
             method_list(methods),
             ablate,
@@ -80,7 +86,7 @@ def study(
             call=call_arguments(steps, frames, height, width, min_steps=2),
         )
         with progress_bars() as stage:
-            result = task.run(stage)
+            result = task.run(stage, make_runner)
     print_result(result)
     table = make_table("row", "error of a step", "density", "with pooled terms", "PSNR (dB)")
     for row in result["rows"]:

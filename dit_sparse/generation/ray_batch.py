@@ -83,7 +83,8 @@ def run_batch(batch: Batch, stage: Stage, workers: int | None = None) -> dict:
         try:
             if left:
                 with shared_token(batch.out) as token:
-                    pool = RayPool(partial(BatchWorker, replace(batch, out=batch.out.absolute()), token), workers)
+                    make_worker = partial(BatchWorker, replace(batch, out=batch.out.absolute()), token)
+                    pool = RayPool(make_worker, workers, at_most=len(left))
                     try:
                         pool.run(left, count, fail, poll)
                     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ _log = logging.getLogger("dit_sparse")
 ENGINES = ("local", "ray")
 MAX_DEATHS = 3  # workers that may die on one task, such as one that needs more memory than the machine has
 POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 60.0  # without any worker, before a warning
 OBJECT_STORE_BYTES = 100 * 2**20  # tasks and results are small; clips are written by the workers
 
 
@@ -46,6 +48,9 @@ def check_engine(engine: str, workers: int | None = None) -> None:
 
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(
+        "RAY_worker_niceness", "0"
+    )  # of Ray: 15, which slows workers down on a machine with more to do
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the default of later versions of Ray
     try:
         import ray
@@ -86,6 +91,7 @@ class RayPool:
         make_worker: makes a worker; pickled.
         workers: number of workers. Default: one for each GPU of the cluster, or for each machine if there is no GPU.
             Workers for which there is no room start later.
+        at_most: number of workers that have something to do.
         same: keys of ``Worker.describe`` that must be equal in all workers; others than the first are left out.
 
     Attributes:
@@ -95,18 +101,24 @@ class RayPool:
         ValueError: Ray is not installed, or ``workers`` is less than 1.
     """
 
-    def __init__(self, make_worker: Callable[[], Worker], workers: int | None = None, same: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        make_worker: Callable[[], Worker],
+        workers: int | None = None,
+        same: Sequence[str] = (),
+        at_most: int | None = None,
+    ) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"--workers must be at least 1, got {workers}")
         self.ray, self.make_worker, self.same = _import_ray(), make_worker, same
         self.described: dict | None = None
         self._actors: list[_Actor] = []
-        self._failed_starts, self._first_error = 0, ""
+        self._failed_starts, self._first_error, self._last_news = 0, "", time.monotonic()
         self._owns_cluster = not self.ray.is_initialized()
         if self._owns_cluster:
             _connect(self.ray, workers)
         self._options, number = _resources(self.ray, workers)
-        for _ in range(number):
+        for _ in range(min(number, at_most or number)):
             self._start()
 
     def run(
@@ -177,7 +189,18 @@ class RayPool:
         if not ready:
             ready, _ = self.ray.wait(list(futures), timeout=POLL_SECONDS)
         on_poll()
+        self._warn_without_workers(bool(ready))
         return [(futures[future], *self._get(futures[future])) for future in ready]
+
+    def _warn_without_workers(self, has_news: bool) -> None:
+        """Log that nothing can happen: all workers are loading, or wait for room on the cluster."""
+        now = time.monotonic()
+        if has_news or any(actor.task is not None for actor in self._actors):
+            self._last_news = now
+        elif now - self._last_news > PATIENCE_SECONDS:
+            self._last_news = now
+            needed = f"{self._options['num_cpus']} CPUs" + (" and a GPU" if "num_gpus" in self._options else "")
+            _log.warning("no worker has loaded its model yet; each one needs a machine with %s free", needed)
 
     def _get(self, actor: _Actor) -> tuple[Any, str, bool]:
         is_loading = actor.task is None

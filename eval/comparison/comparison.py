@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,11 +22,11 @@ from dit_sparse.generation.generate import Progress, default_call
 from dit_sparse.methods import KINDS, kind_of, method
 from dit_sparse.notation.parser import parse
 from dit_sparse.notation.syntax import has_settings
-from dit_sparse.output.environment import conditions
 from dit_sparse.output.files import save_json, writable_folder
 
+from .clip_spec import DENSE_SPEC, ClipSpec
 from .row_syntax import parse_row, round_density
-from .runner import DENSE_SPEC, ClipRunner, ClipSpec, check_steps
+from .runner import ClipRunner, check_steps
 from .summary import gain_over_random, is_same_density, row_density, summarize_row
 
 BASELINES = ("dense", "random_blocks")
@@ -131,27 +132,36 @@ class Comparison:
             return SparseAttnProcessor(method(name), **settings)
         return SparseAttnProcessor(name, density=density, **settings)
 
-    def run(self, stage: Stage) -> dict:
+    def make_runner(self, runner_class: Callable[..., ClipRunner] = ClipRunner) -> ClipRunner:
+        """Return a runner of the clips of this comparison."""
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        settings = (self.schedule, self.executor, self.block)
+        return runner_class(self.model, self.prompts, seeds, self.call, self.out / "clips", *settings)
+
+    def run(self, stage: Stage, runner_class: Callable[..., ClipRunner] = ClipRunner) -> dict:
         """Generate all clips and summarize the rows; the file is written after every row.
 
         A row that fails is listed under ``failures``, and the other rows are completed. The next run tries it again.
 
         Args:
             stage: returns the progress callback of a named stage.
+            runner_class: generates the clips: in this process, or on a cluster, see
+                `dit_sparse.eval.comparison.ray_runner.runner_class`.
 
         Returns:
             The content of ``compare.json``.
         """
-        shared = {"schedule": self.schedule, "executor": self.executor, "block": self.block}
-        seeds = range(self.first_seed, self.first_seed + self.seeds)
-        runner = ClipRunner(self.model, self.prompts, seeds, self.call, self.out / "clips", **shared)
+        with closing(self.make_runner(runner_class)) as runner:
+            return self._run(runner, stage)
+
+    def _run(self, runner: ClipRunner, stage: Stage) -> dict:
         path = self.out / "compare.json"
         draft = path.with_name("compare.unfinished.json") if _is_finished(path) else path
         result = {key: value for key, value in asdict(self).items() if key not in ("out", "methods")}
-        result |= {"finished": False, "grids": [], "steps": None} | conditions() | {"failures": [], "rows": []}
+        result |= {"finished": False, "grids": [], "steps": None} | runner.conditions() | {"failures": [], "rows": []}
         errors: dict[float | None, dict[str, float]] = {}
         for name, specs in self._row_groups(result["rows"]):
-            failed = runner.generate_missing(specs, stage(f"{name} (steps)"))
+            failed = runner.generate_missing(specs, stage(f"{name} ({runner.progress_unit})"))
             result["failures"] += [{"name": row, "error": error} for row, error in failed.items()]
             specs = [spec for spec in specs if spec.name not in failed]
             self._measure_errors(specs, runner, errors, stage)
@@ -189,7 +199,7 @@ class Comparison:
         Args:
             rows: summaries of the groups so far; the caller appends to it.
         """
-        yield "clips", self.specs()
+        yield "rows", self.specs()
         present = [row_density(row) for row in rows if row["method"] == "random_blocks"]
         densities = list(filter(None, map(row_density, rows)))
         if baselines := self._random_baselines(densities, list(filter(None, present))):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from dit_sparse.generation.generate import Progress, generate, load_pipeline
 from dit_sparse.methods.patterns.dense import Dense
 from dit_sparse.output.environment import (
     commit,
+    conditions,
     device_name,
     machine_load,
     method_digest,
@@ -32,53 +33,13 @@ from dit_sparse.profiling import probe
 from dit_sparse.profiling.candidates import Candidate
 
 from . import recorder
+from .clip_spec import DENSE_SPEC, ClipSpec, Sample
 from .clip_store import ClipRecord, ClipStore
 from .recorder import ClipRecorder
 
+Task = Callable[["ClipRunner", Progress], Any]  # for a runner, in this process or in a worker
 PROBED_TOGETHER = 8  # methods whose attention errors are measured on one generation; their plans are in memory together
 _log = logging.getLogger("dit_sparse")
-
-
-class Sample(NamedTuple):
-    """A prompt and a seed, of which every row has one clip."""
-
-    prompt: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class ClipSpec:
-    """How the clips of one row are generated: a method at a density, or dense attention with fewer steps.
-
-    Attributes:
-        requested_as: the row as requested.
-        method: name of the method.
-        density: requested density; None for dense attention, profiles and methods at their own settings.
-        processor: the processor to set.
-        steps: denoising steps; None: those of the comparison.
-        equal_to: names of the rows that cost as much as dense attention with these steps.
-    """
-
-    requested_as: str
-    method: str
-    density: float | None
-    processor: SparseAttnProcessor
-    steps: int | None = None
-    equal_to: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        if self.steps is not None:
-            return f"{self.method}, {self.steps} steps"
-        return self.method if self.density is None else f"{self.method} {self.density:g}"
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether this is dense attention with all steps, which other rows are compared with."""
-        return self.method == "dense" and self.steps is None
-
-
-DENSE_SPEC = ClipSpec("dense", "dense", None, SparseAttnProcessor("dense", min_tokens=0))
 
 
 class ClipRunner:
@@ -95,6 +56,8 @@ class ClipRunner:
         schedule, executor, block: settings of all rows.
     """
 
+    progress_unit = "steps"
+
     def __init__(
         self,
         model: str,
@@ -110,6 +73,7 @@ class ClipRunner:
         self.schedule, self.executor, self.block = schedule, executor, block
         self.samples = [Sample(prompt, seed) for prompt in prompts for seed in seeds]
         self.seeds = len(seeds)
+        self._warmed_up: set[str] = set()
 
     @cached_property
     def pipe(self) -> Any:
@@ -117,7 +81,9 @@ class ClipRunner:
         check_steps(self.schedule, self.call.get("num_inference_steps", _default_steps(pipe)))
         return prepare(pipe)
 
-    def generate_missing(self, specs: Sequence[ClipSpec], progress: Progress) -> dict[str, str]:
+    def generate_missing(
+        self, specs: Sequence[ClipSpec], progress: Progress, samples: Sequence[Sample] | None = None
+    ) -> dict[str, str]:
         """Generate the clips that are not stored.
 
         All rows of a sample are generated before the next sample, so that a slow period of the machine slows all rows
@@ -126,6 +92,7 @@ class ClipRunner:
         Args:
             specs: the rows.
             progress: counts denoising steps of the missing clips.
+            samples: default: all.
 
         Returns:
             The error of every row that failed, by its name. All other rows have all their clips.
@@ -133,18 +100,17 @@ class ClipRunner:
         Raises:
             Exception: dense attention, which all rows are compared with, failed.
         """
-        jobs = [(sample, spec) for sample in self.samples for spec in specs]
+        jobs = [(sample, spec) for sample in samples or self.samples for spec in specs]
         jobs = [(sample, spec) for sample, spec in jobs if self.store.get(*self.key(spec, sample)) is None]
         total, done = sum(self._steps(spec) for _, spec in jobs), 0
         progress(*((0, total) if jobs else (1, 1)))
-        warmed_up: set[str] = set()
         errors: dict[str, str] = {}
         for sample, spec in jobs:
             if spec.name not in errors:
                 try:
-                    if spec.name not in warmed_up:
+                    if spec.name not in self._warmed_up:
                         self._warm_up(spec)
-                        warmed_up.add(spec.name)
+                        self._warmed_up.add(spec.name)
                     clip = self._generate(spec, sample, lambda step, _, done=done: progress(done + step, total))
                 except Exception as error:
                     if spec.is_reference:
@@ -156,6 +122,21 @@ class ClipRunner:
             done += self._steps(spec)
             progress(done, total)
         return errors
+
+    def run_tasks(self, tasks: Sequence[Task], progress: Progress) -> list:
+        """Run tasks one after the other and return their results."""
+        results = []
+        for number, task in enumerate(tasks):
+            report = lambda done, total, number=number: progress(number * total + done, len(tasks) * total)
+            results.append(task(self, report))
+        return results
+
+    def conditions(self) -> dict:
+        """Return device, versions and commit of the clips."""
+        return conditions()
+
+    def close(self) -> None:
+        """Release what the runner holds besides memory; a runner of this process holds nothing."""
 
     def _steps(self, spec: ClipSpec) -> int:
         return self._call(spec).get("num_inference_steps") or _default_steps(self.pipe)
@@ -198,7 +179,7 @@ class ClipRunner:
 
     def _error_key(self, method: Method) -> tuple[str, dict]:
         sample = self.samples[0]
-        key = self._shared_key | {"call": self.call, "prompt": sample.prompt, "seed": sample.seed}
+        key = self.shared_key | {"call": self.call, "prompt": sample.prompt, "seed": sample.seed}
         key |= {"method": type(method).__name__, "method_sources": method_digest(method), "settings": method.settings()}
         return "error", key | {"schedule": asdict(self.schedule), "executor": self.executor, "block": self.block}
 
@@ -207,7 +188,7 @@ class ClipRunner:
         return commit()
 
     @cached_property
-    def _shared_key(self) -> dict:
+    def shared_key(self) -> dict:
         """The part of the key that all clips share."""
         if self.model != BUNDLED and not Path(self.model).is_dir():
             _ = self.pipe  # the commit of a model on the hub is known once it is loaded
@@ -224,7 +205,7 @@ class ClipRunner:
     def key(self, spec: ClipSpec, sample: Sample) -> tuple[str, dict]:
         """Return the name of a clip and everything that affects it."""
         settings = spec.processor.settings
-        key = self._shared_key | {"call": self._call(spec), "prompt": sample.prompt, "seed": sample.seed}
+        key = self.shared_key | {"call": self._call(spec), "prompt": sample.prompt, "seed": sample.seed}
         key |= {"method": type(settings.method).__name__, "method_sources": method_digest(settings.method)}
         if not isinstance(settings.method, Dense):
             key |= {"settings": settings.method.settings(), "schedule": asdict(settings.schedule)}

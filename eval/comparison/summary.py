@@ -18,7 +18,8 @@ from dit_sparse.generation.generate import default_fps
 from dit_sparse.methods import kind_of
 from dit_sparse.output.environment import is_busy
 
-from .runner import ClipRunner, ClipSpec
+from .clip_spec import ClipSpec
+from .runner import ClipRunner
 
 DENSITY_TOLERANCE = 0.01  # densities that differ by more are not the same
 METRICS = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": lpips}

@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
 from dit_sparse import prepare
+from dit_sparse.eval.comparison.clip_spec import ClipSpec, Sample
 from dit_sparse.eval.comparison.clip_store import ClipRecord, ClipStore
 from dit_sparse.eval.comparison.comparison import Comparison, Stage
-from dit_sparse.eval.comparison.runner import ClipRunner, ClipSpec, Sample
+from dit_sparse.eval.comparison.runner import ClipRunner
+from dit_sparse.generation.generate import Progress
 from dit_sparse.methods import method, name_of
-from dit_sparse.output.environment import conditions
 from dit_sparse.output.files import atomic_write, save_json
 
 from .ablation import variants
@@ -44,46 +49,45 @@ class Study:
         name = None if ablated is None else name_of(method(ablated))
         return cls(Comparison(methods=[*methods, *rows], **settings), name, clips)
 
-    def run(self, stage: Stage) -> dict:
+    def run(self, stage: Stage, runner_class: Callable[..., ClipRunner] = ClipRunner) -> dict:
         """Measure all rows and write ``study.json`` and ``study.md``.
 
         Args:
             stage: returns the progress callback of a named stage.
+            runner_class: runs the work, in this process or on a cluster, as for `Comparison.run`.
 
         Returns:
             The content of ``study.json``: a row for each method and density, the most accurate first.
         """
         task, specs = self.comparison, [spec for spec in self.comparison.specs() if not spec.is_reference]
-        shared = {"schedule": task.schedule, "executor": task.executor, "block": task.block}
-        seeds = range(task.first_seed, task.first_seed + task.seeds)
-        runner = ClipRunner(task.model, task.prompts, seeds, task.call, task.out / "clips", **shared)
-        store, measured = ClipStore(task.out / "screening"), {}
-        progress = stage("single steps")
-        for number, sample in enumerate(runner.samples):
-            report = lambda done, total, number=number: progress(number * total + done, len(runner.samples) * total)
-            measured[sample] = _measure(runner, store, sample, specs, report)
-        clips = self._compare_clips(stage)
-        rows = [_summarize(spec, [one[spec.name] for one in measured.values()]) for spec in specs]
+        with closing(task.make_runner(runner_class)) as runner:
+            folder = (task.out / "screening").absolute()
+            tasks = [partial(_measure, folder=folder, sample=sample, specs=specs) for sample in runner.samples]
+            measured, measured_on = runner.run_tasks(tasks, stage("single steps")), runner.conditions()
+        clips = self._compare_clips(stage, runner_class)
+        rows = [_summarize(spec, [one[spec.name] for one in measured]) for spec in specs]
         rows = [row | {"psnr": clips.get(row["name"])} for row in sorted(rows, key=lambda row: row["error"])]
         settings = {key: value for key, value in asdict(task).items() if key not in ("out", "methods")}
         parts = [] if self.ablated is None else [asdict(one) for one in variants(self.ablated)]
-        result = settings | conditions() | {"ablated": self.ablated, "variants": parts, "rows": rows}
+        result = settings | measured_on | {"ablated": self.ablated, "variants": parts, "rows": rows}
         save_json(task.out / "study.json", result)
         with atomic_write(task.out / "study.md") as draft:
             draft.write_text(to_markdown(result))
         return result
 
-    def _compare_clips(self, stage: Stage) -> dict[str, float | None]:
+    def _compare_clips(self, stage: Stage, runner_class: Callable[..., ClipRunner]) -> dict[str, float | None]:
         """Return the mean PSNR to the dense clips by row, if whole clips are compared."""
         if not self.clips:
             return {}
-        rows = self.comparison.run(stage)["rows"]
+        rows = self.comparison.run(stage, runner_class)["rows"]
         return {row["name"]: row["psnr"] and row["psnr"]["mean"] for row in rows}
 
 
-def _measure(runner: ClipRunner, store: ClipStore, sample: Sample, specs: list[ClipSpec], progress) -> dict[str, dict]:
+def _measure(
+    runner: ClipRunner, progress: Progress, folder: Path, sample: Sample, specs: list[ClipSpec]
+) -> dict[str, dict]:
     """Return the errors of all rows for one prompt and seed; the dense clip is generated if a row is missing."""
-    measured: dict[str, dict] = {}
+    store, measured = ClipStore(folder), {}
     dense: Trajectory | None = None
     for number, spec in enumerate(specs):
         key = runner.key(spec, sample)

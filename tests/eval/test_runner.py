@@ -13,7 +13,8 @@ import torch
 
 from dit_sparse import Schedule, SparseAttnProcessor
 from dit_sparse.eval.comparison import recorder, runner
-from dit_sparse.eval.comparison.runner import DENSE_SPEC, ClipRunner, ClipSpec, Sample
+from dit_sparse.eval.comparison.clip_spec import DENSE_SPEC, ClipSpec, Sample
+from dit_sparse.eval.comparison.runner import ClipRunner
 from dit_sparse.generation.generate import Clip
 from dit_sparse.output import environment
 

@@ -10,8 +10,8 @@ import pytest
 
 from dit_sparse import SparseAttnProcessor
 from dit_sparse.eval.comparison import summary
+from dit_sparse.eval.comparison.clip_spec import ClipSpec
 from dit_sparse.eval.comparison.clip_store import ClipRecord
-from dit_sparse.eval.comparison.runner import ClipSpec
 
 FRAMES = np.zeros((2, 8, 8, 3), np.uint8)
 SPEC = ClipSpec("x", "x", 0.3, SparseAttnProcessor("svg", density=0.3))

@@ -16,10 +16,16 @@ import torch
 from typer.testing import CliRunner
 
 from batches import file_names, make_rows, silent_stage, write_file
+from dit_sparse import Schedule
 from dit_sparse.cli.main import app
-from dit_sparse.generation.batch import Batch
-from dit_sparse.generation.ray_batch import run_batch
+from dit_sparse.eval.comparison.comparison import Comparison
+from dit_sparse.eval.comparison.ray_runner import runner_class
+from dit_sparse.eval.comparison.runner import ClipRunner
+from dit_sparse.generation import ray_batch
+from dit_sparse.generation.batch import Batch, Interrupted, Job
+from dit_sparse.generation.ray_batch import BatchWorker, run_batch
 from dit_sparse.generation.ray_pool import MAX_DEATHS, RayPool, check_engine
+from dit_sparse.output.environment import device_name
 
 ray = pytest.importorskip("ray")
 
@@ -30,7 +36,7 @@ SETTINGS = {"method": "radial", "density": 0.25, "dense_steps": 1, "executor": "
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One cluster for the file; its workers get the classes of this file by value, because they cannot import it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    check_engine("ray")  # sets the environment of Ray
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(
         num_cpus=2,
@@ -44,6 +50,15 @@ def cluster():
     ray.shutdown()
 
 
+@pytest.fixture
+def one_thread():
+    """As in the workers, whose device is named with the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Worker:
     """Appends the name of a task to a file, and does what the name asks for."""
 
@@ -53,7 +68,7 @@ class Worker:
         self.folder = folder
 
     def describe(self) -> dict:
-        return {"process": os.getpid(), "kind": "a"}
+        return {"host": "here", "process": os.getpid()}
 
     def run(self, task: str) -> str:
         with (self.folder / "runs").open("a") as file:
@@ -102,6 +117,20 @@ def test_workers_that_cannot_load_end_the_run_with_their_reason(tmp_path):
         RayPool(Worker, 0)
 
 
+def test_workers_that_differ_from_the_first_are_left_out(tmp_path, caplog):
+    pool, results = RayPool(partial(Worker, tmp_path), 2, same=("process",)), []
+    try:
+        first = pool.wait_for_first()["process"]
+        pool.run("abcdef", lambda number, result: results.append(result), None)
+        while "left out" not in caplog.text:
+            pool.run("g", lambda number, result: None, None)
+    finally:
+        pool.close()
+    assert sorted(results) == [*"ABCDEF"]
+    assert f"a worker on here has another process: {pool.described['process']}" not in caplog.text
+    assert f", not {first}" in caplog.text
+
+
 def kill_first_worker(out: Path, killed: list[int]) -> None:
     """Kill the process that announces the first clip in its lock file."""
     while not killed:
@@ -116,15 +145,10 @@ def kill_first_worker(out: Path, killed: list[int]) -> None:
         time.sleep(0.002)
 
 
-def test_a_batch_whose_worker_is_killed_has_the_files_of_a_local_batch(tmp_path):
+def test_a_batch_whose_worker_is_killed_has_the_files_of_a_local_batch(tmp_path, one_thread):
     prompts = [f"a red circle moves {way}" for way in ("left", "right", "up", "down")]
     make = lambda name: Batch(make_rows(*prompts), tmp_path / name, settings=SETTINGS, call=CALL, seed=3)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the workers
-    try:
-        local = make("local").run(silent_stage)
-    finally:
-        torch.set_num_threads(threads)
+    local = make("local").run(silent_stage)
     task, killed, progress = make("ray"), [], []
     killer = threading.Thread(target=kill_first_worker, args=(task.out, killed), daemon=True)
     killer.start()
@@ -139,6 +163,52 @@ def test_a_batch_whose_worker_is_killed_has_the_files_of_a_local_batch(tmp_path)
         assert clip["process"] not in killed
     assert json.loads((task.out / "manifest.json").read_text()) == manifest
     assert run_batch(task, silent_stage, workers=2) == manifest, "all clips are done: no worker is started"
+
+
+def measured(result: dict) -> list[tuple]:
+    """What a comparison measures besides times."""
+    names = ("name", "psnr", "ssim", "density_achieved", "retained", "latent_error", "error", "settings")
+    return [tuple(row[name] for name in names) for row in result["rows"] if not row["name"].startswith("dense, ")]
+
+
+def test_a_comparison_has_the_rows_of_a_local_one_and_its_clips_are_stored(tmp_path, one_thread, monkeypatch):
+    call = {"num_inference_steps": 2, "num_frames": 2, "height": 32, "width": 32}
+    options = {"densities": (0.4,), "block": 16, "call": call, "schedule": Schedule(1), "executor": "gather"}
+    make = lambda name: Comparison(["radial"], ["a red circle", "a blue square"], tmp_path / name, **options)
+    progress = []
+    stage = lambda name: lambda *numbers: progress.append((name, *numbers))
+    result = make("ray").run(stage, runner_class("ray", 2))
+    assert ("rows (clips)", 6, 6) in progress and result["finished"] and not result["failures"]
+    assert result["device"] == device_name()
+    assert measured(result) == measured(make("local").run(silent_stage))
+    monkeypatch.setattr(ClipRunner, "pipe", None)  # fails if a clip is missing
+    again = make("ray").run(silent_stage)
+    assert again["rows"] == result["rows"]
+    assert {path.suffix for path in (tmp_path / "ray" / "clips").iterdir()} == {".npz"}
+
+
+class StuckWorker(Worker):
+    """Sends SIGINT to the process that started the batch, and never finishes."""
+
+    def __init__(self, batch: Batch, token: str) -> None:
+        self.batch = batch
+
+    def run(self, job: Job) -> None:
+        os.kill(int(job.prompt), signal.SIGINT)
+        time.sleep(600)
+
+
+def test_a_signal_ends_the_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_batch, "BatchWorker", StuckWorker)
+    with pytest.raises(Interrupted):
+        run_batch(Batch(make_rows(str(os.getpid())), tmp_path), silent_stage, workers=1)
+    assert json.loads((tmp_path / "manifest.json").read_text())["count"] == {"done": 0, "failed": 0, "missing": 1}
+    assert file_names(tmp_path) == {"manifest.json"}
+
+
+def test_the_folder_must_be_shared(tmp_path):
+    with pytest.raises(ValueError, match="choose an --out that all machines share"):
+        BatchWorker(Batch(make_rows("a"), tmp_path), "absent")
 
 
 def test_engines_are_checked_before_any_work(tmp_path, monkeypatch):
