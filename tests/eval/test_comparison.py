@@ -270,7 +270,8 @@ def test_command_names_failed_rows(tmp_path, monkeypatch):
 def test_stored_clips_are_not_generated_again(tmp_path, monkeypatch):
     first = small_comparison(tmp_path).run(no_stages)
     monkeypatch.setattr(runner, "generate", lambda *_: pytest.fail("generated again"))
-    assert small_comparison(tmp_path).run(no_stages) == first
+    again = small_comparison(tmp_path).run(no_stages)
+    assert again | {"load": first["load"]} == first
     with pytest.raises(pytest.fail.Exception):
         small_comparison(tmp_path, prompts=[*PROMPTS, "a green triangle moves up"]).run(no_stages)
 

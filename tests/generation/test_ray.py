@@ -38,14 +38,8 @@ def cluster():
     """One cluster for the file; its workers get the classes of this file by value, because they cannot import it."""
     check_engine("ray")  # sets the environment of Ray
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(
-        num_cpus=2,
-        address="local",
-        object_store_memory=80 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
+    options = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_dashboard": False, "log_to_driver": False}
+    ray.init(address="local", logging_level="error", **options)
     yield
     ray.shutdown()
 
