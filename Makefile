@@ -25,9 +25,10 @@ shapes: .venv/ready  ## continue the training of the bundled model
 gpu: .venv/ready  ## with an NVIDIA GPU: tests, benchmarks, training, comparison
 	$(BIN)/python -m dit_sparse.eval.bench.gpu_suite --out out/gpu
 
+# With --quiet, MkDocs would not count warnings, and --strict would have no effect.
 docs: .venv/ready  ## the documentation site, in build/site
 	$(BIN)/python docs/_site/assemble.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file build/docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file build/docs/mkdocs.yml
 
 # Without an NVIDIA GPU, PyTorch is installed first, at the pinned version.
 .venv/ready: pyproject.toml constraints.txt

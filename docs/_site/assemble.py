@@ -21,6 +21,7 @@ NOT_IN_SITE = ("_site", "examples")  # folders of docs/
 MAPPED = ("kernels", "pipelines", "profiles", "eval")  # inside of the package dit_sparse when it is installed
 ALONE = ("batch.md", "benchmarks.md")  # in their section: no list of its pages
 INTERVAL = re.compile(r"(\d) (\[-?[\d.]+), (-?[\d.]+\])")
+CODE_IN_TABLE = re.compile(r"(?<=\| )`[^`\n]*\\\|[^`\n]*`")  # GitHub needs a backslash there, Python-Markdown shows it
 Files = dict[str, str | bytes]
 
 
@@ -37,7 +38,7 @@ def site_files() -> Files:
     pages = [(repository_path(uri), text) for uri, text in files.items() if isinstance(text, str)]
     for path in sorted(linked_files(pages) - set(PAGES)):
         files[site_uri(path)] = _repository_file(path)
-    return {uri: _for_the_site(uri, text) if isinstance(text, str) else text for uri, text in files.items()}
+    return {uri: for_the_site(uri, text) if isinstance(text, str) else text for uri, text in files.items()}
 
 
 def assemble() -> None:
@@ -74,9 +75,10 @@ def _repository_file(path: str) -> str | bytes:
     return (ROOT / path).read_text() if path.endswith(".md") else source_page(path)
 
 
-def _for_the_site(uri: str, text: str) -> str:
+def for_the_site(uri: str, text: str) -> str:
     """Return a page with links within the site, and with intervals of tables that stay on one line."""
     text = f"---\nhide: [navigation]\n---\n{text}" if uri in ALONE else text
+    text = CODE_IN_TABLE.sub(lambda match: match[0].replace("\\|", "|"), text)
     text = INTERVAL.sub("\\1\N{NO-BREAK SPACE}\\2,\N{NO-BREAK SPACE}\\3", text)
     return rewrite_links(link_to_method_pages(text, uri == "methods.md"), uri)
 

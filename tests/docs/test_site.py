@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 
+from assemble import for_the_site
 from command_page import command_page
 from dit_sparse import METHODS
 from method_pages import link_to_method_pages, method_pages
@@ -50,6 +51,11 @@ def test_links_to_the_repository_lead_into_the_site():
     assert "[a](../dit_sparse/grid.py)" in changed, "docs/dit_sparse does not exist: MkDocs reports it"
     assert rewrite_links("[a](../dit_sparse/grid.py)", "models.md") == "[a](source/dit_sparse/grid.py.md)"
     assert rewrite_links("```\n[a](../dit_sparse/grid.py)\n```", "models.md").count("../dit_sparse") == 1
+
+
+def test_cells_of_tables_are_shown_as_on_github():
+    text = "| `radial\\|sink 0.25` | 21.9 [20.8, -3.0] |"
+    assert for_the_site("x.md", text) == "| `radial|sink 0.25` | 21.9\u00a0[20.8,\u00a0-3.0] |"
 
 
 def test_linked_files_are_found_through_other_files():
