@@ -17,7 +17,7 @@ from torch import Tensor
 FAMILIES = {
     "video": (
         "wan", "hunyuan_video", "helios", "cogvideox", "mochi", "ltx", "minimax_h3", "skyreels_v2", "anyflow", "cosmos",
-        "allegro", "easyanimate", "kandinsky",
+        "cosmos3", "allegro", "easyanimate", "kandinsky",
     ),
     "image": (
         "joyimage", "flux", "bria", "qwen_image", "krea2", "sd3", "lumina2", "z_image", "cogview", "hidream",
@@ -48,8 +48,8 @@ class Family:
             ids; in a compiled transformer they receive only these arguments and the latents.
         mask: name of the processor's argument from which all layers compute the same attention mask, if each layer
             makes a tensor of its own.
-        cached_keys: whether keys may begin with a cache of earlier tokens, so that the queries are the last tokens of
-            the sequence that ``grid`` and ``references`` describe.
+        cached_keys: whether keys may begin with tokens that are no queries, such as a cache or text, so that the
+            queries are the last tokens of the sequence that ``grid``, ``references`` and ``text`` describe.
         pipelines: class names of the diffusers pipelines.
         images: whether the pipelines generate images; the adapter is in ``pipelines/image``.
         timestep, latents: names of these arguments of the transformer's forward call.

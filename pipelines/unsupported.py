@@ -30,7 +30,6 @@ UNSUPPORTED = {
     "NucleusMoEImageTransformer2DModel": MORE_KEYS,
     "PRXTransformer2DModel": MORE_KEYS,
     "QwenImage21Transformer2DModel": MORE_KEYS,
-    "Cosmos3OmniTransformer": MORE_KEYS,
 }
 
 

@@ -24,7 +24,7 @@ class AttentionSite:
         layer, layers: number of the module, and how many there are.
         text: position of the text tokens, as in ``Family``.
         module: the attention module.
-        cached_keys: whether keys may begin with a cache of earlier tokens, as in ``Family``.
+        cached_keys: whether keys may begin with tokens that are no queries, as in ``Family``.
     """
 
     component: str
@@ -130,14 +130,14 @@ def why_dense(layout: object, grid: BaseGrid | None, call: AttentionCall, cached
         call: the intercepted call.
         cached_keys: whether the queries may be the last tokens of the keys only.
     """
+    if call.is_causal or call.dropout_p > 0:
+        return "causal attention and dropout are not supported"
     q, k, v = call.q, call.k, call.v
     fits = q.shape[2] == k.shape[2] or (cached_keys and q.shape[2] < k.shape[2] and call.mask is None)
     if not fits or grid is None:
         return f"{q.shape[2]} queries and {k.shape[2]} keys do not fit the grid {layout}"
     if q.shape[-1] != v.shape[-1] or not q.dtype == k.dtype == v.dtype:
         return "queries, keys and values differ in dtype or head_dim"
-    if call.is_causal or call.dropout_p > 0:
-        return "causal attention and dropout are not supported"
     if not (call.mask is None or isinstance(call.mask, Tensor) or is_block_mask(call.mask)):
         return f"the model's attention mask is a {type(call.mask).__name__}"
     if call.needs_gradient:

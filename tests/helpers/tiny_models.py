@@ -92,6 +92,7 @@ class TinyModel:
         masked: whether the model takes prompts of unequal length in one batch.
         unbatched: whether attention runs for one batch item at a time, without padding.
         first_latent: place of the video's first token in packed latents.
+        causal_text: whether every module also computes the causal attention of the text, which stays dense.
         single: whether a call takes one prompt only.
         grids: two token grids for tests, the second of an odd size.
     """
@@ -110,6 +111,7 @@ class TinyModel:
     masked: bool = False
     unbatched: bool = False
     first_latent: Callable[[Call], int] = field(default=lambda call: 0)
+    causal_text: bool = False
     single: bool = False
     grids: tuple[tuple[int, int, int], ...] = ((3, 8, 8), (5, 4, 7))
 

@@ -49,6 +49,32 @@ def _anyflow_far(call: Call) -> dict:
     return _anyflow(call) | dict(chunk_partition=[call.grid[0]])
 
 
+def _cosmos3(call: Call) -> dict:
+    """A packed sequence: 20 text tokens, the video and 9 sound tokens."""
+    tokens, text, sound = prod(call.grid), call.slots, 9
+    position = torch.arange(text + tokens + sound)
+    grid = call.ids().long().T + text
+    return dict(
+        input_ids=torch.arange(text),
+        text_indexes=position[:text],
+        position_ids=torch.cat([position[:text].expand(3, -1), grid, position[text + tokens :].expand(3, -1)], 1),
+        und_len=text,
+        sequence_length=len(position),
+        vision_tokens=[call.video(4)],
+        vision_token_shapes=[call.grid],
+        vision_sequence_indexes=position[text : text + tokens],
+        vision_mse_loss_indexes=position[text : text + tokens],
+        vision_timesteps=torch.full((tokens,), 500.0),
+        vision_noisy_frame_indexes=[torch.arange(call.grid[0])],
+        sound_tokens=[call.noise(8, sound)[0]],
+        sound_token_shapes=[(sound, 1, 1)],
+        sound_sequence_indexes=position[text + tokens :],
+        sound_mse_loss_indexes=position[text + tokens :],
+        sound_timesteps=torch.full((sound,), 500.0),
+        sound_noisy_frame_indexes=[torch.arange(sound)],
+    )
+
+
 def _hunyuan(call: Call) -> dict:
     return dict(
         hidden_states=call.video(4),
@@ -264,6 +290,21 @@ VIDEO_MODELS = [
         | dict(concat_padding_mask=False),
         _cosmos,
         2,
+    ),
+    TinyModel(
+        "Cosmos3OmniTransformer",
+        dict(head_dim=16, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+        | dict(latent_channel=4, patch_latent_dim=16, num_hidden_layers=2, vocab_size=32, rope_axes_dim=(4, 2, 2))
+        | dict(sound_gen=True, sound_dim=8),
+        _cosmos3,
+        2,
+        axes="1CFHW",
+        latents="vision_tokens",
+        side="before",
+        text=(),  # token numbers
+        references=lambda call: (0, 9),
+        causal_text=True,
+        single=True,
     ),
     TinyModel(
         "AllegroTransformer3DModel",
