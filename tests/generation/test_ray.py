@@ -37,6 +37,8 @@ SETTINGS = {"method": "radial", "density": 0.25, "dense_steps": 1, "executor": "
 def cluster():
     """One cluster for the file; its workers get the classes of this file by value, because they cannot import it."""
     check_engine("ray")  # sets the environment of Ray
+    os.environ.setdefault("RAY_agent_register_timeout_ms", "300000")  # on a busy machine
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "300")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     options = {"num_cpus": 2, "object_store_memory": 80 * 2**20, "include_dashboard": False, "log_to_driver": False}
     ray.init(address="local", logging_level="error", **options)
@@ -90,6 +92,7 @@ def run_pool(folder: Path, tasks: list[str], workers: int = 2, **options) -> tup
     return results, failures
 
 
+@pytest.mark.slow
 def test_every_task_runs_once_although_workers_die_and_tasks_fail_or_are_slow(tmp_path):
     """The slow task ends after the others, so that it would wait forever if it held them."""
     tasks = ["slow", "killed", *"abcdef", "raises", "deadly"]
@@ -139,6 +142,7 @@ def kill_first_worker(out: Path, killed: list[int]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_batch_whose_worker_is_killed_has_the_files_of_a_local_batch(tmp_path, one_thread):
     prompts = [f"a red circle moves {way}" for way in ("left", "right", "up", "down")]
     make = lambda name: Batch(make_rows(*prompts), tmp_path / name, settings=SETTINGS, call=CALL, seed=3)
@@ -165,6 +169,7 @@ def measured(result: dict) -> list[tuple]:
     return [tuple(row[name] for name in names) for row in result["rows"] if not row["name"].startswith("dense, ")]
 
 
+@pytest.mark.slow
 def test_a_comparison_has_the_rows_of_a_local_one_and_its_clips_are_stored(tmp_path, one_thread, monkeypatch):
     call = {"num_inference_steps": 2, "num_frames": 2, "height": 32, "width": 32}
     options = {"densities": (0.4,), "block": 16, "call": call, "schedule": Schedule(1), "executor": "gather"}
