@@ -10,7 +10,9 @@ demo: .venv/ready
 app: .venv/ready  ## the demo as a page on localhost
 	$(BIN)/dit-sparse app
 
-test: .venv/ready .venv/packages/triton-3.6.0 .venv/packages/xformers-0.0.35
+PACKAGES := triton-3.6.0 xformers-0.0.35 cvvdp-0.5.7 stlpips_pytorch-0.0.2
+
+test: .venv/ready $(addprefix .venv/packages/, $(PACKAGES))
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -38,8 +40,8 @@ docs: .venv/ready  ## the documentation site, in build/site
 	$(BIN)/pip install --quiet --editable '.[demo,dev,docs,ray]' -c constraints.txt
 	touch $@
 
-# Only for tests, outside of site-packages: the oldest supported Triton, and xFormers, which warns at import on a CPU.
-# If one cannot be installed, its tests are skipped; in CI they fail.
+# Only for tests, outside of site-packages: the oldest supported Triton, xFormers, which warns at import on a CPU, and
+# measures that require torchvision. If one cannot be installed, its tests are skipped; in CI they fail.
 .venv/packages/%: .venv/ready
 	-$(BIN)/pip install --quiet --no-deps --target $@ $(subst -,==,$*)
 

@@ -21,6 +21,7 @@ from .options import (
     Frames,
     Height,
     Kinds,
+    Measures,
     Model,
     OutFolder,
     Prompts,
@@ -31,6 +32,7 @@ from .options import (
     call_arguments,
     count_or_fraction,
     density_ramp,
+    measure_list,
     method_list,
     numbers,
     read_prompts,
@@ -76,6 +78,7 @@ def compare(
         typer.Option("--per-branch", help="Separate plans for the branches of guidance; slower and less accurate."),
     ] = False,
     quality: Annotated[bool, typer.Option("--quality", help="Also score each clip with VBench-style metrics.")] = False,
+    measures: Measures = "fast",
     quick: Annotated[bool, typer.Option("--quick", help="A quick run: two prompts, six steps, short clips.")] = False,
     engine: Engine = "local",
     workers: Workers = None,
@@ -111,6 +114,7 @@ def compare(
             executor=executor,
             block=block,
             quality=quality,
+            measures=measure_list(measures),
             model=model,
             call=call | call_arguments(steps, frames, height, width, min_steps=2),
         )
@@ -219,16 +223,18 @@ def _end_with_failures(result: dict) -> None:
 
 def _print_comparison(result: dict) -> None:
     """Print a table for each density, and what they show."""
-    from dit_sparse.eval.report.comparison_tables import completeness_notes
+    from dit_sparse.eval.report.comparison_tables import completeness_notes, unavailable_measures
     from dit_sparse.eval.report.fewer_steps import fewer_steps_note
 
-    for table in _comparison_tables(result["rows"]):
+    for table in (*_comparison_tables(result["rows"]), *_measure_tables(result["rows"])):
         console.print(table)
     console.print(
         "error: relative error of the attention output; mass: retained attention mass; PSNR in dB; "
         "planning: share of the attention time",
         highlight=False,
     )
+    for name, reason in unavailable_measures(result["rows"]).items():
+        console.print(f"{name} is not available: {reason}", highlight=False, markup=False, soft_wrap=True)
     for note in filter(None, (fewer_steps_note(result["rows"]), *completeness_notes(result))):
         console.print(note, highlight=False, markup=False)
 
@@ -245,6 +251,27 @@ def _comparison_tables(rows: list[dict]) -> Iterator[Table]:
             for row in of_kind:
                 table.add_row(*_comparison_cells(row))
         yield table
+
+
+def _measure_tables(rows: list[dict]) -> Iterator[Table]:
+    """Yield a table for each density with the measures of fidelity that its rows have, besides PSNR and SSIM."""
+    from dit_sparse.eval.quality.measures import MEASURES, REQUIRED
+    from dit_sparse.eval.report.comparison_tables import row_order
+
+    for density, group in groupby(sorted(rows, key=row_order), lambda row: row["density_asked"]):
+        group = [row for row in group if row["psnr"]]
+        names = [
+            name for name in MEASURES if name not in REQUIRED and any("mean" in (row.get(name) or ()) for row in group)
+        ]
+        if names:
+            title = f"Density {density:g}" if density else "No density requested"
+            headings = (MEASURES[name].title for name in names)
+            table = make_number_table(f"{title}: fidelity to the dense video", "method", *headings)
+            for row in group:
+                means = ((row.get(name) or {}).get("mean") for name in names)
+                cells = (decimals(mean, MEASURES[name].digits) for name, mean in zip(names, means, strict=True))
+                table.add_row(escape(row["name"] if density is None else row["method"]), *cells)
+            yield table
 
 
 def _comparison_cells(row: dict) -> tuple[str, ...]:

@@ -122,6 +122,13 @@ Workers = Annotated[
     typer.Option(help="Processes of --engine ray. Default: one for each GPU, or for each machine without GPUs."),
 ]
 
+Measures = Annotated[
+    str,
+    typer.Option(
+        help="Measures of fidelity to the dense video, separated by commas: psnr, ssim, ms_ssim, xpsnr, vmaf, lpips, "
+        "st_lpips, cvvdp; or fast (without the last two, which take seconds per frame on a CPU), or all."
+    ),
+]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Output folder.")]
 OutJson = Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")]
 
@@ -210,6 +217,15 @@ def method_list(text: str) -> list[str]:
     from dit_sparse.notation.syntax import split_list
 
     return [import_methods(part) for part in split_list(text) if part]
+
+
+def measure_list(text: str) -> tuple[str, ...]:
+    """Return the measures of a list separated by commas; ``fast`` and ``all`` stand for several. Raises ValueError for
+    an unknown name."""
+    from dit_sparse.eval.quality.measures import FAST, select_measures
+
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    return select_measures([each for name in names for each in (FAST if name == "fast" else (name,))])
 
 
 def read_prompts(text: str) -> list[str]:

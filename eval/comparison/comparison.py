@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dit_sparse import METHODS, Schedule, SparseAttnProcessor
 from dit_sparse.bundled import BUNDLED
+from dit_sparse.eval.quality.measures import FAST, select_measures
 from dit_sparse.generation.checks import check_clip
 from dit_sparse.generation.generate import Progress, default_call
 from dit_sparse.methods import KINDS, kind_of, method
@@ -50,6 +51,8 @@ class Comparison:
         seeds: number of seeds, ``first_seed``, ``first_seed + 1``, ...
         schedule, executor, block: settings of all rows.
         quality: also score every clip by `quality`, which takes seconds per clip, more for large ones.
+        measures: measures of fidelity, keys of `MEASURES`, or ``all``; PSNR and SSIM are always computed. Default: all
+            that are not slow.
         model: the bundled model, a local diffusers folder, or a name on the hub.
         call: arguments of the pipeline's call.
 
@@ -68,6 +71,7 @@ class Comparison:
     executor: str = "auto"
     block: int | None = None
     quality: bool = False
+    measures: Sequence[str] = FAST
     model: str = BUNDLED
     call: dict = field(default_factory=dict)
 
@@ -89,6 +93,7 @@ class Comparison:
         chosen = [name for name in METHODS if not self.kinds or kind_of(name) in self.kinds]
         names = [name for text in self.methods for name in (chosen if text == "all" else (text,))]
         object.__setattr__(self, "methods", list(dict.fromkeys([*BASELINES, *names])))
+        object.__setattr__(self, "measures", select_measures(self.measures))
         object.__setattr__(self, "densities", sorted({round_density(density) for density in self.densities}))
         object.__setattr__(self, "call", default_call(self.model, small=True) | self.call)
         if "num_inference_steps" in self.call:
@@ -168,7 +173,8 @@ class Comparison:
             progress = stage(f"{name}: metrics")
             for number, spec in enumerate(specs):
                 progress(number, len(specs))
-                row = summarize_row(spec, runner, self.quality) | {"error": errors[spec.density].get(spec.method)}
+                row = summarize_row(spec, runner, self.quality, self.measures)
+                row["error"] = errors[spec.density].get(spec.method)
                 self._add_row(row, result)
                 save_json(draft, result)
             progress(len(specs), len(specs))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dit_sparse.eval.quality.fidelity import psnr
+from dit_sparse.eval.quality.measures import MEASURES
 from dit_sparse.grid import short_repr
 from dit_sparse.output.files import json_values
 
@@ -168,9 +169,10 @@ def _mean(name: str, digits: int) -> Callable[[dict], str | None]:
     """Return the text of a mean, None if a result lacks the metric; the PSNR of equal clips is stored as None."""
 
     def text(row: dict) -> str | None:
-        if not row[name] or "mean" not in row[name]:
+        statistics = row.get(name)  # older results have fewer measures
+        if not statistics or "mean" not in statistics:
             return None
-        return "inf" if row[name]["mean"] is None else f"{row[name]['mean']:.{digits}f}"
+        return "inf" if statistics["mean"] is None else f"{statistics['mean']:.{digits}f}"
 
     return text
 
@@ -180,10 +182,7 @@ REPORTED = {
     "run density": _number("density_run", 2),
     "output error": _number("error", 2),
     "retained mass": _number("retained", 2),
-    "PSNR": _mean("psnr", 1),
-    "SSIM": _mean("ssim", 3),
-    "MS-SSIM": _mean("ms_ssim", 3),
-    "LPIPS": _mean("lpips", 3),
+    **{measure.title.split(" (")[0]: _mean(name, measure.digits) for name, measure in MEASURES.items()},
     "denoising speedup": _number("speedup", 2),
     "attention speedup": _number("attention_speedup", 2),
 }

@@ -59,7 +59,11 @@ class _Row(_Strict):
     psnr: _Statistics | None
     ssim: _Statistics | None
     ms_ssim: _Statistics | _Unavailable | None
+    xpsnr: _Statistics | _Unavailable | None = None
+    vmaf: _Statistics | _Unavailable | None = None
     lpips: _Statistics | _Unavailable | None
+    st_lpips: _Statistics | _Unavailable | None = None
+    cvvdp: _Statistics | _Unavailable | None = None
     over_random: _Difference | None
     quality: dict[str, FiniteFloat | _Unavailable] | None
     seconds: FiniteFloat

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from statistics import fmean
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import stats
 
-from dit_sparse.eval.quality.fidelity import Unavailable, lpips, ms_ssim, psnr, ssim, summary_statistics
+from dit_sparse.eval.quality.fidelity import Unavailable, summary_statistics
+from dit_sparse.eval.quality.measures import FAST, MEASURES
 from dit_sparse.eval.quality.vbench_style import quality
 from dit_sparse.generation.generate import default_fps
 from dit_sparse.methods import kind_of
@@ -22,29 +23,31 @@ from .clip_spec import ClipSpec
 from .runner import ClipRunner
 
 DENSITY_TOLERANCE = 0.01  # densities that differ by more are not the same
-METRICS = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": lpips}
 STRIP_FRAMES, STRIP_HEIGHT = 4, 160
 
 
-def summarize_row(spec: ClipSpec, runner: ClipRunner, with_quality: bool = False) -> dict:
+def summarize_row(
+    spec: ClipSpec, runner: ClipRunner, with_quality: bool = False, measures: Sequence[str] = FAST
+) -> dict:
     """Return one row for JSON from the stored clips of a row and of dense attention.
 
     Args:
         spec: the row; all its clips must be stored.
         runner: the runner that generated them.
         with_quality: also score each clip by `quality`.
+        measures: keys of `MEASURES` to compute.
     """
     runs, dense_runs, scores = [], [], []
-    values: dict[str, list[float | str]] = {name: [] for name in METRICS}
-    strip = None
+    values: dict[str, list[float | str]] = {name: [] for name in measures}
+    strip, fps = None, default_fps(runner.model)
     for clip, dense in runner.clip_pairs(spec):
         runs.append(clip.metadata)
         dense_runs.append(dense.metadata)
         strip = strip or _film_strip(clip.frames)
-        for name, metric in METRICS.items():
-            values[name].append(_value_or_reason(metric, clip.frames, dense.frames))
+        for name in () if spec.is_reference else measures:
+            values[name].append(_value_or_reason(name, clip.frames, dense.frames, fps))
         if with_quality:
-            scores.append(quality(clip.frames, clip.metadata["prompt"], default_fps(runner.model)))
+            scores.append(quality(clip.frames, clip.metadata["prompt"], fps))
     row = {
         "name": spec.name,
         "given": spec.requested_as,
@@ -56,8 +59,8 @@ def summarize_row(spec: ClipSpec, runner: ClipRunner, with_quality: bool = False
         "density_note": runs[0].get("density_note"),
     }
     row |= _densities(spec, runs, dense_runs)
-    for name in METRICS:
-        row[name] = None if spec.is_reference else _statistics(values[name], runner.seeds, name != "lpips")
+    for name, measure in MEASURES.items():
+        row[name] = _statistics(values.get(name, ()), runner.seeds, measure.larger_is_better)
     if spec.equal_to:
         row["equal_to"] = list(spec.equal_to)
     row |= {"over_random": None, "latent_error": _latent_error(runs), "quality": _mean_quality(scores)}
@@ -97,18 +100,21 @@ def _cost(runs: Sequence[dict], dense_runs: Sequence[dict]) -> dict:
     }
 
 
-def _value_or_reason(metric: Callable, frames: NDArray, dense: NDArray) -> float | str:
-    """Return the value of a metric, or the reason why it is unavailable."""
+def _value_or_reason(name: str, frames: NDArray, dense: NDArray, fps: float) -> float | str:
+    """Return the value of a measure, or the reason why it is unavailable."""
     try:
-        return metric(frames, dense)
+        return MEASURES[name].score(frames, dense, fps)[0]
     except Unavailable as error:
         return str(error)
 
 
-def _statistics(values: Sequence[float | str], seeds: int, larger_is_better: bool) -> dict:
-    """Return mean, median, worst decile and values of the clips, and an interval for the mean over prompts."""
-    if isinstance(values[0], str):
-        return {"unavailable": values[0]}
+def _statistics(values: Sequence[float | str], seeds: int, larger_is_better: bool) -> dict | None:
+    """Return mean, median, worst decile and values of the clips, and an interval for the mean over prompts; None if
+    there are no values."""
+    if not values:
+        return None
+    if reason := next((value for value in values if isinstance(value, str)), None):
+        return {"unavailable": reason}
     statistics = {name: _finite(value) for name, value in summary_statistics(values, larger_is_better).items()}
     return statistics | {
         "interval": confidence_interval(_by_prompt(values, seeds)),

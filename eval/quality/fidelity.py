@@ -1,11 +1,11 @@
 """Fidelity of a video to a reference: metrics on ``[F, H, W, C]`` arrays, uint8 or floats in [0, 1].
 
-A mean over a clip hides a broken frame, so ``fidelity`` reports every metric for each frame and for the worst tenth.
+A mean over a clip hides a broken frame, so ``fidelity`` reports metrics for each frame and for the worst tenth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,43 +14,14 @@ from torch import Tensor
 
 from dit_sparse.output.files import json_values
 
-from .lpips_distance import lpips, lpips_by_frame
+from .lpips_distance import lpips
+from .measures import MEASURES
 from .ms_ssim import ms_ssim, scale_count
+from .pixel_measures import per_frame, psnr, ssim
 from .unavailable import Unavailable
-from .video_arrays import check_same_shape, to_pair
+from .video_arrays import to_pair
 
 __all__ = ["Unavailable", "fidelity", "lpips", "ms_ssim", "per_frame", "psnr", "relative_error", "ssim"]
-
-Metric = Callable[[NDArray, NDArray], float]
-
-
-def psnr(video: NDArray, reference: NDArray) -> float:
-    """Return the peak signal-to-noise ratio in dB over the whole clip; inf for identical videos.
-
-    Raises:
-        ValueError: the shapes differ, or an array is no video.
-    """
-    video, reference = to_pair(video, reference)
-    error = float(np.mean((video - reference) ** 2))
-    return float("inf") if error == 0 else float(-10 * np.log10(error))
-
-
-def ssim(video: NDArray, reference: NDArray) -> float:
-    """Return the structural similarity, the mean over the frames.
-
-    Z. Wang et al., IEEE TIP 13(4), 2004, by scikit-image. Frames smaller than its 7 x 7 window use the largest odd
-    window that fits, at least 3 x 3.
-    """
-    from skimage.metrics import structural_similarity
-
-    video, reference = to_pair(video, reference)
-    side = min(7, *video.shape[1:3])
-    window = side - 1 + side % 2
-    if window < 3:
-        raise ValueError(f"ssim needs frames of at least 3 x 3 pixels, got {list(video.shape[1:3])}")
-    settings = {"channel_axis": -1, "data_range": 1.0, "win_size": window}
-    frames = zip(video, reference, strict=True)
-    return float(np.mean([structural_similarity(a, b, **settings) for a, b in frames]))
 
 
 def relative_error(latent: ArrayLike | Tensor, reference: ArrayLike | Tensor) -> float:
@@ -64,12 +35,6 @@ def relative_error(latent: ArrayLike | Tensor, reference: ArrayLike | Tensor) ->
         raise ValueError(f"latents must have the same shape, got {list(latent.shape)} and {list(reference.shape)}")
     error = (latent - reference).norm()
     return float(error / reference.norm()) if error else 0.0
-
-
-def per_frame(metric: Metric, video: NDArray, reference: NDArray) -> list[float]:
-    """Return a metric of every single frame."""
-    check_same_shape(video, reference)
-    return [metric(video[i : i + 1], reference[i : i + 1]) for i in range(len(video))]
 
 
 def summary_statistics(values: Sequence[float], larger_is_better: bool = True) -> dict[str, float]:
@@ -87,28 +52,37 @@ def summary_statistics(values: Sequence[float], larger_is_better: bool = True) -
     return {"mean": float(ordered.mean()), "median": float(np.median(ordered)), "worst_decile": float(worst.mean())}
 
 
-def fidelity(video: NDArray, reference: NDArray) -> dict[str, dict]:
-    """Return all fidelity metrics of a video, ready for a JSON file.
+def fidelity(
+    video: NDArray, reference: NDArray, fps: float = 8, measures: Sequence[str] = tuple(MEASURES)
+) -> dict[str, dict]:
+    """Return measures of fidelity of a video, ready for a JSON file.
+
+    Args:
+        video, reference: ``[F, H, W, C]``, uint8 or floats in [0, 1].
+        fps: frame rate in frames per second, for measures of motion.
+        measures: keys of `MEASURES`. Default: all.
 
     Returns:
-        For each of psnr, ssim, ms_ssim and lpips: ``pooled`` over the clip, ``frames``, and `summary_statistics` of the
-        frames; for ms_ssim also ``scales``. lpips may be ``{"unavailable": reason}``. The infinite PSNR of identical
-        frames is ``"inf"``, which ``float`` reads.
+        For each measure: ``pooled`` over the clip, ``frames``, and `summary_statistics` of the frames; cvvdp has no
+        values of frames, and ms_ssim also has ``scales``. A measure may be ``{"unavailable": reason}``. The infinite
+        PSNR of identical frames is ``"inf"``, which ``float`` reads.
 
     Raises:
         ValueError: the shapes differ, or an array is no video.
     """
-    result = {"psnr": _summarize(per_frame(psnr, video, reference), pooled=psnr(video, reference))}
-    for metric in (ssim, ms_ssim):
-        result[metric.__name__] = _summarize(per_frame(metric, video, reference))
-    result["ms_ssim"]["scales"] = scale_count(*video.shape[1:3])
-    try:
-        result["lpips"] = _summarize(lpips_by_frame(video, reference), larger_is_better=False)
-    except Unavailable as error:
-        result["lpips"] = {"unavailable": str(error)}
+    to_pair(video, reference)
+    result = {name: _scores(name, video, reference, fps) for name in measures}
+    if "pooled" in result.get("ms_ssim", ()):
+        result["ms_ssim"]["scales"] = scale_count(*video.shape[1:3])
     return result
 
 
-def _summarize(frames: list[float], pooled: float | None = None, larger_is_better: bool = True) -> dict:
-    statistics = summary_statistics(frames, larger_is_better)
-    return json_values({"pooled": statistics["mean"] if pooled is None else pooled, **statistics, "frames": frames})
+def _scores(name: str, video: NDArray, reference: NDArray, fps: float) -> dict:
+    measure = MEASURES[name]
+    try:
+        pooled, frames = measure.score(video, reference, fps)
+    except Unavailable as error:
+        return {"unavailable": str(error)}
+    if frames is None:
+        return json_values({"pooled": pooled})
+    return json_values({"pooled": pooled, **summary_statistics(frames, measure.larger_is_better), "frames": frames})

@@ -1,4 +1,4 @@
-"""Learned perceptual distance (LPIPS) of videos, by the package ``lpips``."""
+"""Learned perceptual distances of videos: LPIPS by the package ``lpips``, ST-LPIPS by ``stlpips-pytorch``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .unavailable import Unavailable, display_path
+from .unavailable import Unavailable, display_path, import_failure
 from .video_arrays import check_same_shape, to_pair
 
 ALEXNET = "alexnet-owt-7be5be79.pth"
 MIN_SIDE = 31  # AlexNet's second pooling needs frames of this size
+SHIFT_TOLERANT_MIN_SIDE = 21  # smaller feature maps cannot be padded by reflection
 BATCH = 16
 
 
@@ -55,3 +56,32 @@ def _model() -> tuple[torch.nn.Module, str]:
         raise Unavailable(f"AlexNet's weights {display_path(weights)} are missing; get them with: {command}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LPIPS(net="alex", verbose=False).eval().to(device), device
+
+
+def shift_tolerant_lpips_by_frame(video: NDArray, reference: NDArray) -> list[float]:
+    """Return the ST-LPIPS distance of every frame; 0 for identical frames, lower is more similar.
+
+    A. Ghildyal, F. Liu, "Shift-tolerant Perceptual Similarity Metric", ECCV 2022, arXiv:2207.13686, with AlexNet: small
+    shifts of the whole picture, which people do not see, cost less than in LPIPS. It runs on a GPU if there is one.
+
+    Raises:
+        Unavailable: the package is missing or cannot be imported, or a side has fewer than 21 pixels.
+    """
+    side = SHIFT_TOLERANT_MIN_SIDE
+    if min(video.shape[1:3]) < side:
+        raise Unavailable(f"st_lpips needs frames of at least {side} x {side} pixels")
+    model, device = _shift_tolerant_model()
+    distances = []
+    for pair in zip(*to_pair(video, reference), strict=True):  # its first layer has stride 1: one frame at a time
+        a, b = (torch.from_numpy(x).permute(2, 0, 1)[None].float().expand(-1, 3, -1, -1).to(device) for x in pair)
+        with torch.no_grad():
+            distances.append(float(model(a, b, normalize=True)))
+    return distances
+
+
+@lru_cache(maxsize=1)
+def _shift_tolerant_model() -> tuple[torch.nn.Module, str]:
+    with import_failure("stlpips-pytorch"):
+        from stlpips_pytorch.stlpips import LPIPS as ShiftTolerantLPIPS
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return ShiftTolerantLPIPS(net="alex", variant="shift_tolerant", verbose=False).eval().to(device), device

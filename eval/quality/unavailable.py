@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class Unavailable(RuntimeError):
     """A measure cannot be computed here; the message says what is missing and how to get it."""
+
+
+@contextmanager
+def import_failure(package: str) -> Iterator[None]:
+    """Turn the errors of importing a package of the extra ``metrics`` into Unavailable."""
+    try:
+        yield
+    except ImportError as error:
+        missing = error.name or package
+        raise Unavailable(f"the package {missing} is not installed; get it with: pip install -e '.[metrics]'") from None
+    except Exception as error:  # such as a torchvision that was built for another torch
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Unavailable(f"the package {package} cannot be imported: {reason[:200]}") from None
 
 
 def display_path(path: Path) -> str:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from dit_sparse.eval.quality.measures import MEASURES
 from dit_sparse.methods import KINDS, kind_of
 
 from .fewer_steps import fewer_steps_note
@@ -167,6 +168,16 @@ def _merge_notes(result: dict) -> list[str]:
 def measured_on(row: dict) -> str:
     """Return the device and the commits of a row of a merged result, "-" for other rows."""
     return f"{row['device']}, {', '.join(row['commits'])}" if row.get("device") else "-"
+
+
+def unavailable_measures(rows: Sequence[dict]) -> dict[str, str]:
+    """Return the titles of measures that were asked for and are missing, with the reason."""
+    reasons = {}
+    for name, measure in MEASURES.items():
+        for row in rows:
+            if reason := (row.get(name) or {}).get("unavailable"):
+                reasons[measure.title.split(" (")[0]] = reason
+    return reasons
 
 
 def row_kind(row: dict) -> str:

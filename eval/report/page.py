@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from dit_sparse.eval.quality.measures import MEASURES
 from dit_sparse.output.files import atomic_write
 from dit_sparse.plotting.plots import Point, plot_intervals, plot_pareto
 from dit_sparse.plotting.style import DARK, LIGHT, figure_to_svg
@@ -22,6 +23,7 @@ from .comparison_tables import (
     row_kind,
     row_note,
     row_order,
+    unavailable_measures,
 )
 from .fewer_steps import fewer_steps_note
 
@@ -72,7 +74,7 @@ def render_page(result: dict) -> str:
         columns=[column for column in COLUMNS if any(column.text(row) != "-" for row in rows)],
         groups=[(title, [_table_row(row, rows) for row in group]) for title, group in groups],
         timing_note=TIMING_NOTE,
-        unavailable=_unavailable_metrics(rows),
+        unavailable=unavailable_measures(rows),
         prompt=result["prompts"][0],
         strips=[(title, [_strip(row) for row in group]) for title, group in groups],
         maps=[(title, [row for row in group if row["mass"]]) for title, group in groups],
@@ -86,13 +88,13 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _spread(metric: str, key: str, digits: int) -> Callable[[dict], str]:
-    """Return the text of one number of a metric; the mean PSNR of equal clips is infinite and stored as None."""
+    """Return the text of one number of a measure; the mean PSNR of equal clips is infinite and stored as None."""
 
     def text(row: dict) -> str:
-        spread = row[metric]
+        spread = row.get(metric)  # older results have fewer measures
         if not spread or key not in spread:
             return "-"
-        return "inf" if spread[key] is None and metric == "psnr" else _number(spread[key], digits)
+        return "inf" if spread[key] is None else _number(spread[key], digits)
 
     return text
 
@@ -102,16 +104,20 @@ def _interval(row: dict) -> str:
     return f"{bounds[0]:.1f} to {bounds[1]:.1f}" if bounds else "-"
 
 
+def _measure_column(name: str) -> Column:
+    measure = MEASURES[name]
+    best = max if measure.larger_is_better else min
+    return Column(measure.title, _spread(name, "mean", measure.digits), measure.explanation, best)
+
+
 COLUMNS = (
     Column("density", lambda row: _number(row["density_achieved"], 3), "computed share of the pairs in sparse calls"),
     Column("run density", lambda row: _number(row["density_run"]), "the same for all calls of the run"),
-    Column("PSNR (dB)", _spread("psnr", "mean", 1), "to the dense video of the same prompt and seed", max),
+    _measure_column("psnr"),
     Column("95 % interval", _interval, "of the mean PSNR over prompts (bootstrap)"),
     Column("worst decile", _spread("psnr", "worst_decile", 1), "mean PSNR of the lowest tenth of the clips", max),
     Column("over random (dB)", _spread("over_random", "mean", 1), "PSNR above random blocks of the same density"),
-    Column("SSIM", _spread("ssim", "mean", 3), "structural similarity to the dense video", max),
-    Column("MS-SSIM", _spread("ms_ssim", "mean", 3), "the same at several scales", max),
-    Column("LPIPS", _spread("lpips", "mean", 3), "perceptual distance to the dense video; lower is better", min),
+    *(_measure_column(name) for name in MEASURES if name != "psnr"),
     Column("output error", lambda row: _number(row["error"]), "relative error of the attention output", min),
     Column("retained mass", lambda row: _number(row["retained"]), "share of the softmax mass on computed pairs", max),
     Column("denoising speedup", lambda row: f"{row['speedup']:.2f}x", "over the denoising of the dense run"),
@@ -192,16 +198,6 @@ def _interval_figures(groups: Sequence[tuple[str, list[dict]]]) -> list[str]:
 def _tooltip(point: Point, x_label: str) -> str:
     interval = "" if point.low is None else f", 95 % interval {point.low:.1f} to {point.high:.1f}"
     return f"{point.name}: PSNR {point.y:.1f} dB{interval}; {x_label} {point.x:.2f}"
-
-
-def _unavailable_metrics(rows: Sequence[dict]) -> dict[str, str]:
-    """Return the metrics that no row has, with the reason."""
-    reasons = {}
-    for metric in ("psnr", "ssim", "ms_ssim", "lpips"):
-        for row in rows:
-            if "unavailable" in (row[metric] or ()):
-                reasons[metric.upper().replace("_", "-")] = row[metric]["unavailable"]
-    return reasons
 
 
 def _strip(row: dict) -> dict:

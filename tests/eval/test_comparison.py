@@ -21,6 +21,7 @@ from dit_sparse.eval.comparison import runner
 from dit_sparse.eval.comparison.clip_store import ClipStore
 from dit_sparse.eval.comparison.comparison import Comparison, steps_of_equal_cost
 from dit_sparse.eval.comparison.row_syntax import RowRequest, parse_row
+from dit_sparse.eval.quality.measures import FAST
 from dit_sparse.eval.report.tables import RESULTS
 from dit_sparse.methods import KINDS, kind_of, method_text
 
@@ -63,6 +64,9 @@ def test_rows_hold_the_measurements(result):
     assert rows["random_blocks 0.3"]["over_random"]["mean"] == 0
     assert 0 < rows["dense"]["quality"]["temporal_flickering"] < 1
     radial = rows["radial 0.5"]
+    assert radial["cvvdp"] is None and list(result["measures"]) == list(FAST)
+    assert radial["xpsnr"]["mean"] > 5 and len(radial["xpsnr"]["each"]) == 4
+    assert radial["vmaf"] == {"unavailable": "vmaf needs frames of at least 33 x 33 pixels"}
     difference = radial["psnr"]["mean"] - rows["random_blocks 0.5"]["psnr"]["mean"]
     assert radial["over_random"]["mean"] == pytest.approx(difference)
     assert radial["density_hit"] == (abs(radial["density_achieved"] - 0.5) <= 0.01)
@@ -147,6 +151,7 @@ def test_every_density_has_random_blocks_once(tmp_path):
         ({"prompts": ["a", "b", "a"]}, "'a' is given twice"),
         ({"schedule": Schedule(16), "call": {"num_inference_steps": 16}}, "keeps all 16 steps dense"),
         ({"schedule": Schedule(1.0)}, "keeps all 8 steps dense"),
+        ({"measures": ["vmav"]}, "there is no measure 'vmav'; there are psnr, ssim"),
     ],
 )
 def test_invalid_settings_raise_before_any_work(settings, message, tmp_path):

@@ -14,6 +14,7 @@ from skimage.metrics import structural_similarity
 
 from dit_sparse.eval.quality import fidelity as metrics
 from dit_sparse.eval.quality import lpips_distance
+from dit_sparse.eval.quality.measures import MEASURES
 from dit_sparse.eval.quality.ms_ssim import scale_count
 from dit_sparse.eval.quality.unavailable import Unavailable, display_path
 from dit_sparse.eval.quality.video_arrays import to_unit_range
@@ -168,7 +169,7 @@ def strict_json(value: dict) -> dict:
 def test_fidelity_has_all_metrics():
     a, b = clip(0), clip(1)
     result = strict_json(metrics.fidelity(a, b))
-    assert list(result) == ["psnr", "ssim", "ms_ssim", "lpips"]
+    assert list(result) == list(MEASURES)
     for name, metric in [("psnr", metrics.psnr), ("ssim", metrics.ssim), ("ms_ssim", metrics.ms_ssim)]:
         frames = metrics.per_frame(metric, a, b)
         assert result[name]["pooled"] == pytest.approx(metric(a, b))

@@ -35,7 +35,7 @@ def metadata(seconds, attention, planning=0.0, achieved=None, run=1.0, steps=4) 
 
 
 def summarize(*pairs: tuple[ClipRecord, ClipRecord]) -> dict:
-    return summary.summarize_row(SPEC, SimpleNamespace(seeds=1, clip_pairs=lambda _: iter(pairs)))
+    return summary.summarize_row(SPEC, SimpleNamespace(model="shapes-wan", seeds=1, clip_pairs=lambda _: iter(pairs)))
 
 
 def test_costs_are_sums_and_densities_are_means_of_the_clips():
