@@ -1,12 +1,14 @@
-"""``dit-sparse eval``: metrics of a video, the export for VBench, and the analysis of attention masks."""
+"""``dit-sparse eval`` and ``ab``: metrics of a video, the export for VBench, the analysis of attention masks, and blind
+votes of people."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
 from .options import (
     Block,
@@ -14,6 +16,7 @@ from .options import (
     Densities,
     Frames,
     Height,
+    Measures,
     Methods,
     Model,
     OutFolder,
@@ -22,12 +25,16 @@ from .options import (
     Width,
     call_arguments,
     count_or_fraction,
+    measure_list,
     method_list,
     numbers,
     read_prompts,
 )
 from .shared.command import CommandGroup
-from .terminal import console, make_table, one_sentence, print_result, progress_bars
+from .terminal import console, decimals, make_number_table, make_table, one_sentence, print_result, progress_bars
+
+if TYPE_CHECKING:
+    from dit_sparse.eval.preference.ranking import Ranking
 
 evaluate = CommandGroup(help="Evaluate videos and attention masks.")
 
@@ -37,16 +44,18 @@ def video(
     path: Annotated[Path, typer.Argument(help="A video file.")],
     reference: Annotated[Path | None, typer.Option(help="The dense video of the same prompt and seed.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt of the video.")] = None,
+    measures: Measures = "all",
 ) -> None:
-    """Score a video with VBench-style metrics, and its fidelity to a reference. Metrics whose weights are missing are
-    listed as unavailable."""
+    """Score a video with VBench-style metrics, and its fidelity to a reference. Metrics whose package or weights are
+    missing are listed as unavailable."""
     with one_sentence():
         from dit_sparse.eval.quality.fidelity import fidelity
         from dit_sparse.eval.quality.vbench_style import quality
         from dit_sparse.output.media import read_video
 
+        chosen = measure_list(measures)
         frames, fps = read_video(path)
-        to_reference = None if reference is None else fidelity(frames, read_video(reference)[0])
+        to_reference = None if reference is None else fidelity(frames, read_video(reference)[0], fps, chosen)
         result = {"quality": quality(frames, prompt, fps), "fidelity": to_reference}
     print_result(result)
     for name, value in result["quality"].items():
@@ -132,3 +141,117 @@ def attention(
 def _print_metric(name: str, value: float | dict | str) -> None:
     text = f"{value:.4g}" if isinstance(value, float) else value
     console.print(f"{name:24} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def ab(
+    results: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of `dit-sparse compare`, or one with a folder of videos for each method; there, videos of "
+            "the same prompt and seed have the same file name."
+        ),
+    ],
+    row: Annotated[
+        list[str] | None, typer.Option(help="A row of the comparison, or a folder; may be repeated. Default: all.")
+    ] = None,
+    votes: Annotated[Path | None, typer.Option(help="The file of votes. Default: votes.jsonl in the folder.")] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Print the ranking of the votes so far, without a page.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the ranking to this .png, .svg or .pdf file.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address of the page; 0.0.0.0 for other devices of the network.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
+    allow_host: Annotated[list[str] | None, typer.Option(help="Another name of this machine in URLs.")] = None,
+) -> None:
+    """Collect blind votes on pairs of clips on a web page, and rank the methods by a Bradley-Terry model.
+
+    The page shows two clips of the same prompt and seed without names, in random order, to any number of raters. Votes
+    are stored at once; the same command continues. Ctrl-C stops the page and prints the ranking. With --table or --plot
+    only the ranking is made.
+    """
+    with one_sentence():
+        from dit_sparse.eval.preference.ranking import rank
+        from dit_sparse.eval.preference.votes import VoteFile
+        from dit_sparse.output.files import save_figure, writable_figure
+
+        if not results.is_dir():
+            raise ValueError(f"there is no folder {results}")
+        file = VoteFile(votes or results / "votes.jsonl")
+        if plot:
+            writable_figure(plot, "--plot")
+        if not (table or plot):
+            _serve(results, row or [], file, host, port, allow_host or [])
+        given = [vote for vote in file.read() if not row or vote.methods <= {*row}]
+        if not given and not (table or plot):
+            console.print("no votes yet")
+            return
+        ranking = rank(given)
+        if plot:
+            save_figure(plot, _plot(ranking))
+    print_result(ranking.as_dict())
+    _print(ranking)
+
+
+def _serve(results: Path, rows: list[str], file, host: str, port: int, hosts: list[str]) -> None:
+    """Run the page until Ctrl-C."""
+    from tempfile import TemporaryDirectory
+
+    from dit_sparse.demo.blind_test import BlindTest
+    from dit_sparse.eval.preference.clip_source import read_clip_source
+
+    source = read_clip_source(results, rows)
+    try:
+        from dit_sparse.demo.blind_test_page import launch
+    except ImportError as error:
+        raise ValueError(f"cannot import {error.name}: run pip install -e '.[demo]'") from None
+    with TemporaryDirectory(prefix="blind-test-") as folder:
+        blocks = launch(BlindTest(source, file, Path(folder).resolve()), host, port, hosts, quiet=True)
+        console.print(
+            f"{len(source.methods)} methods on {escape(blocks.local_url)}, votes in {escape(str(file.path))}; "
+            "Ctrl-C stops the page",
+            soft_wrap=True,
+        )
+        try:
+            blocks.block_thread()
+        finally:
+            blocks.close(verbose=False)
+
+
+def _print(ranking: Ranking) -> None:
+    for group, reference in enumerate(ranking.references):
+        console.print(_table(ranking, group, reference))
+    people = f"{ranking.raters} rater{'s' * (ranking.raters > 1)}"
+    prompts = f"{ranking.prompts} prompt{'s' * (ranking.prompts > 1)}"
+    console.print(
+        f"{ranking.votes} votes of {people} on {prompts}. strength: log-odds of being preferred to the reference; "
+        "low, high: its 95 % interval over prompts (bootstrap); preferred: how often to the reference",
+        highlight=False,
+    )
+    for note in ranking.notes:
+        console.print(escape(note), highlight=False, soft_wrap=True)
+
+
+def _table(ranking: Ranking, group: int, reference: str | None) -> Table:
+    title = f"Preference, relative to {reference or 'the mean of the methods'}"
+    columns = ("votes", "won", "tied", "lost", "strength", "low", "high", "preferred")
+    table = make_number_table(title, "method", *columns)
+    for row in (row for row in ranking.rows if row.group == group):
+        low, high = row.interval or (None, None)
+        numbers = (decimals(value, 2) for value in (row.strength, low, high))
+        counts = map(str, (row.votes, row.wins, row.ties, row.losses))
+        table.add_row(escape(row.method), *counts, *numbers, f"{row.preferred:.0%}")
+    return table
+
+
+def _plot(ranking: Ranking):
+    from dit_sparse.plotting.plots import Point, plot_intervals
+
+    rows = [row for row in ranking.rows if row.group == 0]
+    points = [Point(row.method, row.method, row.votes, row.strength, *(row.interval or (None, None))) for row in rows]
+    ends = [end for point in points for end in (point.y, point.low, point.high) if end is not None]
+    margin = 0.05 * (max(ends) - min(ends)) or 1.0
+    title = f"Preference: {ranking.votes} votes, {ranking.prompts} prompts"
+    label = f"log-odds against {ranking.references[0] or 'the mean'}"
+    return plot_intervals(points, title, label, (min(ends) - margin, max(ends) + margin))

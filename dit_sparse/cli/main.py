@@ -12,7 +12,7 @@ from dit_sparse import __version__
 from .batch import batch
 from .bench import bench
 from .compare import compare, report, reproduce
-from .evaluate import evaluate
+from .evaluate import ab, evaluate
 from .generate import app as page
 from .generate import demo, generate
 from .profiles import profile
@@ -31,6 +31,7 @@ EXAMPLES = {
     show: "show 'radial(sink=true)' --grid 21x45x80 --density 0.25 --png mask.png",
     compare: "compare --methods 'radial,svg,pooled(svg),profile:shapes-wan' --density 0.15,0.25 --prompts 2",
     report: "report out/compare --html",
+    ab: "ab out/compare --row dense --row 'routed 0.25'",
     study: "study --methods 'svg2,pooled(svg2)' --ablate routed --prompts 3",
     reproduce: "reproduce wan2.1-t2v-14b-720p --prompts prompts.txt --out out/wan",
     profile: "profile shapes-wan --candidates 'radial(sink=true),svg.temporal,asa' --out profiles/mine.json",

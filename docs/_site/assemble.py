@@ -19,7 +19,7 @@ from tutorials import NOTEBOOKS, tutorial_files
 BUILD = ROOT / "build" / "docs"
 NOT_IN_SITE = ("_site", "examples")  # folders of docs/
 MAPPED = ("kernels", "pipelines", "profiles", "eval")  # inside of the package dit_sparse when it is installed
-ALONE = ("batch.md", "benchmarks.md")  # in their section: no list of its pages
+ALONE = ("batch.md", "benchmarks.md", "evaluation.md")  # in their section: no list of its pages
 INTERVAL = re.compile(r"(\d) (\[-?[\d.]+), (-?[\d.]+\])")
 CODE_IN_TABLE = re.compile(r"(?<=\| )`[^`\n]*\\\|[^`\n]*`")  # GitHub needs a backslash there, Python-Markdown shows it
 Files = dict[str, str | bytes]

@@ -50,9 +50,19 @@ class ClipStore:
 
     def clips(self) -> Iterator[ClipRecord]:
         """Yield all readable clips, the oldest first."""
-        for path in sorted(self.folder.glob("[!.]*.npz"), key=lambda path: path.stat().st_mtime_ns):
-            if (clip := _read(path)) is not None:
+        for path, _ in self.index():
+            if (clip := self.load(path)) is not None:
                 yield clip
+
+    def index(self) -> list[tuple[Path, dict]]:
+        """Return file and metadata of all readable clips, the oldest first, without reading their frames."""
+        paths = sorted(self.folder.glob("[!.]*.npz"), key=lambda path: path.stat().st_mtime_ns)
+        found = ((path, _read(path, frames=False)) for path in paths)
+        return [(path, clip.metadata) for path, clip in found if clip is not None]
+
+    def load(self, path: Path) -> ClipRecord | None:
+        """Return the clip of a file of the index, or None if it is damaged."""
+        return _read(path)
 
     def _path(self, name: str, key: dict) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
@@ -60,9 +70,12 @@ class ClipStore:
         return self.folder / f"{readable}-{digest}.npz"
 
 
-def _read(path: Path) -> ClipRecord | None:
+def _read(path: Path, frames: bool = True) -> ClipRecord | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return ClipRecord(stored["frames"], json.loads(str(stored["note"])), stored.get("latents"))
+            metadata = json.loads(str(stored["note"]))
+            if not frames:
+                return ClipRecord(np.empty(0), metadata)
+            return ClipRecord(stored["frames"], metadata, stored.get("latents"))
     except Exception:  # numpy, zipfile and zlib have many errors for damaged files
         return None

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_sparse.eval.comparison.clip_store import ClipStore
+from dit_sparse.eval.comparison.row_clips import paths_of_row
 from dit_sparse.notation.reading import read_json
-from dit_sparse.output.files import atomic_write, json_values, to_uint8, writable_folder
+from dit_sparse.output.files import atomic_write, to_uint8, writable_folder
 from dit_sparse.output.media import check_video
 
 Clips = Iterable[tuple[str, int, NDArray]]
@@ -95,39 +96,14 @@ def export(folder: Path | str, videos: Clips, fps: float = 8, dimensions: Iterab
 
 
 def clips_of_row(store: ClipStore, result: dict, row: dict) -> Clips:
-    """Yield the clips that a row of a comparison was measured on, one at a time.
-
-    A folder may hold clips of other comparisons with the same row name. They are distinguished by their settings and,
-    if several remain, by the total time that the row reports.
+    """Yield prompt, seed and frames of the clips that a row of a comparison was measured on, one at a time.
 
     Raises:
         ValueError: clips are missing.
     """
-    matches = _matching_clips(store, result, row)
-    if missing := sum(not clips for clips in matches.values()):
-        raise ValueError(f"{missing} clips of {row['name']!r} are not in {store.folder}: run the comparison again")
-    most = max(map(len, matches.values()))
-    sets = [[clips[-min(age, len(clips))] for clips in matches.values()] for age in range(1, 1 + most)]
-    own = min(sets, key=lambda clips: abs(sum(seconds for _, seconds in clips) - row["seconds"]))
-    numbers = {number for number, _ in own}
-    for number, clip in enumerate(store.clips()):
-        if number in numbers:
-            yield clip.metadata["prompt"], clip.metadata["seed"], clip.frames
-
-
-def _matching_clips(store: ClipStore, result: dict, row: dict) -> dict[tuple[str, int], list[tuple[int, float]]]:
-    """Return number in the store and seconds of every clip that fits a row, by prompt and seed, the oldest first."""
-    matches: dict[tuple[str, int], list[tuple[int, float]]] = {
-        (prompt, seed): [] for prompt in result["prompts"] for seed in range(result["seeds"])
-    }
-    for number, clip in enumerate(store.clips()):
-        metadata = json_values(clip.metadata)
-        sample = metadata.get("prompt"), metadata.get("seed")
-        same_row = metadata.get("row") == row["name"]
-        same_settings = all(metadata.get(key) == row[key] for key in ("settings", "steps"))
-        if same_row and same_settings and metadata["grids"] in ([], result["grids"]) and sample in matches:
-            matches[sample].append((number, metadata["seconds"]))
-    return matches
+    for sample, path in paths_of_row(store.index(), result, row).items():
+        if (clip := store.load(path)) is not None:
+            yield *sample, clip.frames
 
 
 def file_name(prompt: str, index: int) -> str:

@@ -39,10 +39,13 @@ def test_video_prints_quality_and_fidelity_to_a_reference(videos):
     command = ("eval", "video", videos / "a.mp4", "--reference")
     result = run(*command, videos / "b.mp4")
     assert result.exit_code == 0, result.output
-    found = json.loads(run(*command, videos / "b.mp4", "--json").stdout)
+    assert all(name in result.output for name in ("temporal_flickering", "ms_ssim", "cvvdp"))
+    found = json.loads(run(*command, videos / "b.mp4", "--json", "--measures", "xpsnr,vmaf").stdout)
     assert 0 < found["quality"]["temporal_flickering"] < 1 and 5 < found["fidelity"]["psnr"]["pooled"] < 30
-    assert "temporal_flickering" in result.output and "ms_ssim" in result.output
-    assert json.loads(run(*command, videos / "a.mp4", "--json").stdout)["fidelity"]["psnr"]["pooled"] == "inf"
+    assert 0 < found["fidelity"]["vmaf"]["pooled"] < 100 and found["fidelity"]["xpsnr"]["pooled"] > 5
+    assert found["fidelity"].keys() == {"psnr", "ssim", "xpsnr", "vmaf"}
+    same = run(*command, videos / "a.mp4", "--json", "--measures", "psnr")
+    assert json.loads(same.stdout)["fidelity"]["psnr"]["pooled"] == "inf"
 
 
 def test_videos_are_read_as_written(videos):
