@@ -245,7 +245,7 @@ def test_report_fits_the_width_of_the_window(page, tmp_path):
 
 def test_report_needs_the_json_alone(result, tmp_path):
     (tmp_path / "compare.json").write_text(json.dumps(result))
-    table = CliRunner().invoke(app, ["report", str(tmp_path)])
+    table = CliRunner().invoke(app, ["report", str(tmp_path), "--markdown"])
     assert table.exit_code == 0 and all(f"`{row['name']}`" in table.output for row in result["rows"])
     run = CliRunner().invoke(app, ["report", str(tmp_path / "compare.json"), "--html"])
     assert run.exit_code == 0 and (tmp_path / "report.html").read_text() == render_page(result)

@@ -72,7 +72,7 @@ GROUPS = {  # lowest first; a file belongs to the first group whose pattern it f
     "cli": Group(
         "cli cli.* app",
         "engine bundled demo typer rich",
-        lazily="methods output generation eval plotting yaml tomli",
+        lazily="methods profile executors output generation eval plotting yaml tomli",
     ),
 }
 
