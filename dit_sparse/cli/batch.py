@@ -15,6 +15,7 @@ from .options import (
     DenseStepsOrProfile,
     Density,
     DensityRamp,
+    Dtype,
     Engine,
     Executor,
     Fps,
@@ -26,10 +27,12 @@ from .options import (
     Method,
     Model,
     NegativePrompt,
+    Offload,
     OutFolder,
     Preset,
     Seeds,
     Steps,
+    VaeTiling,
     Width,
     Workers,
     call_arguments,
@@ -62,6 +65,9 @@ def batch(
     width: Width = None,
     guidance: Guidance = None,
     retries: Annotated[int, typer.Option(min=0, help="Further attempts for a clip that fails.")] = 1,
+    dtype: Dtype = None,
+    offload: Offload = None,
+    vae_tiling: VaeTiling = False,
     fps: Fps = None,
     engine: Engine = "local",
     workers: Workers = None,
@@ -70,6 +76,7 @@ def batch(
     launch` the processes share the clips; with --engine ray, the workers of a Ray cluster take them from a queue."""
     with one_sentence():
         from dit_sparse.generation.batch import Batch, Interrupted
+        from dit_sparse.generation.loading import LoadOptions
         from dit_sparse.generation.prompts import read_rows
         from dit_sparse.generation.ray_batch import run_batch
         from dit_sparse.generation.ray_pool import check_engine
@@ -79,7 +86,8 @@ def batch(
         settings |= {"density_ramp": density_ramp(ramp), "executor": executor, "block": block, "guard": guard}
         settings["method"] = method_text(method, preset, profile)
         call = call_arguments(steps, frames, height, width, guidance, negative_prompt)
-        task = Batch(read_rows(prompts), out, model, settings, call, seed, seeds, retries, fps)
+        load = LoadOptions(dtype, offload, vae_tiling)
+        task = Batch(read_rows(prompts), out, model, settings, call, seed, seeds, retries, fps, load)
         try:
             with _progress_bars() as stage:
                 manifest = task.run(stage) if engine == "local" else run_batch(task, stage, workers)

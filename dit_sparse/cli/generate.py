@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -99,8 +98,8 @@ def generate(
         with progress_bars() as stage:
             clip = generation.generate(pipe, prompt, seed, call, stage("denoising"))
         save_video(out, clip.frames, fps)
-        job = Job(out.stem, prompt, seed, call, processor, model, fps)
-        result = clip_result(job.settings, clip, run.report().as_dict(), out) | {"loading": asdict(options)}
+        job = Job(out.stem, prompt, seed, call, processor, model, fps, options)
+        result = clip_result(job.settings, clip, run.report().as_dict(), out)
         save_json(sidecar, result)
     print_result(result)
     warn_if_busy(result)

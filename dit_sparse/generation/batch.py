@@ -27,6 +27,7 @@ from .checks import check_clip
 from .clip_folder import ClipFolder, LiveManifest, begin_measurement, end_measurement, same_settings
 from .clip_result import clip_result
 from .generate import Progress, Stage, default_call, default_fps, generate, load_pipeline
+from .loading import LoadOptions
 from .model_config import check_model
 from .processes import Interrupted, interruptible, shard
 from .prompts import Row
@@ -53,6 +54,7 @@ class Job:
         processor: the sparse attention.
         model: the bundled model, a local diffusers folder, or a name on the hub.
         fps: frames per second of the video file.
+        load: how the pipeline is loaded.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Job:
     processor: SparseAttnProcessor
     model: str
     fps: int
+    load: LoadOptions = field(default_factory=LoadOptions)
 
     @property
     def settings(self) -> dict:
@@ -70,7 +73,7 @@ class Job:
         values = {"model": self.model, "prompt": self.prompt, "seed": self.seed, "call": self.call, "fps": self.fps}
         values |= {"method": type(run.method).__name__, "settings": run.method.settings()}
         values |= {"schedule": asdict(run.schedule), "executor": run.executor, "block": run.block}
-        values |= {"preset": run.preset}
+        values |= {"preset": run.preset, "dtype": self.load.dtype, "vae_tiling": self.load.vae_tiling or None}
         return json.loads(json.dumps(json_values(values)))
 
 
@@ -88,6 +91,7 @@ class Batch:
         seeds: clips of each row, with consecutive seeds.
         retries: further attempts for a clip that fails, except for lack of memory.
         fps: frames per second of the video files; None: the default of the model.
+        load: how the pipeline is loaded.
 
     Raises:
         ValueError: an argument or row is invalid, or the folder holds clips with other settings or is not writable.
@@ -102,6 +106,7 @@ class Batch:
     seeds: int = 1
     retries: int = 1
     fps: int | None = None
+    load: LoadOptions = field(default_factory=LoadOptions)
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.retries < 0:
@@ -137,7 +142,7 @@ class Batch:
             processor, first_seed = self._processor(name, row), self.seed if row.seed is None else row.seed
             for seed in range(first_seed, first_seed + self.seeds):
                 clip_name = name if self.seeds == 1 else f"{name}-seed{seed}"
-                jobs.append(Job(clip_name, row.prompt, seed, row_call, processor, self.model, fps))
+                jobs.append(Job(clip_name, row.prompt, seed, row_call, processor, self.model, fps, self.load))
         return jobs
 
     def _processor(self, name: str, row: Row) -> SparseAttnProcessor:
@@ -159,7 +164,7 @@ class Batch:
         own_jobs = [job for job in jobs if job.name in names]
         live = LiveManifest(folder, jobs) if int(os.environ.get("RANK", 0)) == 0 else None
         with interruptible(lambda: stage("stopping")) as signals:
-            pipe = prepare(load_pipeline(self.model)) if own_jobs else None
+            pipe = prepare(load_pipeline(self.model, options=self.load)) if own_jobs else None
             try:
                 for number, job in enumerate(own_jobs):
                     if signals:

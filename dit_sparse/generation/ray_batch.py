@@ -34,7 +34,7 @@ class BatchWorker:
 
     def __init__(self, batch: Batch, token: str) -> None:
         check_shared(batch.out, token)
-        self.batch, self.pipe = batch, prepare(load_pipeline(batch.model))
+        self.batch, self.pipe = batch, prepare(load_pipeline(batch.model, options=batch.load))
 
     def describe(self) -> dict:
         return describe_process()

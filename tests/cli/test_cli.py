@@ -329,7 +329,7 @@ def test_generate_writes_what_it_did_next_to_the_video(tmp_path):
     assert (asked["prompt"], asked["seed"], asked["fps"], asked["preset"]) == ("a blue square", 3, 8, "fast")
     assert asked["call"]["negative_prompt"] == "red" and asked["model"] == "shapes-wan"
     assert report["method"] == "asa" and report["schedule"]["dense_steps"] == 1 and report["preset"].startswith("fast")
-    assert report["density_asked"] == 0.25 and report["sparse_calls"] > 0 and stored["loading"]["dtype"] == "float32"
+    assert report["density_asked"] == 0.25 and report["sparse_calls"] > 0 and asked["dtype"] == "float32"
     assert stored["versions"]["torch"] and {"commit", "device", "video_sha256"} <= stored.keys()
 
 
@@ -339,10 +339,11 @@ def test_a_batch_takes_a_preset_and_a_negative_prompt(tmp_path, monkeypatch):
     jobs = []
     manifest = {"count": {"done": 2, "failed": 0, "missing": 0}, "clips": []}
     monkeypatch.setattr(Batch, "run", lambda batch, stage: jobs.extend(batch.jobs()) or manifest)
-    options = ("--preset", "fast", "--negative-prompt", "red", "--out", tmp_path / "out", "--json")
-    assert json.loads(call("batch", tmp_path / "p.csv", *options).stdout) == manifest
+    options = ("--preset", "fast", "--negative-prompt", "red", "--dtype", "float16", "--json")
+    assert json.loads(call("batch", tmp_path / "p.csv", "--out", tmp_path / "out", *options).stdout) == manifest
     assert [job.processor.settings.preset for job in jobs] == ["fast", None]
     assert [job.call["negative_prompt"] for job in jobs] == ["red", "blue"]
+    assert [job.settings["dtype"] for job in jobs] == ["float16", "float16"]
 
 
 def test_presets_are_listed():

@@ -38,7 +38,7 @@ def generated(monkeypatch) -> list:
             progress(step, 2)
         return Clip(np.full((2, 16, 16, 3), seed, np.uint8), 0.5)
 
-    monkeypatch.setattr(module, "load_pipeline", lambda model: Pipe())
+    monkeypatch.setattr(module, "load_pipeline", lambda model, options: Pipe())
     monkeypatch.setattr(module, "prepare", lambda pipe: pipe)
     monkeypatch.setattr(module, "generate", generate)
     return requests

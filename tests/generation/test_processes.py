@@ -35,7 +35,7 @@ def model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)  # CUDA does not survive a fork
         pipe = module.load_pipeline(BUNDLED)
-        patch.setattr(module, "load_pipeline", lambda name: pipe)
+        patch.setattr(module, "load_pipeline", lambda name, options: pipe)
         yield
 
 
