@@ -21,8 +21,8 @@ fix: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-shapes: .venv/ready  ## continue the training of the bundled model
-	$(BIN)/python -m dit_sparse.bundled.shapes_wan.train --out runs/shapes --resume --start dit_sparse/assets/shapes-wan
+shapes: .venv/ready  ## continue the training of shapes-wan-i2v
+	$(BIN)/python -m dit_sparse.bundled.shapes_wan.train --out runs/shapes --resume --start eval/models/shapes-wan-i2v
 
 gpu: .venv/ready  ## with an NVIDIA GPU: tests, benchmarks, training, comparison
 	$(BIN)/python -m dit_sparse.eval.bench.gpu_suite --out out/gpu

@@ -1,8 +1,19 @@
-"""Bundled models: their names, default settings and recipes. The weights are in `dit_sparse/assets`."""
+"""The project's own small models: their names, default settings and recipe.
+
+`shapes-wan`, a text-to-video model, is part of the package; its weights are in `dit_sparse/assets`. `shapes-wan-i2v`,
+an image-to-video model, is a folder of the repository, `eval/models/shapes-wan-i2v`.
+"""
 
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .shapes_wan.scenes import Scene, Size
 
 BUNDLED = "shapes-wan"
 BUNDLED_PROMPT = "a red circle moves right while a blue square moves up"
@@ -10,7 +21,60 @@ BUNDLED_FPS = 8
 BUNDLED_CALL = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 20, "height": 80, "width": 80}
 SMALL_CALL = BUNDLED_CALL | {"num_inference_steps": 8, "num_frames": 7, "height": 64, "width": 64}
 
+IMAGE_MODEL = "shapes-wan-i2v"  # the name of its folder
+IMAGE_MODEL_CALL = BUNDLED_CALL | {"num_frames": 13, "height": 96, "width": 96}
+
 
 def model_source(model: str) -> str:
     """Return what ``from_pretrained`` takes: the folder of a bundled model, any other name unchanged."""
     return str(files("dit_sparse") / "assets" / model) if model == BUNDLED else model
+
+
+def bundled_prompts() -> list[str]:
+    """Return the 60 prompts that commands use by default; no pair of shapes in them occurred in training."""
+    return (files("dit_sparse") / "assets" / "prompts.txt").read_text().splitlines()
+
+
+def is_image_model(model: str | None) -> bool:
+    """Return whether a model is a folder of `shapes-wan-i2v`, which needs a first frame."""
+    return model is not None and Path(model).name == IMAGE_MODEL
+
+
+def model_call(model: str, small: bool = False) -> dict:
+    """Return the default arguments of the pipeline call of the project's own models; empty for all others.
+
+    Args:
+        small: a clip that takes seconds on a CPU.
+    """
+    if model == BUNDLED:
+        return dict(SMALL_CALL if small else BUNDLED_CALL)
+    return dict(SMALL_CALL if small else IMAGE_MODEL_CALL) if is_image_model(model) else {}
+
+
+def first_frame(prompt: str, seed: int = 0, call: dict = IMAGE_MODEL_CALL) -> Image.Image:
+    """Return the first frame of a clip of `shapes-wan-i2v`, drawn from the prompt and the seed.
+
+    Args:
+        prompt: such as ``"a red circle moves right while a blue square moves up"``.
+        call: arguments of the pipeline's call; its size is used.
+
+    Raises:
+        ValueError: the prompt names no shapes that the model knows, or not where they move.
+    """
+    from .shapes_wan.first_frame import draw
+
+    return draw(first_frame_scene(prompt, seed, call), _clip_size(call), seed)
+
+
+def first_frame_scene(prompt: str, seed: int, call: dict) -> Scene:
+    """Return the scene of a prompt. Arguments and errors as in `first_frame`."""
+    from .shapes_wan.first_frame import prompt_scene
+
+    return prompt_scene(prompt, _clip_size(call), seed)
+
+
+def _clip_size(call: dict) -> Size:
+    from .shapes_wan.scenes import Size
+
+    frames, height, width = (call.get(name) or IMAGE_MODEL_CALL[name] for name in ("num_frames", "height", "width"))
+    return Size(frames + 1, height, width)  # the pipeline generates one frame more

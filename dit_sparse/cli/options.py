@@ -234,11 +234,11 @@ def read_prompts(text: str) -> list[str]:
     Raises:
         ValueError: the text is neither a number nor a file, or the file sets more than prompts.
     """
-    from dit_sparse.bundled.shapes_wan.judge import held_out_tasks
+    from dit_sparse.bundled import bundled_prompts
     from dit_sparse.generation.prompts import read_rows
 
     if text.isdecimal() and 1 <= int(text) <= MAX_PROMPTS:
-        return [task.text for task in held_out_tasks(int(text))]
+        return bundled_prompts()[: int(text)]
     if not Path(text).suffix:
         raise ValueError(
             f"--prompts must be a number from 1 to {MAX_PROMPTS}, or a .txt, .csv or .jsonl file, got {text[:60]!r}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_sparse import DEFAULT_METHOD, SparseAttnProcessor
 
-from ..bundled import BUNDLED
+from ..bundled import BUNDLED, is_image_model
 from ..generation.checks import check_clip
 from ..generation.generate import default_call, default_fps
 
@@ -97,16 +97,20 @@ class GenerationRequest:
         arguments = "".join(f", {name}={value!r}" for name, value in settings.items() if value is not None)
         call = "".join(f"\n    {name}={value!r}," for name, value in self.call.items())
         bundled = self.model == BUNDLED
-        source = 'str(files("dit_sparse") / "assets" / "shapes-wan")' if bundled else repr(self.model)
+        source = "model_source(BUNDLED)" if bundled else repr(self.model)
+        needs_image = is_image_model(self.model)
+        sizes = {name: self.call[name] for name in ("num_frames", "height", "width") if needs_image}
+        image = f"\n    image=first_frame({self.prompt!r}, {self.seed}, {sizes})," if needs_image else ""
         precision = "" if bundled else ", dtype=torch.bfloat16"
         return (
-            ("from importlib.resources import files\n\n" if bundled else "")
-            + "import torch\nfrom diffusers import DiffusionPipeline\nfrom diffusers.utils import export_to_video\n\n"
-            "import dit_sparse as ds\n\n"
-            f"pipe = DiffusionPipeline.from_pretrained({source}{precision})\n"
+            "import torch\nfrom diffusers import DiffusionPipeline\nfrom diffusers.utils import export_to_video\n\n"
+            "import dit_sparse as ds\n"
+            + ("from dit_sparse.bundled import BUNDLED, model_source\n" if bundled else "")
+            + ("from dit_sparse.bundled import first_frame\n" if needs_image else "")
+            + f"\npipe = DiffusionPipeline.from_pretrained({source}{precision})\n"
             'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
             f"run = ds.enable(pipe, {self.method!r}{arguments})\n"
-            f"frames = pipe(\n    {self.prompt!r},{call}\n"
+            f"frames = pipe(\n    prompt={self.prompt!r},{image}{call}\n"
             f"    generator=torch.Generator().manual_seed({self.seed}),\n).frames[0]\n"
             f'export_to_video(frames, "video.mp4", fps={default_fps(self.model)})\n'
             "print(run.report())\n"

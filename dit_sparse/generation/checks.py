@@ -6,6 +6,7 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+from ..bundled import first_frame_scene, is_image_model
 from .model_config import COUNTS, check_size
 
 MAX_PROMPT = 10_000  # characters
@@ -61,12 +62,14 @@ def check_call(call: dict, min_steps: int = 1) -> None:
 
 def check_clip(prompt: Any, seed: Any, call: dict, fps: Any = 1, min_steps: int = 1, model: str | None = None) -> None:
     """Raise ValueError if the prompt, the seed, the call or the frame rate of a clip is invalid, or if the model, where
-    it is given, cannot generate clips of that size."""
+    it is given, cannot generate clips of that size or that prompt."""
     check_prompt(prompt)
     check_seed(seed)
     check_call(call, min_steps)
     if model is not None:
         check_size(model, call)
+    if is_image_model(model):
+        first_frame_scene(prompt, seed, call)
     check_fps(fps)
 
 

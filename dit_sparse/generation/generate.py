@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..bundled import BUNDLED, BUNDLED_CALL, BUNDLED_FPS, SMALL_CALL, model_source
+from ..bundled import BUNDLED_FPS, IMAGE_MODEL_CALL, first_frame, is_image_model, model_call, model_source
 from ..notation.reading import shorten_path
 from ..output.files import to_uint8
 from .checks import COUNTS, check_clip
@@ -45,10 +45,10 @@ def default_call(model: str, small: bool = False) -> dict:
     """Return the default arguments of the pipeline call.
 
     Args:
-        model: the bundled model has defaults; for other models the dict is empty.
+        model: the project's own models have defaults; for other models the dict is empty.
         small: a clip that takes seconds on a CPU, for commands that generate many.
     """
-    return dict(SMALL_CALL if small else BUNDLED_CALL) if model == BUNDLED else {}
+    return model_call(model, small)
 
 
 def default_fps(model: str) -> int:
@@ -56,7 +56,7 @@ def default_fps(model: str) -> int:
 
     The config of a model of the hub must be in the cache, as it is after `check_model`.
     """
-    return BUNDLED_FPS if model == BUNDLED else frames_per_second(model) or DEFAULT_FPS
+    return BUNDLED_FPS if model_call(model) else frames_per_second(model) or DEFAULT_FPS
 
 
 def load_pipeline(model: str, device: str | None = None, options: LoadOptions | None = None) -> Any:
@@ -71,16 +71,17 @@ def load_pipeline(model: str, device: str | None = None, options: LoadOptions | 
         ValueError: the model cannot be loaded, or no adapter supports its transformer.
     """
     from diffusers import DiffusionPipeline
-    from diffusers.pipelines.wan import pipeline_wan
+    from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
 
-    bundled = model == BUNDLED
+    own = bool(model_call(model))
     check_model(model)
     options = options or LoadOptions()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = options.torch_dtype(torch.float32 if bundled or device == "cpu" else torch.bfloat16)
+    dtype = options.torch_dtype(torch.float32 if own or device == "cpu" else torch.bfloat16)
     _log.info("loading %s", shorten_path(model))
-    if bundled:  # the warning about num_frames does not apply: the bundled autoencoder keeps every frame
-        pipeline_wan.logger.addFilter(_is_not_frame_warning)
+    if own:  # the warning about num_frames does not apply: their autoencoder keeps every frame
+        for module in (pipeline_wan, pipeline_wan_i2v):
+            module.logger.addFilter(_is_not_frame_warning)
     try:
         with _no_loading_bars():
             pipe = DiffusionPipeline.from_pretrained(model_source(model), dtype=dtype)
@@ -127,9 +128,12 @@ def generate(
         return values
 
     pipe.set_progress_bar_config(disable=True)
+    call = with_first_frame(pipe, prompt, seed, call)
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
-    frames = pipe(prompt, generator=generator, output_type="np", callback_on_step_end=on_step_end, **call).frames[0]
+    frames = pipe(
+        prompt=prompt, generator=generator, output_type="np", callback_on_step_end=on_step_end, **call
+    ).frames[0]
     frames = np.asarray(frames)[: call.get("num_frames")]  # some autoencoders decode a multiple of several frames
     clip = Clip(to_uint8(frames), step_ends[-1] - begin)
     requested = tuple(call.get(name) or size for name, size in zip(COUNTS[1:], clip.frames.shape, strict=False))
@@ -137,6 +141,17 @@ def generate(
         sizes = " x ".join(map(str, clip.frames.shape[:3])), " x ".join(map(str, requested))
         _log.warning("the model generated %s (frames x height x width), not the requested %s", *sizes)
     return clip
+
+
+def with_first_frame(pipe: Any, prompt: str, seed: int, call: dict) -> dict:
+    """Return the call with the first frame that `shapes-wan-i2v` needs, drawn from prompt and seed.
+
+    Calls of other models, and calls that have an image, are returned as they are.
+    """
+    if "image" in call or not is_image_model(pipe.config.get("_name_or_path")):
+        return call
+    call = IMAGE_MODEL_CALL | call
+    return call | {"image": first_frame(prompt, seed, call)}
 
 
 def _is_not_frame_warning(record: logging.LogRecord) -> bool:

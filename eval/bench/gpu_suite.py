@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from dit_sparse.bundled import IMAGE_MODEL
 from dit_sparse.output.environment import conditions, device_name, source_digest, versions
 from dit_sparse.output.files import save_json, writable_folder
 
@@ -76,7 +77,7 @@ def stages(out: Path, training_minutes: float) -> list[Stage]:
     python = lambda module, *rest: (sys.executable, "-m", module, *map(str, rest))
     bench = lambda name: python("dit_sparse.cli", "bench", name, "--out", out / f"{name}.json")
     training = ("--device", "cuda", "--minutes", training_minutes, "--resume", "--light", "--out", out / "shapes")
-    model = ("--model", out / "shapes/shapes-wan", "--steps", 16, "--frames", 20, "--height", 80, "--width", 80)
+    model = ("--model", out / "shapes" / IMAGE_MODEL, "--steps", 16, "--frames", 13, "--height", 96, "--width", 96)
     rows = ("--methods", "all", "--density", "0.15,0.25,0.4", "--prompts", 8, "--out", out / "compare")
     return [
         Stage("tests", python("pytest", "-q", *(ROOT / "tests" / name for name in TESTS)), 6),

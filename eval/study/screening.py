@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse import SparseAttnProcessor
-from dit_sparse.generation.generate import Progress
+from dit_sparse.generation.generate import Progress, with_first_frame
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ def record_trajectory(
         return values
 
     pipe.set_progress_bar_config(disable=True)
+    call = with_first_frame(pipe, prompt, seed, call)
     generator = torch.Generator().manual_seed(seed)
     with _recorded_predictions(pipe.scheduler, predictions.append):
-        pipe(prompt, generator=generator, output_type="latent", callback_on_step_end=on_step_end, **call)
+        pipe(prompt=prompt, generator=generator, output_type="latent", callback_on_step_end=on_step_end, **call)
     return Trajectory(predictions, latents)
 
 

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dit_sparse import METHODS, Schedule
-from dit_sparse.bundled.shapes_wan.judge import held_out_tasks
+from dit_sparse.bundled import bundled_prompts
 from dit_sparse.cli.main import app
 from dit_sparse.eval.comparison import runner
 from dit_sparse.eval.comparison.clip_store import ClipStore
@@ -322,7 +322,7 @@ def test_a_killed_comparison_resumes_with_the_same_result(tmp_path):
     run.send_signal(signal.SIGKILL)
     run.wait()
     before = {path: path.stat().st_mtime_ns for path in clips.glob("[!.]*.npz")}
-    prompts = [task.text for task in held_out_tasks(2)]
+    prompts = bundled_prompts()[:2]
     killed, uninterrupted = (
         small_comparison(tmp_path / out, prompts, executor="gather").run(no_stages) for out in ("killed", "complete")
     )

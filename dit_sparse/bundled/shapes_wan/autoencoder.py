@@ -1,6 +1,6 @@
 """The autoencoder: an `AutoencoderKLWan` with analytic weights that is the identity on patches.
 
-With ``patch_size=4``, `AutoencoderKLWan` rearranges 4x4 pixels of 3 colours into 48 channels (patchify) and back. The
+With ``patch_size=2``, `AutoencoderKLWan` rearranges 2x2 pixels of 3 colours into 12 channels (patchify) and back. The
 network in between has to be the identity. Its residual branches are set to zero, which leaves convolution, RMS norm,
 SiLU and convolution. A constant channel much larger than the pixels makes the norm a constant factor; pixels scaled
 far below 1 stay in the linear range of SiLU, where its slope is 1/2.
@@ -10,9 +10,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from .scenes import PATCH
-
-CHANNELS = 3 * PATCH * PATCH  # latent channels
+LATENT_PATCH = 2  # pixels along each side of one place of the latents; the transformer joins 2x2 places to a token
+CHANNELS = 3 * LATENT_PATCH**2  # latent channels
 HIDDEN_CHANNELS = CHANNELS + 1  # the last one is constant
 CONSTANT = 1024.0  # value of the constant channel
 PIXEL_SCALE = 2.0**-11  # scale of the pixels inside SiLU
@@ -23,7 +22,7 @@ def build_autoencoder(mean: list[float], std: list[float]) -> AutoencoderKLWan:
     """Return the identity autoencoder.
 
     Args:
-        mean: mean of each of the 48 latent channels, stored in the config for the pipeline.
+        mean: mean of each of the 12 latent channels, stored in the config for the pipeline.
         std: standard deviation of each latent channel, stored in the config, too.
     """
     autoencoder = AutoencoderKLWan(
@@ -36,9 +35,9 @@ def build_autoencoder(mean: list[float], std: list[float]) -> AutoencoderKLWan:
         latents_std=std,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        patch_size=PATCH,
+        patch_size=LATENT_PATCH,
         scale_factor_temporal=1,
-        scale_factor_spatial=PATCH,
+        scale_factor_spatial=LATENT_PATCH,
     )
     with torch.no_grad():
         for name, parameter in autoencoder.named_parameters():
@@ -73,8 +72,9 @@ def patchify(video: Tensor) -> Tensor:
         video: pixels ``[3, frames, height, width]``.
 
     Returns:
-        ``[48, frames, height / 4, width / 4]``.
+        ``[12, frames, height / 2, width / 2]``.
     """
     _, frames, height, width = video.shape
-    patches = video.view(3, frames, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 5, 3, 1, 2, 4).reshape(CHANNELS, frames, height // PATCH, width // PATCH)
+    rows, columns = height // LATENT_PATCH, width // LATENT_PATCH
+    patches = video.view(3, frames, rows, LATENT_PATCH, columns, LATENT_PATCH)
+    return patches.permute(0, 5, 3, 1, 2, 4).reshape(CHANNELS, frames, rows, columns)

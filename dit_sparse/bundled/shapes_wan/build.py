@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -47,7 +47,7 @@ def build_text_encoder(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
 def build_transformer() -> WanTransformer3DModel:
     """Return a six-layer Wan transformer, initialised so that self-attention starts from similarity."""
     transformer = WanTransformer3DModel(
-        patch_size=(1, 1, 1),
+        patch_size=(1, 2, 2),
         num_attention_heads=3,
         attention_head_dim=64,
         in_channels=CHANNELS,
@@ -73,14 +73,14 @@ def build_transformer() -> WanTransformer3DModel:
 
 
 def latent_statistics(clips: int = 48) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each of the 48 latent channels over a fixed set of clips."""
+    """Return mean and standard deviation of each of the 12 latent channels over a fixed set of clips."""
     size = Size.from_tokens(8, 16, 16)
     latents = torch.stack([patchify(make_clip(seed, size)[1]) for seed in range(clips)])
     return latents.mean(dim=(0, 2, 3, 4)).tolist(), latents.std(dim=(0, 2, 3, 4)).tolist()
 
 
 def encode_prompts(tokenizer: T5Tokenizer, text_encoder: UMT5EncoderModel, texts: Sequence[str], length: int) -> Tensor:
-    """Return prompt embeddings as `WanPipeline` computes them, with zeros after the end of each prompt.
+    """Return prompt embeddings as `WanImageToVideoPipeline` computes them, with zeros after the end of each prompt.
 
     The encoder runs on the length of the longest prompt. This is exact, because the attention mask hides padding.
 
@@ -105,17 +105,18 @@ def save_pipeline(
     transformer: WanTransformer3DModel,
     statistics: tuple[list[float], list[float]],
 ) -> None:
-    """Write a folder for `WanPipeline.from_pretrained`. The modules passed in are not changed.
+    """Write a folder for `WanImageToVideoPipeline.from_pretrained`. The modules passed in are not changed.
 
     The transformer is stored in float16 and loads as float32. The text encoder is stored in float32, because
     transformers computes in the precision of the file.
     """
-    pipeline = WanPipeline(
+    pipeline = WanImageToVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=build_autoencoder(*statistics),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
         transformer=None,
+        expand_timesteps=True,
     )
     pipeline.register_modules(transformer=_copy_as_half(transformer))
     pipeline.save_pretrained(folder)

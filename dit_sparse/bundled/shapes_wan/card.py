@@ -1,6 +1,7 @@
 """Write the model card of an exported model: `python -m dit_sparse.bundled.shapes_wan.card FOLDER`.
 
-All numbers come from FOLDER/reports/{training,concentration,accuracy}.json and the sizes of the files in FOLDER.
+All numbers come from FOLDER/reports/{training,concentration,accuracy*}.json and the sizes of the files in FOLDER. There
+is a report of the judge for each size of clip, the smaller first.
 """
 
 import argparse
@@ -16,10 +17,9 @@ from .scenes import COLOURS, SHAPES
 
 def write_card(folder):
     """Write FOLDER/README.md from the reports in FOLDER/reports."""
-    reports = {
-        name: json.loads((folder / "reports" / f"{name}.json").read_text())
-        for name in ("training", "concentration", "accuracy")
-    }
+    read = lambda path: json.loads(path.read_text())
+    reports = {name: read(folder / "reports" / f"{name}.json") for name in ("training", "concentration")}
+    reports["accuracy"] = sorted(map(read, (folder / "reports").glob("accuracy*.json")), key=_tokens)
     options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, **options)
     card = environment.get_template("card.md.j2").render(
@@ -31,6 +31,10 @@ def write_card(folder):
         shapes=SHAPES,
     )
     (folder / "README.md").write_text(card)
+
+
+def _tokens(report):
+    return math.prod(report["tokens"])
 
 
 def _megabytes(files):

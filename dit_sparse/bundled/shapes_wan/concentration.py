@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanPipeline
+from diffusers import WanImageToVideoPipeline
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import prompts
 from .autoencoder import patchify
+from .conditioning import add_noise
 from .scenes import PATCH, Size, make_clip
 
 BLOCK = 64  # tokens
@@ -70,8 +71,8 @@ class SelfAttentionProbe(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def held_out_clip(pipeline: WanPipeline, size: Size, seed: int) -> tuple[Tensor, Tensor]:
-    """Return normalised latents ``[1, 48, frames, rows, columns]`` and prompt embeddings ``[1, 512, 64]``."""
+def held_out_clip(pipeline: WanImageToVideoPipeline, size: Size, seed: int) -> tuple[Tensor, Tensor]:
+    """Return normalised latents ``[1, 12, frames, 2 * rows, 2 * columns]`` and prompt embeddings ``[1, 512, 64]``."""
     scene, video = make_clip(seed, size)
     text = prompts.describe_seeded(scene, seed)
     embeddings, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=512)
@@ -82,7 +83,7 @@ def held_out_clip(pipeline: WanPipeline, size: Size, seed: int) -> tuple[Tensor,
 
 @torch.no_grad()
 def measure_concentration(
-    pipeline: WanPipeline, size: Size, levels: Sequence[float] = (0.3, 0.6, 0.9), clips: int = 2
+    pipeline: WanImageToVideoPipeline, size: Size, levels: Sequence[float] = (0.3, 0.6, 0.9), clips: int = 2
 ) -> dict:
     """Return the report of attention masses by noise level, layer and head, and losses by noise level, for JSON.
 
@@ -95,11 +96,11 @@ def measure_concentration(
         latents, embeddings = held_out_clip(pipeline, size, HELD_OUT_SEED + index)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(index))
         for row, level in enumerate(levels):
-            noisy, timestep = torch.lerp(latents, noise, level), torch.tensor([1000 * level])
+            noisy, timesteps = add_noise(latents, noise, torch.tensor([level]))
             with SelfAttentionProbe(size) as probe:
-                velocity = pipeline.transformer(noisy, timestep, embeddings).sample
+                velocity = pipeline.transformer(noisy, timesteps, embeddings).sample
             masses[row].append(torch.stack(probe.layers))
-            losses[row].append((velocity - (noise - latents)).square().mean())
+            losses[row].append((velocity - (noise - latents))[:, :, 1:].square().mean())
     top, other_frames = torch.stack([torch.stack(row).mean(0) for row in masses]).unbind(2)
     return {
         "tokens": [size.frames, size.height // PATCH, size.width // PATCH],
@@ -125,13 +126,13 @@ def _round_table(table: Tensor) -> list[list[float]]:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder of an exported model")
-    parser.add_argument("--tokens", type=int, nargs=3, default=(21, 20, 20), metavar=("FRAMES", "ROWS", "COLUMNS"))
+    parser.add_argument("--tokens", type=int, nargs=3, default=(14, 24, 24), metavar=("FRAMES", "ROWS", "COLUMNS"))
     parser.add_argument("--clips", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pipeline = WanPipeline.from_pretrained(options.folder)
+    pipeline = WanImageToVideoPipeline.from_pretrained(options.folder)
     size = Size.from_tokens(*options.tokens)
     report = json.dumps(measure_concentration(pipeline, size, clips=options.clips))
     print(report)

@@ -1,7 +1,8 @@
 """Check generated videos against their prompts: `python -m dit_sparse.bundled.shapes_wan.judge FOLDER` prints JSON.
 
-The judge segments each colour of the prompt from the nearly grey background, matches templates of circle, square and
-triangle in several sizes, and fits a line to the centroids over time. It uses no trained network.
+The judge segments each colour from the nearly grey background, counts its connected regions in every frame, matches
+templates of circle, square and triangle in several sizes, and follows the centroids over time. It uses no trained
+network.
 """
 
 import argparse
@@ -9,96 +10,109 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanPipeline
+from diffusers import WanImageToVideoPipeline
+from scipy import ndimage
 from torch import Tensor
 
 from . import prompts
+from .first_frame import draw, prompt_scene
 from .scenes import (
     COLOURS,
     DIRECTIONS,
-    MIN_SIDE_FOR_TWO,
     PATCH,
     RADIUS,
     SHAPES,
+    Scene,
     Size,
     Sprite,
+    min_gap,
     random_scene,
     signed_distance,
 )
 
-MIN_AREA = 32  # pixels of a visible sprite in a frame, two tokens
+MIN_AREA = 32  # pixels of a region that counts as an object, two tokens
 MIN_CHROMA = 0.48  # of a sprite's pixels, in units of pixels in [-1, 1]
 TEMPLATE_SCALES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # of a shape, relative to its size in the training clips
 MIN_SPEED = 0.4  # pixels per frame of a moving sprite
+MAX_JUMP = 3.0  # pixels that the centre may be away from its straight path in any frame
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt to generate and judge.
-
-    Attributes:
-        text: the prompt.
-        seed: seed of the generation.
-        sprites: the sprites that the prompt names.
-    """
+    """A prompt to generate and judge, with the seed of its first frame and noise."""
 
     text: str
     seed: int
-    sprites: tuple[Sprite, ...]
+
+    def scene(self, size: Size) -> Scene:
+        """Return the scene of a clip of this size."""
+        return prompt_scene(self.text, size, self.seed)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether colour, shape and direction of one sprite are right; all False if its colour is not found."""
+    """What is right about one sprite.
+
+    Attributes:
+        colour: it is visible in every frame.
+        number: in every frame there is one region of its colour and none of a colour that the prompt does not name.
+        shape: the best template over all frames is that of the prompt.
+        direction: the line fitted to its centres points in the direction of the prompt.
+        path: its centre stays within ``MAX_JUMP`` of that line and of even motion in every frame.
+    """
 
     colour: bool
+    number: bool
     shape: bool
     direction: bool
+    path: bool
 
 
-def held_out_tasks(count: int = 60, size: Size | None = None) -> list[Task]:
-    """Return a fixed list of tasks: 40 % with one sprite, 60 % with a pair that training excludes.
-
-    Raises:
-        ValueError: if the frames are too small for pairs.
-    """
-    size = size or Size(21, 80, 80)
-    if min(size.height, size.width) < MIN_SIDE_FOR_TWO:
-        raise ValueError(
-            f"height and width must be at least {MIN_SIDE_FOR_TWO} pixels for pairs of sprites, "
-            f"got {size.height}x{size.width}"
-        )
-    rng = random.Random("held-out prompts")
-    tasks = []
+def held_out_tasks(count: int, size: Size) -> list[Task]:
+    """Return a fixed list of tasks: 40 % with one sprite, 60 % with a pair that training excludes, without overlap."""
+    rng, tasks = random.Random("held-out prompts"), []
     while len(tasks) < count:
         scene = random_scene(size, rng)
         is_single = len(tasks) % 5 < 2
-        if len(scene.sprites) == 1 if is_single else prompts.is_held_out(scene):
-            tasks.append(Task(prompts.describe(scene, rng), len(tasks), scene.sprites))
+        task = Task(prompts.describe(scene, rng), len(tasks))
+        suitable = len(scene.sprites) == 1 if is_single else prompts.is_held_out(scene)
+        if suitable and min_gap(task.scene(size).sprites, size.frames) > 0:
+            tasks.append(task)
     return tasks
 
 
-def judge(video: Tensor, sprite: Sprite) -> Verdict:
-    """Return the verdict on one sprite in a video ``[3, frames, height, width]`` in [-1, 1]."""
-    masks = colour_masks(video, sprite.colour)
-    areas = masks.sum(dim=(1, 2))
-    visible = areas > MIN_AREA
-    if visible.float().mean() < 0.6:
-        return Verdict(False, False, False)
-    # Frames in which the sprite is partly occluded would distort outline and path.
-    unoccluded = visible & (areas > 0.75 * areas[visible].median())
-    frames = unoccluded.nonzero()[:, 0]
-    centroids = torch.stack([_centroid(mask) for mask in masks[frames]])
+def judge(video: Tensor, sprites: Sequence[Sprite]) -> list[Verdict]:
+    """Return the verdict on each sprite of a video ``[3, frames, height, width]`` in [-1, 1]."""
+    masks = {colour: colour_masks(video, colour) for colour in COLOURS}
+    counts = {colour: [_count_regions(mask) for mask in frames] for colour, frames in masks.items()}
+    unnamed = set(COLOURS) - {sprite.colour for sprite in sprites}
+    no_others = not any(count for colour in unnamed for count in counts[colour])
+    return [_judge_sprite(video, masks[s.colour], counts[s.colour], s, no_others) for s in sprites]
+
+
+def _judge_sprite(video: Tensor, masks: Tensor, counts: list[int], sprite: Sprite, no_others: bool) -> Verdict:
+    if min(counts) < 1:
+        return Verdict(False, False, False, False, False)
+    centres = torch.stack([_centroid(mask) for mask in masks])
+    velocity, deviation = fit_motion(centres)
     return Verdict(
         colour=True,
-        shape=classify_shape(colour_strength(video[:, frames], sprite.colour)) == sprite.shape,
-        direction=classify_direction(frames, centroids) == sprite.direction,
+        number=no_others and max(counts) == 1,
+        shape=classify_shape(colour_strength(video, sprite.colour)) == sprite.shape,
+        direction=classify_direction(velocity) == sprite.direction,
+        path=deviation <= MAX_JUMP,
     )
+
+
+def _count_regions(mask: Tensor) -> int:
+    """Return the number of connected regions of at least ``MIN_AREA`` pixels in a mask ``[height, width]``."""
+    labels, _ = ndimage.label(mask.numpy())
+    return int((torch.from_numpy(labels).flatten().bincount()[1:] >= MIN_AREA).sum())
 
 
 def colour_masks(video: Tensor, colour: str) -> Tensor:
@@ -166,17 +180,20 @@ def _templates(shape: str) -> Tensor:
     return torch.stack(masks)[:, None].float()
 
 
-def classify_direction(frames: Tensor, centroids: Tensor) -> str | None:
-    """Return the direction of the line fitted to the centroids, or None if it is too slow or too diagonal.
+def fit_motion(centres: Tensor) -> tuple[Tensor, float]:
+    """Fit even motion to centres ``[frames, 2]``.
 
-    Args:
-        frames: frame numbers ``[F]``.
-        centroids: x, y in pixels, ``[F, 2]``.
+    Returns:
+        The velocity in pixels per frame, ``[2]``, and the largest distance in pixels of a centre from its fitted place.
     """
-    if len(frames) < 2:
-        return None
-    times = frames.float() - frames.float().mean()
-    velocity = (times[:, None] * (centroids - centroids.mean(0))).sum(0) / times.square().sum()
+    times = torch.arange(len(centres)) - (len(centres) - 1) / 2
+    velocity = (times[:, None] * centres).sum(0) / times.square().sum().clamp_min(1)
+    fitted = centres.mean(0) + times[:, None] * velocity
+    return velocity, (centres - fitted).norm(dim=1).max().item()
+
+
+def classify_direction(velocity: Tensor) -> str | None:
+    """Return the direction of a velocity ``[2]``, or None if it is too slow or too diagonal."""
     along, across = velocity.abs().max().item(), velocity.abs().min().item()
     if along < MIN_SPEED or across > 0.5 * along:
         return None
@@ -184,37 +201,42 @@ def classify_direction(frames: Tensor, centroids: Tensor) -> str | None:
 
 
 def accuracy(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Return the fraction of verdicts with the right colour, shape and direction, and with everything right."""
-    answers = {name: [asdict(v)[name] for v in verdicts] for name in ("colour", "shape", "direction")}
+    """Return the fraction of verdicts in which each attribute is right, and with everything right."""
+    answers = {field.name: [getattr(v, field.name) for v in verdicts] for field in fields(Verdict)}
     answers["everything"] = [all(asdict(v).values()) for v in verdicts]
     return {name: round(sum(values) / max(1, len(values)), 3) for name, values in answers.items()}
 
 
-def generate_video(pipeline: WanPipeline, text: str, size: Size, seed: int, steps: int, guidance: float) -> Tensor:
+def generate_video(pipeline: WanImageToVideoPipeline, task: Task, size: Size, steps: int, guidance: float) -> Tensor:
     """Return a generated video, ``[3, frames, height, width]`` in [-1, 1].
 
     The pipeline generates one frame more than ``num_frames`` with this autoencoder, so it gets one less.
     """
     frames = pipeline(
-        text,
+        image=draw(task.scene(size), size, task.seed),
+        prompt=task.text,
         height=size.height,
         width=size.width,
         num_frames=size.frames - 1,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(task.seed),
         output_type="pt",
     ).frames[0]
     return frames.transpose(0, 1).float().cpu() * 2 - 1
 
 
-def judge_pipeline(pipeline: WanPipeline, size: Size, count: int = 60, steps: int = 16, guidance: float = 4.0) -> dict:
+def judge_pipeline(
+    pipeline: WanImageToVideoPipeline, size: Size, count: int = 60, steps: int = 16, guidance: float = 4.0
+) -> dict:
     """Generate ``count`` held-out prompts, judge the videos, and return the report for JSON."""
-    start, singles, pairs = time.monotonic(), [], []
-    for task in held_out_tasks(count):
-        video = generate_video(pipeline, task.text, size, task.seed, steps, guidance)
-        verdicts = [judge(video, sprite) for sprite in task.sprites]
+    start, singles, pairs, failed = time.monotonic(), [], [], []
+    for task in held_out_tasks(count, size):
+        verdicts = judge(generate_video(pipeline, task, size, steps, guidance), task.scene(size).sprites)
         (singles if len(verdicts) == 1 else pairs).extend(verdicts)
+        failed += [
+            {"prompt": task.text, "seed": task.seed} | asdict(v) for v in verdicts if not all(asdict(v).values())
+        ]
     return {
         "prompts": count,
         "tokens": [size.frames, size.height // PATCH, size.width // PATCH],
@@ -224,6 +246,7 @@ def judge_pipeline(pipeline: WanPipeline, size: Size, count: int = 60, steps: in
         "all": accuracy(singles + pairs),
         "one_object": accuracy(singles),
         "two_objects": accuracy(pairs),
+        "failed": failed,
     }
 
 
@@ -233,12 +256,12 @@ def main():
     parser.add_argument("--prompts", type=int, default=60, help="number of held-out prompts")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--tokens", type=int, nargs=3, default=(6, 16, 16), metavar=("FRAMES", "ROWS", "COLUMNS"))
+    parser.add_argument("--tokens", type=int, nargs=3, default=(8, 16, 16), metavar=("FRAMES", "ROWS", "COLUMNS"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    pipeline = WanPipeline.from_pretrained(options.folder)
+    pipeline = WanImageToVideoPipeline.from_pretrained(options.folder)
     pipeline.set_progress_bar_config(disable=True)
     size = Size.from_tokens(*options.tokens)
     report = json.dumps(judge_pipeline(pipeline, size, options.prompts, options.steps, options.guidance), indent=1)

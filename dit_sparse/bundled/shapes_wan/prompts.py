@@ -1,10 +1,11 @@
-"""Prompts: the grammar that describes a scene, mismatched prompts, and the pairs held out from training."""
+"""Prompts: the grammar that describes a scene, the scene of a prompt, mismatched prompts, and the held-out pairs."""
 
 import random
+import re
 import zlib
 from dataclasses import replace
 
-from .scenes import COLOURS, DIRECTIONS, SHAPES, STILL, Scene, Sprite
+from .scenes import COLOURS, DIRECTIONS, SHAPES, STILL, Scene, Sprite, Subject
 
 VERBS = ("moves", "slides", "glides", "travels", "is moving")
 DIRECTION_PHRASES = {
@@ -49,6 +50,33 @@ def _background_phrase(drift: str, rng: random.Random) -> str:
     return rng.choice(DRIFTING_BACKGROUNDS).format(drift)
 
 
+def parse(text: str) -> tuple[list[Subject], str]:
+    """Return the subjects of a prompt and the drift of its background.
+
+    Words that the grammar does not know are ignored.
+
+    Raises:
+        ValueError: the prompt does not name one or two coloured shapes, or not where they move.
+    """
+    foreground, _, background = " ".join(re.findall("[a-z]+", text.lower())).partition(" background")
+    pattern = rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?\b"
+    found = list(re.finditer(pattern, foreground))
+    ends = [match.start() for match in found] + [len(foreground)]
+    directions = [_first_direction(foreground[one.end() : end]) for one, end in zip(found, ends[1:], strict=True)]
+    if not 1 <= len(found) <= 2 or None in directions:
+        raise ValueError(
+            f"shapes-wan draws one or two shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)} that move left, right, "
+            f"up or down, such as 'a red circle moves right'; the prompt is {text[:80]!r}"
+        )
+    subjects = [Subject(*one.groups(), direction) for one, direction in zip(found, directions, strict=True)]
+    return subjects, _first_direction(background) or STILL
+
+
+def _first_direction(text: str) -> str | None:
+    words = {word.removesuffix("wards").removesuffix("ward"): None for word in text.split()}
+    return next((word for word in words if word in DIRECTIONS), None)
+
+
 def is_held_out(scene: Scene) -> bool:
     """Return whether training excludes this pair of sprites.
 
@@ -61,30 +89,17 @@ def is_held_out(scene: Scene) -> bool:
     return zlib.crc32("|".join(names).encode()) % 8 == 0
 
 
-OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up"}
-# A circle and a square differ only in their corners and are confused most, so each is the more frequent replacement.
-SHAPE_REPLACEMENTS = {
-    "circle": ("square", "square", "triangle"),
-    "square": ("circle", "circle", "triangle"),
-    "triangle": ("circle", "square"),
-}
-MISMATCHES = ("direction", "shape", "shape", "shape", "colours", "missing")
-
-
 def make_mismatched(scene: Scene, rng: random.Random) -> Scene:
-    """Return the scene with one kind of error, as the source of a mismatched prompt.
+    """Return the scene with an error of motion, as the source of a mismatched prompt.
 
-    All directions are reversed, all shapes are replaced, the colours of two sprites are exchanged, or one of two
-    sprites is missing. The result is for `describe` only; it is not rendered.
+    The first frame shows everything but the motion, so only the motion is worth a mismatch: either two sprites that
+    move in different directions exchange them, or every sprite gets another direction. The result is for `describe`
+    only; it is not rendered.
     """
-    sprites, kind = scene.sprites, rng.choice(MISMATCHES)
-    first, last = sprites[0], sprites[-1]
-    if kind == "missing" and len(sprites) > 1:
-        changed = [rng.choice(sprites)]
-    elif kind == "colours" and (first.shape, first.direction) != (last.shape, last.direction):
-        changed = [replace(first, colour=last.colour), replace(last, colour=first.colour)]
-    elif kind == "direction" or (kind != "shape" and rng.random() < 0.5):
-        changed = [replace(s, direction=OPPOSITES[s.direction]) for s in sprites]
+    sprites = scene.sprites
+    if sprites[0].direction != sprites[-1].direction and rng.random() < 0.5:
+        changed = [replace(sprites[0], direction=sprites[-1].direction)]
+        changed += [replace(sprites[-1], direction=sprites[0].direction)]
     else:
-        changed = [replace(s, shape=rng.choice(SHAPE_REPLACEMENTS[s.shape])) for s in sprites]
+        changed = [replace(s, direction=rng.choice([d for d in DIRECTIONS if d != s.direction])) for s in sprites]
     return replace(scene, sprites=tuple(changed))

@@ -1,32 +1,40 @@
-"""Procedural training clips: one or two textured shapes that move over a textured background.
+"""Procedural clips: one or two textured shapes that move over a background of stone.
 
-Every texture is random, fine-grained, and moves rigidly with its object. To denoise a token, the model has to find the
-same texture in other frames; this concentrates its attention.
+Every texture is random, has a fine grain, and moves rigidly with its object. To denoise a token, the model has to find
+the same texture in other frames, above all in the first one, which is given; this concentrates its attention.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .textures import felt, marble, stripes
+
 PATCH = 4  # pixels along each side of one token
-RADIUS = 12  # pixels; every shape fills a box of 24x24, because large objects remain visible at higher noise levels
+RADIUS = 12  # pixels; every shape fills a box of 24x24
 MIN_SIDE_FOR_TWO = 64  # pixels along the shorter side of a frame from which a scene may have two sprites
-MAX_FRAMES_FAST = 6  # clips of up to this many frames may have sprites at the highest speed
-SHADING = 0.35  # relative brightness of a sprite's leading edge above its centre, and of its trailing edge below
-GRAIN = 2  # pixels along each side of the medium texture grain
 
 # RGB in [-1, 1] like the pixels. The colours differ in hue, which stays visible under noise and texture.
 COLOURS = {
-    "red": (0.80, -0.65, -0.65),
-    "green": (-0.65, 0.45, -0.65),
-    "blue": (-0.65, -0.45, 0.85),
-    "yellow": (0.75, 0.65, -0.75),
-    "purple": (0.55, -0.70, 0.65),
+    "red": (0.80, -0.60, -0.60),
+    "green": (-0.60, 0.45, -0.60),
+    "blue": (-0.60, -0.35, 0.85),
+    "yellow": (0.85, 0.60, -0.70),
+    "purple": (0.50, -0.65, 0.65),
 }
+STONES = {  # RGB of the backgrounds; nearly grey, so that they are not taken for a colour of a sprite
+    "sand": (0.30, 0.24, 0.14),
+    "ice": (0.10, 0.20, 0.30),
+    "rose": (0.24, 0.14, 0.20),
+    "slate": (-0.35, -0.42, -0.45),
+    "granite": (0.05, 0.05, 0.05),
+}
+TEXTURES = (marble, stripes, felt)  # of sprites
+RIM_WIDTH, RIM_OPACITY, RIM_BRIGHTNESS = 1.2, 0.45, -0.9  # the dark line along a sprite's outline; the width in pixels
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 STILL = "still"
@@ -58,20 +66,29 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Sprite:
-    """One moving shape.
+class Subject:
+    """What a prompt says of a sprite.
 
     Attributes:
         colour: a key of ``COLOURS``.
         shape: one of ``SHAPES``.
         direction: a key of ``DIRECTIONS``.
-        speed: pixels per frame.
-        start: centre in frame 0, ``(x, y)`` in pixels.
     """
 
     colour: str
     shape: str
     direction: str
+
+
+@dataclass(frozen=True)
+class Sprite(Subject):
+    """One moving shape.
+
+    Attributes:
+        speed: pixels per frame.
+        start: centre in frame 0, ``(x, y)`` in pixels.
+    """
+
     speed: int
     start: tuple[int, int]
 
@@ -96,46 +113,49 @@ class Scene:
     drift_speed: int
 
     def background_offsets(self, frames: int) -> Tensor:
-        """Return the displacement of the background in every frame, ``[frames, 2]`` as x, y in pixels."""
+        """Return the displacement of the background in every frame, ``[frames, 2]`` as x, y in pixels, never above 0:
+        the frame then shows a window of the texture that does not reach across its edge."""
         step = torch.tensor(DIRECTIONS.get(self.drift, (0, 0))) * self.drift_speed
-        return torch.arange(frames)[:, None] * step
+        offsets = torch.arange(frames)[:, None] * step
+        return offsets - offsets.clamp(min=0).amax(0)
 
 
 def random_scene(size: Size, rng: random.Random) -> Scene:
-    """Return a random scene whose sprites stay inside the frame.
+    """Return a random scene: one sprite, or in frames of at least ``MIN_SIDE_FOR_TWO`` pixels one or two."""
+    count = rng.choice((1, 2)) if min(size.height, size.width) >= MIN_SIDE_FOR_TWO else 1
+    colours = rng.sample(list(COLOURS), count)
+    subjects = [Subject(colour, rng.choice(SHAPES), rng.choice(list(DIRECTIONS))) for colour in colours]
+    return place(subjects, rng.choice((STILL,) * 6 + tuple(DIRECTIONS)), size, rng)
+
+
+def place(subjects: Sequence[Subject], drift: str, size: Size, rng: random.Random) -> Scene:
+    """Return a scene of one or two subjects at random places, so that the sprites stay inside the frame.
 
     Two sprites are placed so that they do not overlap in any frame; if 40 attempts fail, the attempt with the largest
     gap is used.
     """
-    count = rng.choice((1, 2)) if min(size.height, size.width) >= MIN_SIDE_FOR_TWO else 1
-    colours = rng.sample(list(COLOURS), count)
     candidates = []
     for _ in range(40):
-        sprites = tuple(_random_sprite(colour, size, rng) for colour in colours)
+        sprites = tuple(_place_sprite(subject, size, rng) for subject in subjects)
         candidates.append(sprites)
-        if _min_gap(sprites, size.frames) > 0:
+        if min_gap(sprites, size.frames) > 0:
             break
-    sprites = max(candidates, key=lambda sprites: _min_gap(sprites, size.frames))
-    drift = rng.choice((STILL,) * 6 + tuple(DIRECTIONS))
+    sprites = max(candidates, key=lambda sprites: min_gap(sprites, size.frames))
     return Scene(sprites, drift, drift_speed=PATCH)
 
 
-def _random_sprite(colour: str, size: Size, rng: random.Random) -> Sprite:
-    """Return a sprite at the highest speed at which its path fits into the frame.
+def _place_sprite(subject: Subject, size: Size, rng: random.Random) -> Sprite:
+    """Return a sprite at the highest speed at which its path fits into the frame: 4, 2 or 1 pixels per frame.
 
-    Speeds are 8 (only in clips of up to ``MAX_FRAMES_FAST`` frames), 4, 2 and 1 pixels per frame. With slow motion a
-    blurred prediction costs little, and the model does not learn directions. Speeds of whole tokens keep the texture
-    aligned with the token grid.
+    With slow motion a blurred prediction costs little, and the model does not learn directions. A speed of a whole
+    token keeps the texture aligned with the token grid.
     """
-    for speed in (2 * PATCH, PATCH, GRAIN, 1):
-        travel = speed * (size.frames - 1)
-        possible = [name for name, axis in DIRECTIONS.items() if travel + 2 * RADIUS <= _extent(size, axis)]
-        if possible and (speed <= PATCH or size.frames <= MAX_FRAMES_FAST):
-            break
-    direction = rng.choice(possible or list(DIRECTIONS))
-    path = [axis * travel for axis in DIRECTIONS[direction]]
-    start = tuple(_random_start(*axis, rng) for axis in zip((size.width, size.height), path, strict=True))
-    return Sprite(colour, rng.choice(SHAPES), direction, speed, start)
+    axis = DIRECTIONS[subject.direction]
+    room = (_extent(size, axis) - 2 * RADIUS) / max(1, size.frames - 1)
+    speed = next((speed for speed in (PATCH, PATCH // 2) if speed <= room), 1)
+    path = [component * speed * (size.frames - 1) for component in axis]
+    start = tuple(_random_start(*span, rng) for span in zip((size.width, size.height), path, strict=True))
+    return Sprite(subject.colour, subject.shape, subject.direction, speed, start)
 
 
 def _extent(size: Size, axis: tuple[int, int]) -> int:
@@ -149,8 +169,8 @@ def _random_start(length: int, travel: int, rng: random.Random) -> int:
     return PATCH * round(start / PATCH)
 
 
-def _min_gap(sprites: tuple[Sprite, ...], frames: int) -> float:
-    """Return the smallest gap in pixels between two sprites over the clip; infinite for a single sprite."""
+def min_gap(sprites: tuple[Sprite, ...], frames: int) -> float:
+    """Return the smallest gap in pixels between two sprites over a clip of ``frames``; infinite for a single sprite."""
     if len(sprites) < 2:
         return float("inf")
     first, second = sprites
@@ -169,39 +189,24 @@ def render(scene: Scene, size: Size, generator: torch.Generator) -> Tensor:
 
 
 def _background_texture(size: Size, generator: torch.Generator) -> Tensor:
-    """Return a nearly grey texture. It exceeds the frame by the longest drift, so nothing repeats."""
+    """Return stone, ``[3, h, w]``. It exceeds the frame by the longest drift, so nothing repeats."""
     margin = PATCH * size.frames
-    return _random_texture(size.height + margin, size.width + margin, 0.20, 0.04, generator)
+    stone = list(STONES.values())[torch.randint(len(STONES), (), generator=generator)]
+    return torch.tensor(stone)[:, None, None] + marble(size.height + margin, size.width + margin, generator)
 
 
 def _sprite_texture(sprite: Sprite, size: Size, generator: torch.Generator) -> Tensor:
-    """Return the sprite's colour with texture, ``[3, height, width]``, brighter at the leading edge.
+    """Return the surface of a sprite, ``[3, height, width]``: its colour, a texture, light from the upper left, a rim.
 
     The centre of the sprite is pixel (0, 0), with negative coordinates wrapped around.
     """
-    colour = torch.tensor(COLOURS[sprite.colour])[:, None, None]
     y, x = (torch.fft.fftfreq(length, 1 / length)[:, None] for length in (size.height, size.width))
-    ahead = DIRECTIONS[sprite.direction][0] * x.T + DIRECTIONS[sprite.direction][1] * y
-    shade = 1 + SHADING * (ahead / RADIUS).clamp(-1, 1)
-    return colour * shade + _random_texture(size.height, size.width, 0.16, 0.03, generator)
-
-
-def _random_texture(height: int, width: int, contrast: float, chroma: float, generator: torch.Generator) -> Tensor:
-    """Return random texture of three scales, ``[3, height, width]``.
-
-    Most of the contrast is in single pixels: the 16 pixels of a token identify it among thousands, even under noise.
-
-    Args:
-        contrast: standard deviation scale of the brightness, which the channels share.
-        chroma: standard deviation of each channel on its own.
-    """
-    fine = 0.8 * contrast * torch.randn(1, height, width, generator=generator)
-    cells = (height // GRAIN, width // GRAIN)
-    grain = 0.6 * contrast * torch.randn(1, *cells, generator=generator)
-    grain = grain + chroma * torch.randn(3, *cells, generator=generator)
-    coarse = 0.35 * contrast * torch.randn(1, 1, height // 12 + 2, width // 12 + 2, generator=generator)
-    coarse = F.interpolate(coarse, size=(height, width), mode="bilinear")[0]
-    return fine + grain.repeat_interleave(GRAIN, 1).repeat_interleave(GRAIN, 2) + coarse
+    light = -0.25 * ((x.T + y) / (2 * RADIUS)).clamp(-1, 1)
+    texture = TEXTURES[torch.randint(len(TEXTURES), (), generator=generator)](2 * RADIUS, 2 * RADIUS, generator)
+    texture = F.pad(texture, (0, size.width - 2 * RADIUS, 0, size.height - 2 * RADIUS)).roll((-RADIUS, -RADIUS), (1, 2))
+    surface = torch.tensor(COLOURS[sprite.colour])[:, None, None] + light + texture
+    rim = RIM_OPACITY * torch.exp(-(signed_distance(sprite.shape, x.T, y, RADIUS) + RIM_WIDTH).square())
+    return torch.lerp(surface, torch.tensor(RIM_BRIGHTNESS), rim)
 
 
 def _translate(texture: Tensor, positions: Tensor, size: Size) -> Tensor:
@@ -229,6 +234,12 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
         return torch.maximum(x.abs(), y.abs()) - radius
     sides = (2 * x.abs() - y - radius) / 5**0.5
     return torch.maximum(y - radius, sides)
+
+
+def coverage(scene: Scene, size: Size) -> Tensor:
+    """Return how much of each pixel the sprites cover, ``[frames, height, width]`` in [0, 1]."""
+    opacities = [_opacity(sprite, sprite.positions(size.frames), size) for sprite in scene.sprites]
+    return torch.stack(opacities).amax(0)
 
 
 def make_clip(seed: int, size: Size, accept: Callable[[Scene], bool] = lambda scene: True) -> tuple[Scene, Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import IMAGE_MODEL
 from .training.curriculum import Budget
 from .training.text_pretraining import pretrain_text_encoder
 from .training.trainer import Trainer
@@ -66,7 +67,7 @@ def train(trainer: Trainer, out: Path, light: bool = False, save_every: float = 
             saved_at = time.monotonic()
     meter.report(trainer, force=True)
     trainer.save(out / CHECKPOINT, light)
-    trainer.export(out / "shapes-wan")
+    trainer.export(out / IMAGE_MODEL)
 
 
 def main():

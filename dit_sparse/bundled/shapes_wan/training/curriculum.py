@@ -13,32 +13,50 @@ class Stage:
 
     Attributes:
         until: fraction of the budget at which the stage ends.
-        batches: ``(clips, (frames, rows, columns))``, the size in tokens.
+        batches: ``(clips, (frames, rows, columns), shown)``: the size in tokens, and how many of the frames a step
+            trains on.
         text_lengths: number of tokens to which prompts are padded at least.
     """
 
     until: float
-    batches: tuple[tuple[int, tuple[int, int, int]], ...]
+    batches: tuple[tuple[int, tuple[int, int, int], int], ...]
     text_lengths: tuple[int, ...]
 
 
-# Objects have the same size in pixels in all clips. In the smallest clips they fill a fifth of the frame or more: pure
-# noise contains no information about position, so the loss reduction by a prompt grows with the square of that share.
-# The second stage adds pairs of objects. Large frames are trained in short clips and long clips in small frames, where
-# both are cheap; the last stages combine them. Padding lets cross-attention avoid the prompt, so it is introduced
-# gradually, once following the prompt reduces the loss.
+# Objects have the same size in pixels in all clips. The first stage follows the prompt in short clips and small frames.
+# The second shows a few frames of clips of the final size: the distances in time are those of the whole clip, the cost
+# is that of the shown frames. The last trains on whole clips. Padding lets cross-attention avoid the prompt, so it is
+# introduced gradually, once following the prompt reduces the loss.
 CURRICULUM = (
-    Stage(0.2, ((4, (4, 12, 12)), (6, (3, 10, 10)), (4, (2, 16, 16)), (2, (12, 10, 10))), (1, 1, 1, 64)),
     Stage(
-        0.75,
-        ((2, (6, 16, 16)), (2, (5, 16, 16)), (3, (4, 16, 16)), (2, (3, 20, 20)), (2, (4, 18, 20)), (2, (14, 10, 10))),
+        0.2,
+        ((4, (4, 12, 12), 4), (2, (8, 16, 16), 3), (2, (6, 16, 16), 4), (2, (14, 12, 12), 5)),
         (1, 1, 64),
     ),
     Stage(
-        0.9, ((1, (8, 16, 16)), (2, (6, 16, 16)), (2, (4, 20, 20)), (1, (21, 10, 10)), (1, (6, 20, 20))), (1, 64, 512)
+        0.72,
+        (
+            (1, (8, 16, 16), 8),
+            (2, (8, 16, 16), 4),
+            (1, (14, 24, 24), 4),
+            (1, (14, 24, 24), 4),
+            (2, (14, 16, 16), 4),
+            (1, (14, 16, 16), 8),
+            (2, (14, 20, 20), 3),
+        ),
+        (1, 64, 512),
     ),
-    Stage(0.96, ((1, (8, 16, 16)), (2, (6, 16, 16)), (1, (8, 20, 20)), (1, (14, 16, 16))), (64, 128, 512)),
-    Stage(1.0, ((1, (21, 20, 20)), (1, (8, 16, 16)), (2, (6, 16, 16)), (1, (12, 20, 20))), (512,)),
+    Stage(
+        1.0,
+        (
+            (1, (8, 16, 16), 8),
+            (1, (8, 16, 16), 8),
+            (1, (14, 24, 24), 6),
+            (1, (14, 24, 24), 6),
+            (1, (14, 24, 24), 14),
+        ),
+        (512,),
+    ),
 )
 
 
@@ -70,13 +88,12 @@ def learning_rate_factor(fraction: float) -> float:
 def sample_noise_levels(count: int, generator: torch.Generator) -> Tensor:
     """Return noise levels in (0, 1), ``[count]``.
 
-    10 % are logit-normal, 27 % uniform in (0.03, 0.6), and 63 % lie in (0.76, 0.994) with a log-uniform distance to 1.
-    An object of a hundred tokens remains visible under noise that hides each single token: at 0.93 its position and
-    colour can still be read from the noisy clip, so only higher levels teach the model to follow the prompt. At about
-    0.97 a moving object is visible in all frames together but not in any single one; directions are learned there.
+    20 % are logit-normal, 28 % uniform in (0.03, 0.7), and 52 % lie in (0.76, 0.994) with a log-uniform distance to 1.
+    An object of a hundred tokens remains visible under noise that hides each single token, so only the highest levels
+    teach the model to move it from its place in the first frame as the prompt says.
     """
     kind = torch.rand(count, generator=generator)
     logit_normal = torch.sigmoid(torch.randn(count, generator=generator) + 0.1)
     uniform = torch.rand(count, generator=generator)
-    low_or_high = torch.where(kind < 0.37, 0.03 + 0.57 * uniform, 1 - 0.006 * 40**uniform)
-    return torch.where(kind < 0.1, logit_normal, low_or_high)
+    low_or_high = torch.where(kind < 0.48, 0.03 + 0.67 * uniform, 1 - 0.006 * 40**uniform)
+    return torch.where(kind < 0.2, logit_normal, low_or_high)

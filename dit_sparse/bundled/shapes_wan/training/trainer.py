@@ -22,8 +22,10 @@ from ..build import (
     latent_statistics,
     save_pipeline,
 )
+from ..conditioning import add_noise
 from .batches import Batch, make_batch
 from .curriculum import CURRICULUM, Budget, Stage, learning_rate_factor
+from .frame_selection import FrameSelection
 from .loss import CONTRAST_NOISE_LEVELS, contrast_loss, multiscale_loss
 from .optimizers import make_optimizers
 from .temporal_bias import TemporalBias
@@ -63,6 +65,7 @@ class Trainer:
         self.text_encoder = build_text_encoder(self.tokenizer).to(device)
         self.transformer = build_transformer().to(device)
         self.ema = copy.deepcopy(self.transformer).eval().requires_grad_(False)
+        self.transformer.rope = FrameSelection(self.transformer.rope)
         self.temporal_bias = TemporalBias(self.transformer)
         self.optimizers = make_optimizers(self.transformer)
         self.step_count, self.elapsed = 0, 0.0
@@ -94,33 +97,34 @@ class Trainer:
         stage = next(s for s in self.curriculum if self.fraction <= s.until)
         number = (self.seed * 1_000_003 + self.step_count) * self.shards + shard
         batch = make_batch(stage, number, self.statistics, self.batch_scale).to(self.device)
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device != "cpu"):
+        half_precision = torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device != "cpu")
+        with half_precision, self.transformer.rope.select(batch.frames):
             losses = self._losses(batch)
         return batch.levels, losses.detach(), torch.autograd.grad(losses.mean(), list(self.transformer.parameters()))
 
     def _losses(self, batch: Batch) -> Tensor:
         """Return the loss of each clip, ``[B]``, with the contrast loss where a mismatched prompt applies."""
-        latents, noise, levels, length = batch.latents, batch.noise, batch.levels, batch.text_length
-        losses = self._flow_losses(latents, noise, levels, batch.texts, length)
+        losses = self._flow_losses(batch, batch.texts, slice(None))
         low, high = CONTRAST_NOISE_LEVELS
         pairs = zip(batch.texts, batch.mismatched_texts, strict=True)
-        differs = torch.tensor([text != other for text, other in pairs], device=levels.device)
-        rows = ((levels > low) & (levels < high) & differs).nonzero().flatten()
+        differs = torch.tensor([text != other for text, other in pairs], device=batch.levels.device)
+        rows = ((batch.levels > low) & (batch.levels < high) & differs).nonzero().flatten()
         if not len(rows):
             return losses
-        texts = [batch.mismatched_texts[row] for row in rows.tolist()]
-        mismatched_losses = self._flow_losses(latents[rows], noise[rows], levels[rows], texts, length)
+        mismatched_losses = self._flow_losses(batch, [batch.mismatched_texts[row] for row in rows.tolist()], rows)
         return losses.index_add(0, rows, contrast_loss(losses[rows], mismatched_losses))
 
-    def _flow_losses(self, latents: Tensor, noise: Tensor, levels: Tensor, texts: list[str], length: int) -> Tensor:
-        """Return the rectified-flow loss of each clip, ``[B]``; arguments as in `Batch`."""
+    def _flow_losses(self, batch: Batch, texts: list[str], rows: Tensor | slice) -> Tensor:
+        """Return the loss of some clips of a batch with these prompts, without their first frame, ``[B]``."""
+        latents, noise = batch.latents[rows], batch.noise[rows]
         with torch.no_grad():
-            embeddings = encode_prompts(self.tokenizer, self.text_encoder, texts, length)
-        noisy = torch.lerp(latents, noise, levels.view(-1, 1, 1, 1, 1))
+            embeddings = encode_prompts(self.tokenizer, self.text_encoder, texts, batch.text_length)
+        noisy, timesteps = add_noise(latents, noise, batch.levels[rows])
         (velocity,) = self.transformer(
-            hidden_states=noisy, timestep=1000 * levels, encoder_hidden_states=embeddings, return_dict=False
+            hidden_states=noisy, timestep=timesteps, encoder_hidden_states=embeddings, return_dict=False
         )
-        return multiscale_loss(velocity.float() - (noise - latents))
+        error = velocity.float() - (noise - latents)
+        return multiscale_loss(error[:, :, 1:], batch.weights[rows][:, 1:])
 
     def _set_learning_rates(self, factor: float) -> None:
         for optimizer in self.optimizers:
@@ -171,13 +175,13 @@ class Trainer:
         self.ema.load_state_dict(weights)
 
     def export(self, folder: Path) -> None:
-        """Write the averaged weights as a folder for `WanPipeline.from_pretrained`, with a training report."""
+        """Write the averaged weights as a folder for `WanImageToVideoPipeline`, with a training report."""
         save_pipeline(folder, self.tokenizer, self.text_encoder, self.ema, self.statistics)
         report = {
             "steps": self.step_count,
             "minutes": round(self.elapsed / 60),
             "device": "a GPU" if self.device == "cuda" else f"{self.shards} CPU cores",
-            "largest_tokens": max((shape for _, shape in self.curriculum[-1].batches), key=math.prod),
+            "largest_tokens": max((shape for _, shape, _ in self.curriculum[-1].batches), key=math.prod),
         }
         (folder / "reports").mkdir(exist_ok=True)
         (folder / "reports" / "training.json").write_text(json.dumps(report) + "\n")
