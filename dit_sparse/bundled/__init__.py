@@ -37,7 +37,7 @@ def bundled_prompts() -> list[str]:
 
 def is_image_model(model: str | None) -> bool:
     """Return whether a model is a folder of `shapes-wan-i2v`, which needs a first frame."""
-    return model is not None and Path(model).name == IMAGE_MODEL
+    return Path(str(model)).name == IMAGE_MODEL
 
 
 def model_call(model: str, small: bool = False) -> dict:
