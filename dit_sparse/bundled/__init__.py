@@ -22,7 +22,7 @@ BUNDLED_CALL = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 
 SMALL_CALL = BUNDLED_CALL | {"num_inference_steps": 8, "num_frames": 7, "height": 64, "width": 64}
 
 IMAGE_MODEL = "shapes-wan-i2v"  # the name of its folder
-IMAGE_MODEL_CALL = BUNDLED_CALL | {"num_frames": 13, "height": 96, "width": 96}
+IMAGE_MODEL_CALL = BUNDLED_CALL | {"guidance_scale": 2.0, "num_frames": 13, "height": 96, "width": 96}
 
 
 def model_source(model: str) -> str:
@@ -48,7 +48,9 @@ def model_call(model: str, small: bool = False) -> dict:
     """
     if model == BUNDLED:
         return dict(SMALL_CALL if small else BUNDLED_CALL)
-    return dict(SMALL_CALL if small else IMAGE_MODEL_CALL) if is_image_model(model) else {}
+    if not is_image_model(model):
+        return {}
+    return SMALL_CALL | {"guidance_scale": 2.0} if small else dict(IMAGE_MODEL_CALL)
 
 
 def first_frame(prompt: str, seed: int = 0, call: dict = IMAGE_MODEL_CALL) -> Image.Image:

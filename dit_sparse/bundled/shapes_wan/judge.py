@@ -227,7 +227,7 @@ def generate_video(pipeline: WanImageToVideoPipeline, task: Task, size: Size, st
 
 
 def judge_pipeline(
-    pipeline: WanImageToVideoPipeline, size: Size, count: int = 60, steps: int = 16, guidance: float = 4.0
+    pipeline: WanImageToVideoPipeline, size: Size, count: int = 60, steps: int = 16, guidance: float = 2.0
 ) -> dict:
     """Generate ``count`` held-out prompts, judge the videos, and return the report for JSON."""
     start, singles, pairs, failed = time.monotonic(), [], [], []
@@ -255,7 +255,7 @@ def main():
     parser.add_argument("folder", help="folder of an exported model")
     parser.add_argument("--prompts", type=int, default=60, help="number of held-out prompts")
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--tokens", type=int, nargs=3, default=(8, 16, 16), metavar=("FRAMES", "ROWS", "COLUMNS"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
