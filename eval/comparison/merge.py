@@ -143,7 +143,8 @@ def _is_reference(row: dict, result: dict) -> bool:
 def _merge_rows(results: Sequence[dict]) -> tuple[list[dict], list[dict]]:
     """Return every row once, those of dense attention with fewer steps last, and the differences between results."""
     merged: dict[str, dict] = {}
-    differences = [one for result in results for one in result["differences"]]
+    listed = [one for result in results for one in result["differences"]]
+    differences = [one for index, one in enumerate(listed) if one not in listed[:index]]
     for result in results:
         for row in result["rows"]:
             kept = merged.setdefault(row["name"], dict(row))
