@@ -32,6 +32,12 @@ def routed_tables() -> str:
     return "\n\n".join(compare_table(json.loads(path.read_text())) for path in stored_results("compare-routed-*.json"))
 
 
+def second_model_tables() -> str:
+    """Return the table of every ``eval/results/*/compare-shapes-wan-i2v.json``."""
+    paths = stored_results("compare-shapes-wan-i2v.json")
+    return "\n\n".join(compare_table(json.loads(path.read_text())) for path in paths)
+
+
 def branches_tables() -> str:
     """Return a table for every ``eval/results/*/compare-per-branch.json`` and the ``compare.json`` next to it."""
     tables = []
