@@ -234,7 +234,7 @@ def _print_comparison(result: dict) -> None:
         highlight=False,
     )
     for name, reason in unavailable_measures(result["rows"]).items():
-        console.print(f"{name} is not available: {reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name} is not available: {reason}", highlight=False, markup=False)
     for note in filter(None, (fewer_steps_note(result["rows"]), *completeness_notes(result))):
         console.print(note, highlight=False, markup=False)
 

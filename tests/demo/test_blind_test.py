@@ -184,7 +184,7 @@ def test_a_rater_continues_after_a_reload(visit, served):
     tab.keyboard.press("ArrowLeft")
     wait_for(tab, 1)
     tab.reload()
-    tab.wait_for_function("document.querySelector('input, textarea').value === 'ben'")
+    tab.wait_for_function("document.querySelector('input, textarea')?.value === 'ben'")
     tab.get_by_role("button", name="Start").click()
     wait_for(tab, 1)
     assert sum(vote.rater == "ben" for vote in served[0].votes.read()) == 1

@@ -52,6 +52,7 @@ def test_compiled_blocks_are_timed(monkeypatch):
     small = replace(published.small, heads=1, grid=replace(published.small.grid, frames=2, height=4, width=6))
     monkeypatch.setitem(bench.MODELS, "wan2.1-1.3b", replace(published, small=small))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     (row,) = bench.measure_model("wan2.1-1.3b", "cpu", (0.5,), "random_blocks", rounds=1, compiled=True)
     assert row["compiled"] and row["seconds_dense"] > 0 and torch._dynamo.utils.counters["graph_break"] == {}
 
