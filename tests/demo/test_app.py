@@ -354,7 +354,7 @@ def test_the_page_fits_on_a_phone(visit, scheme):
     tab = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     for name in ("Method settings", "Size", "Python script"):
         tab.get_by_role("button", name=name).click()
-    tab.get_by_text("from importlib.resources").wait_for()
+    tab.get_by_text("from dit_sparse.bundled").wait_for()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background.strip("rgba()").split(",")[:3])) < 200) == (scheme == "dark")
