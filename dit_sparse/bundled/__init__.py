@@ -50,7 +50,7 @@ def model_call(model: str, small: bool = False) -> dict:
         return dict(SMALL_CALL if small else BUNDLED_CALL)
     if not is_image_model(model):
         return {}
-    return SMALL_CALL | {"guidance_scale": 2.0} if small else dict(IMAGE_MODEL_CALL)
+    return SMALL_CALL | {"guidance_scale": IMAGE_MODEL_CALL["guidance_scale"]} if small else dict(IMAGE_MODEL_CALL)
 
 
 def first_frame(prompt: str, seed: int = 0, call: dict = IMAGE_MODEL_CALL) -> Image.Image:

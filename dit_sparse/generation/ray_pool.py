@@ -241,7 +241,7 @@ class RayPool:
         self._actors.remove(actor)
         self._failed_starts += 1
         if self._failed_starts > MAX_DEATHS * (len(self._actors) + 1):
-            raise RuntimeError("the workers of Ray die again and again: see the logs of Ray in /tmp/ray/session_latest")
+            raise RuntimeError("the workers of Ray keep dying: see the logs of Ray")
         self._start()
 
     def _kill(self, actor: _Actor) -> None:
