@@ -12,7 +12,7 @@ import gradio as gr
 from ..eval.preference.votes import MAX_RATER
 from .blind_test import BlindTest, View, rater_name
 from .blind_test_styles import CSS, KEEP_NAME, READ_NAME, SCRIPT, VOTE
-from .request_filter import LOCAL_HOSTS, RequestFilter
+from .request_filter import LOCAL_HOSTS, launch_filtered
 from .start_checks import check_address
 
 INTRODUCTION = """# Which clip looks better?
@@ -101,19 +101,15 @@ def launch(test: BlindTest, host: str, port: int, allowed_hosts: Collection[str]
     """
     check_address(host, port)
     blocks = BlindTestPage(test).build()
-    blocks.queue(max_size=64, api_open=False).launch(
+    launch_filtered(
+        blocks,
+        CSS,
+        SCRIPT,
+        test.folder,
+        local=host in LOCAL_HOSTS,
+        hosts=allowed_hosts,
         server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
-        css=CSS,
-        head=SCRIPT,
-        allowed_paths=[str(test.folder)],
-        app_kwargs={"middleware": [(RequestFilter, (), {"local": host in LOCAL_HOSTS, "hosts": tuple(allowed_hosts)})]},
-        max_file_size=1,
-        share=False,
-        ssr_mode=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        show_error=False,
         footer_links=[],
         prevent_thread_lock=True,
         **settings,

@@ -17,7 +17,7 @@ from ..generation.model_config import check_model
 from . import settings_form
 from .device_pool import Cancelled, DevicePool
 from .request import MAX_CHARACTERS, MAX_SEED, MAX_STEPS, GenerationRequest, Limits, check_lengths
-from .request_filter import LOCAL_HOSTS, RequestFilter
+from .request_filter import LOCAL_HOSTS, launch_filtered
 from .result_page import PLOTS, VIDEOS, read_example, read_result, result_files, result_table, result_title
 from .sessions import Sessions
 from .start_checks import check_address
@@ -269,17 +269,4 @@ def serve(models: list[str], host: str, port: int, allowed_hosts: list[str], qui
 
 
 def launch(blocks: gr.Blocks, local: bool = True, hosts: tuple = (), **where) -> None:
-    blocks.queue(max_size=64, api_open=False).launch(
-        css=CSS,
-        head=SYNCHRONIZED_PLAYBACK,
-        allowed_paths=[str(EXAMPLES)],
-        app_kwargs={"middleware": [(RequestFilter, (), {"local": local, "hosts": hosts})]},
-        max_file_size=1,
-        share=False,
-        ssr_mode=False,
-        mcp_server=False,
-        enable_monitoring=False,
-        show_error=False,
-        footer_links=["gradio"],
-        **where,
-    )
+    launch_filtered(blocks, CSS, SYNCHRONIZED_PLAYBACK, EXAMPLES, local, hosts, footer_links=["gradio"], **where)

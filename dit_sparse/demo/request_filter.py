@@ -5,8 +5,12 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 MAX_BODY_BYTES = 64 * 1024
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -104,3 +108,30 @@ async def _refuse(send: Send, status: int, reason: str) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": reason.encode()})
+
+
+def launch_filtered(
+    blocks: gr.Blocks, css: str, script: str, folder: Path, local: bool, hosts: Collection[str] = (), **where: Any
+) -> None:
+    """Launch a page behind the filter, with the settings of safety that all pages share.
+
+    Args:
+        css: style sheet of the page.
+        script: contents of its ``<head>``.
+        folder: the only folder whose files are served.
+        local, hosts: as in `RequestFilter`.
+        where: address, port and other arguments of ``gr.Blocks.launch``.
+    """
+    blocks.queue(max_size=64, api_open=False).launch(
+        css=css,
+        head=script,
+        allowed_paths=[str(folder)],
+        app_kwargs={"middleware": [(RequestFilter, (), {"local": local, "hosts": tuple(hosts)})]},
+        max_file_size=1,
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        show_error=False,
+        **where,
+    )

@@ -111,18 +111,6 @@ def served(tmp_path_factory):
     blocks.close(verbose=False)
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def visit(chromium, served):
     """Open the page in a session of its own, and return it with all that the browser received."""
