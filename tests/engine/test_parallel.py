@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,7 @@ def call_of(name: str) -> Call:
 
 def build(name: str) -> torch.nn.Module:
     tiny = tiny_models()[name]
-    tiny.config["num_attention_heads"] = HEADS
-    return tiny.build()
+    return replace(tiny, config=tiny.config | {"num_attention_heads": HEADS}).build()
 
 
 def outputs(transformer: torch.nn.Module, name: str, ranks: int) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class TinyModel:
 
     Attributes:
         name: name of the class in diffusers.
-        config: arguments of the constructor.
+        config: arguments of the constructor, read-only because all tests share the table.
         make_arguments: returns the keyword arguments of a forward call.
         sites: number of self-attention modules that are made sparse.
         axes: axes of the latents; N: packed tokens.
@@ -98,7 +99,7 @@ class TinyModel:
     """
 
     name: str
-    config: dict
+    config: Mapping
     make_arguments: Callable[[Call], dict]
     sites: int
     axes: str = "BCFHW"
@@ -114,6 +115,9 @@ class TinyModel:
     causal_text: bool = False
     single: bool = False
     grids: tuple[tuple[int, int, int], ...] = ((3, 8, 8), (5, 4, 7))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", MappingProxyType(self.config))
 
     def arguments(self, call: Call) -> dict:
         """Return the keyword arguments of a forward call, the same for equal calls."""
