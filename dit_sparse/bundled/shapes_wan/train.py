@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import IMAGE_MODEL
-from .training.curriculum import Budget
+from .training.curriculum import CONTINUATION, CURRICULUM, Budget
 from .training.text_pretraining import pretrain_text_encoder
 from .training.trainer import Trainer
 
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--steps", type=int, help="length of the training in steps instead of minutes")
     parser.add_argument("--out", type=Path, default=Path("shapes-out"), help="folder of checkpoint and exported model")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
-    parser.add_argument("--start", type=Path, help="start from the weights of an exported model")
+    parser.add_argument("--start", type=Path, help="continue the training of an exported model")
     parser.add_argument("--light", action="store_true", help="checkpoints below 16 MB, without optimizer state")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; each trains on a shard of the batch")
@@ -85,7 +85,8 @@ def main():
     torch.set_num_threads(1)
     shards, batch_scale = (options.threads, 1) if options.device == "cpu" else (1, 16)
     budget = Budget(options.minutes, options.steps)
-    trainer = Trainer(budget, device=options.device, shards=shards, batch_scale=batch_scale)
+    curriculum = CONTINUATION if options.start else CURRICULUM
+    trainer = Trainer(budget, curriculum, device=options.device, shards=shards, batch_scale=batch_scale)
     if options.export:
         trainer.load(options.export[0])
         return trainer.export(options.export[1])

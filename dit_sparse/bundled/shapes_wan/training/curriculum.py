@@ -59,6 +59,36 @@ CURRICULUM = (
     ),
 )
 
+# For a model that already moves objects in short clips. What it does worst are the later frames of a clip, so most
+# steps show many frames; small frames make them affordable.
+CONTINUATION = (
+    Stage(
+        0.6,
+        (
+            (1, (8, 16, 16), 8),
+            (1, (8, 16, 16), 8),
+            (2, (8, 16, 16), 5),
+            (1, (10, 16, 16), 10),
+            (2, (14, 12, 12), 7),
+            (1, (14, 16, 16), 9),
+            (1, (14, 24, 24), 4),
+        ),
+        (1, 64, 512),
+    ),
+    Stage(
+        1.0,
+        (
+            (1, (8, 16, 16), 8),
+            (1, (8, 16, 16), 8),
+            (1, (14, 16, 16), 14),
+            (1, (14, 20, 20), 8),
+            (1, (14, 24, 24), 6),
+            (1, (14, 24, 24), 14),
+        ),
+        (512,),
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Budget:
