@@ -15,6 +15,7 @@ from .budget import Above, Mass, Top  # noqa: E402
 from .clusters import ClusterPlan, Clusters  # noqa: E402
 from .composition import Cached, PerHead  # noqa: E402
 from .engine.enable import SparseAttnProcessor, enable, prepare  # noqa: E402
+from .engine.parallelism import enable_parallelism  # noqa: E402
 from .engine.run import Run  # noqa: E402
 from .grid import Grid, Site  # noqa: E402
 from .method import Method, Scorer  # noqa: E402
@@ -34,7 +35,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_METHOD", "METHODS", "Above", "Cached", "ClusterPlan", "Clusters", "Family", "Grid", "Mass", "Method",
     "ModuleAdapter", "Pattern", "PerHead", "Plan", "Profile", "Run", "Schedule", "Scorer", "Site",
-    "SparseAttnProcessor", "Top", "VoxelGrid", "attention", "enable", "prepare", "propose_family",
+    "SparseAttnProcessor", "Top", "VoxelGrid", "attention", "enable", "enable_parallelism", "prepare",
+    "propose_family",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from torch import Tensor
@@ -26,6 +26,7 @@ FAMILIES = {
 }  # fmt: skip
 
 GridShape = tuple[int, int, int]
+ParallelPlan = Mapping[str, int | tuple[int, ...] | Mapping[str | int, int | tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Family:
         images: whether the pipelines generate images; the adapter is in ``pipelines/image``.
         timestep, latents: names of these arguments of the transformer's forward call.
         size_multiple: heights and widths of clips, in pixels, must be multiples of it; 1: unknown.
+        parallel: how context parallelism splits tensors between ranks, for the classes that diffusers has no plan for:
+            by class name, ``plan(config)``, which returns a ``ParallelPlan``, or why there is none as text. A plan has
+            the module names of diffusers' ``cp_plan``, with the dimension that is split for each argument (by name) or
+            output (by number), or the dimension along which each output is gathered.
         fps: frames per second of the clips of the models: a number, or ``fps(config)`` where the models differ, with
             the config of the pipeline (``model_index.json``); None: unknown.
     """
@@ -72,7 +77,14 @@ class Family:
     latents: str = "hidden_states"
     size_multiple: int = 1
     images: bool = False
+    parallel: Mapping[str, Callable[[Mapping], ParallelPlan | str]] = field(default_factory=dict)
     fps: int | Callable[[Mapping], int] | None = None
+
+    def parallel_plan(self, class_names: set[str], config: Mapping) -> ParallelPlan | str | None:
+        """Return the plan for context parallelism of a transformer with these names of its class and base classes, why
+        it cannot have one as text, or None if the family has none."""
+        plans = (plan(config) for name, plan in self.parallel.items() if name in class_names)
+        return next(plans, None)
 
     def frames_per_second(self, config: Mapping) -> int | None:
         """Return the frames per second of the clips of a pipeline, from its config; None if they are unknown."""

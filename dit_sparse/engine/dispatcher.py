@@ -110,10 +110,10 @@ class AttentionDispatcher:
         if reason := why_dense(layout, grid, call, attention_site.cached_keys):
             return self._dense(call, self._counters.warn(reason))
         site = self._next_site(attention_site, grid)
-        if call.ranks is None:
+        if call.share is None:
             return self._attend_at(call, site)
-        rank, ranks = call.ranks
-        site, order = replace(site, first_head=rank * call.q.shape[1]), joint_order(ranks, grid, layout, call.q.device)
+        site = replace(site, first_head=call.share.first)
+        order = joint_order(call.share.ranks, grid, layout, call.q.device)
         if order is None:
             return self._attend_at(call, site)
         return self._attend_at(arrange(call, order), site).index_select(2, order.argsort())

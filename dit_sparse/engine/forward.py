@@ -36,6 +36,19 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class HeadShare:
+    """The heads of one rank under context parallelism.
+
+    Attributes:
+        first: number of its first head.
+        ranks: number of ranks that share the heads.
+    """
+
+    first: int
+    ranks: int
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """An intercepted attention call.
 
@@ -47,8 +60,7 @@ class AttentionCall:
         stock: computes the call as the model does, ``[B, H, N, D]``.
         backend: name of the attention backend that the user chose, or None.
         is_parallel: whether the call belongs to a form of context parallelism that is not supported.
-        ranks: under context parallelism, the index of this rank and the number of ranks that share the heads; else
-            None.
+        share: the heads of this rank under context parallelism, else None.
         first_query: number of the first query whose output is used, as in ``Site``.
         is_checked: whether ``stock`` is known to compute plain attention; functions of a model's own are compared with
             it once.
@@ -65,7 +77,7 @@ class AttentionCall:
     backend: str | None = None
     is_parallel: bool = False
     mask_source: Tensor | None = None
-    ranks: tuple[int, int] | None = None
+    share: HeadShare | None = None
     is_checked: bool = True
     first_query: int = 0
 
@@ -119,6 +131,16 @@ class TokenLayout:
     def __str__(self) -> str:
         references = f" with {self.references} reference tokens" if self.references else ""
         return f"{self.frames}x{self.height}x{self.width}{references}"
+
+
+def chosen_backend(backend: Any) -> str | None:
+    """Return the name of the attention backend that the user chose for a processor or globally, or None."""
+    if backend is None:
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    name = str(getattr(backend, "value", backend))
+    return None if name == "native" else name
 
 
 def why_dense(layout: object, grid: BaseGrid | None, call: AttentionCall, cached_keys: bool = False) -> str | None:

@@ -19,7 +19,7 @@ from .forward import AttentionCall, AttentionSite
 from .interception.forward_hook import ForwardHook, ModuleHook
 from .interception.intercept import Interception, interception_of
 from .interception.module_link import ModuleLink, link_of
-from .interception.parallel import refuse_ring
+from .interception.parallel import check_parallelism
 from .report import Report, RunCounters
 from .settings import Settings
 
@@ -154,7 +154,7 @@ class Run:
             raise ValueError(f"{type(transformer).__name__} has no self-attention module that matches {family.sites!r}")
         if any(interception_of(module) or link_of(module) for module in modules):
             raise ValueError("this transformer is already sparse: call disable() on the earlier run first")
-        refuse_ring(transformer)
+        check_parallelism(transformer, modules)
         heads = getattr(modules[0], "heads", getattr(modules[0], "num_heads", 0))
         self._settings.method.check_model(len(modules), heads)
         for method in nested_methods(self._settings.method):
@@ -165,7 +165,7 @@ class Run:
             links.append((module, self._new_link(site, family)))
 
         def begin_forward(*arguments: Any) -> None:
-            refuse_ring(transformer)
+            check_parallelism(transformer, modules)
             for module, link in links:
                 link.install(module)  # other code may have replaced the processor, as fuse_qkv_projections does
             self._dispatcher_of(name).begin_forward(*arguments)

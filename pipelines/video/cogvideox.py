@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, GridShape, pipeline_class
+from dit_sparse.pipelines.family import Family, GridShape, ParallelPlan, pipeline_class
 
 
 def _grid(config: Mapping, arguments: Mapping) -> GridShape:
@@ -13,6 +13,17 @@ def _grid(config: Mapping, arguments: Mapping) -> GridShape:
     _, frames, _, height, width = arguments["hidden_states"].shape
     patch, patch_frames = config["patch_size"], config.get("patch_size_t") or 1
     return -(-frames // patch_frames), height // patch, width // patch
+
+
+SPLIT = {
+    "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
+    "transformer_blocks.*": {"image_rotary_emb": (0, 0)},
+}
+
+
+def _consisid_plan(config: Mapping) -> ParallelPlan:
+    """Gather after the last block, because ConsisID then removes as many tokens as the whole text has."""
+    return SPLIT | {f"transformer_blocks.{config['num_layers'] - 1}": (1, 1)}
 
 
 FAMILY = Family(
@@ -23,6 +34,10 @@ FAMILY = Family(
     sites=r"transformer_blocks\.\d+\.attn1",
     grid=_grid,
     text="before",
+    parallel={
+        "CogVideoXTransformer3DModel": lambda config: SPLIT | {"proj_out": 1},
+        "ConsisIDTransformer3DModel": _consisid_plan,
+    },
     pipelines=(
         "CogVideoXPipeline",
         "CogVideoXImageToVideoPipeline",

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from dit_sparse.pipelines.family import Family, history_tokens, patch_grid, patch_size, pipeline_class
+from dit_sparse.pipelines.family import Family, ParallelPlan, history_tokens, patch_grid, patch_size, pipeline_class
 
 HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
 
@@ -22,6 +22,19 @@ HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
 def _fps(config: Mapping) -> int:
     """Return 30 for Framepack, else 24."""
     return 30 if config.get("_class_name") == "HunyuanVideoFramepackPipeline" else 24
+
+
+def _parallel_plan(config: Mapping) -> ParallelPlan | str:
+    """Split video and text separately before the first block, and gather the video after the last layer."""
+    if config.get("image_condition_type") == "token_replace":
+        return (
+            "its blocks modulate the tokens of the first frame by their position in the sequence, which the ranks split"
+        )
+    return {
+        "rope": {0: 0, 1: 0},
+        "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
+        "proj_out": 1,
+    }
 
 
 FAMILY = Family(
@@ -39,6 +52,7 @@ FAMILY = Family(
     text="after",
     references=lambda config, arguments: (history_tokens(arguments, HISTORY, (1, 2, 2)), 0),
     mask="attention_mask",
+    parallel={"HunyuanVideoTransformer3DModel": _parallel_plan},
     pipelines=(
         "HunyuanVideoPipeline",
         "HunyuanVideoImageToVideoPipeline",

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..forward import AttentionCall
+from ..forward import AttentionCall, chosen_backend
 from .forward_hook import HookCallback
 from .parallel import attend_in_parallel
 from .replacement import replace_globals
@@ -169,7 +169,8 @@ def _attention_names(function: types.FunctionType) -> dict[str, Any]:
     if "dispatch_attention_fn" in names and "dispatch_attention_fn" in scope:
         return {"dispatch_attention_fn": _intercepting_dispatcher(scope["dispatch_attention_fn"])}
     if "F" in names and "scaled_dot_product_attention" in names:
-        return {"F": _intercepting_functional()}
+        attention = getattr(scope["F"], "scaled_dot_product_attention", None)
+        return {"F": _intercepting_functional(None if scope["F"] is F else attention)}
     return {}
 
 
@@ -199,16 +200,18 @@ def _intercepting_dispatcher(dispatch: Callable) -> Callable:
         call = AttentionCall(
             q, k, v, attn_mask, is_causal, dropout_p, scale, lambda: stock().transpose(1, 2), chosen_backend(backend)
         )
-        if parallel_config is None:
-            return _compute_active(call).transpose(1, 2)
         return attend_in_parallel(call, enable_gqa, parallel_config, _compute_active).transpose(1, 2)
 
     return dispatch_attention_fn
 
 
 @functools.cache
-def _intercepting_functional() -> types.SimpleNamespace:
-    """Return ``torch.nn.functional`` with ``scaled_dot_product_attention`` intercepted."""
+def _intercepting_functional(replaced: Callable | None) -> types.SimpleNamespace:
+    """Return ``torch.nn.functional`` with ``scaled_dot_product_attention`` intercepted.
+
+    Args:
+        replaced: the function that the processor calls in its place, or None.
+    """
 
     def scaled_dot_product_attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
@@ -217,8 +220,10 @@ def _intercepting_functional() -> types.SimpleNamespace:
             call = (query, key, value, attn_mask, _tracing.number, dropout_p, is_causal, scale, enable_gqa, None)
             return torch.ops.dit_sparse.attend(*call)
         options = {"scale": scale, "enable_gqa": enable_gqa}
-        stock = lambda: F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-        return _compute_active(AttentionCall(query, key, value, attn_mask, is_causal, dropout_p, scale, stock))
+        attend = replaced or F.scaled_dot_product_attention
+        stock = lambda: attend(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        call = AttentionCall(query, key, value, attn_mask, is_causal, dropout_p, scale, stock)
+        return attend_in_parallel(call, enable_gqa, _parallel_config_of(_active.interception), _compute_active)
 
     functions = {name: value for name, value in vars(F).items() if not name.startswith("__")}
     return types.SimpleNamespace(**functions | {"scaled_dot_product_attention": scaled_dot_product_attention})
@@ -249,14 +254,8 @@ def _compute_active(call: AttentionCall) -> Tensor:
     return _active.interception.compute(replace(call, mask_source=_active.mask_source))
 
 
-def chosen_backend(backend: Any) -> str | None:
-    """Return the name of the attention backend that the user chose for a processor or globally, or None."""
-    if backend is None:
-        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-        backend, _ = _AttentionBackendRegistry.get_active_backend()
-    name = str(getattr(backend, "value", backend))
-    return None if name == "native" else name
+def _parallel_config_of(interception: Interception | None) -> Any:
+    return getattr(getattr(interception, "stock_processor", None), "_parallel_config", None)
 
 
 @functools.cache
@@ -281,7 +280,7 @@ def _register_operators() -> None:
         scale: float | None, enable_gqa: bool, backend: str | None,
     ) -> Tensor:  # fmt: skip
         interception = Interception._links.get(int(number))
-        parallel = getattr(getattr(interception, "stock_processor", None), "_parallel_config", None)
+        parallel = _parallel_config_of(interception)
 
         def stock() -> Tensor:
             from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -292,8 +291,7 @@ def _register_operators() -> None:
 
         call = AttentionCall(q, k, v, mask, is_causal, dropout_p, scale, stock, chosen_backend(backend))
         compute = (lambda call: call.stock()) if interception is None else interception.compute
-        out = compute(call) if parallel is None else attend_in_parallel(call, enable_gqa, parallel, compute)
-        return out.contiguous()
+        return attend_in_parallel(call, enable_gqa, parallel, compute).contiguous()
 
     @attend.register_fake
     def _(q, k, v, mask, number, dropout_p, is_causal, scale, enable_gqa, backend):

@@ -7,7 +7,7 @@ attention raises an error, because no rank holds a whole sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -16,13 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from ...grid import Grid
-from ..forward import AttentionCall, TokenLayout
+from ..forward import AttentionCall, HeadShare, TokenLayout
 
 
-def refuse_ring(transformer: nn.Module) -> None:
-    """Raise ValueError if a transformer uses ring attention."""
+def check_parallelism(transformer: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Raise ValueError if a transformer uses a form of context parallelism that cannot be computed.
+
+    Args:
+        modules: its self-attention modules.
+    """
     config = _context_parallel(getattr(transformer, "_parallel_config", None))
-    if config is not None and config.ring_degree > 1:
+    if config is None:
+        return
+    refuse_ring(config)
+    for processor in (getattr(module, "processor", None) for module in modules):
+        if getattr(processor, "_parallel_config", None) is None:
+            raise ValueError(
+                f"{type(processor).__name__} would attend to the tokens of one rank only: call "
+                "dit_sparse.enable_parallelism(...) in place of the model's own method, and after "
+                "fuse_qkv_projections() and other changes of processors"
+            )
+
+
+def refuse_ring(config: Any) -> None:
+    """Raise ValueError if a ``ContextParallelConfig`` asks for ring attention."""
+    if config.ring_degree > 1:
         raise ValueError(
             "ring attention is not supported, because no rank holds a whole sequence: "
             "use ContextParallelConfig(ulysses_degree=...), or disable sparse attention"
@@ -32,14 +50,17 @@ def refuse_ring(transformer: nn.Module) -> None:
 def attend_in_parallel(
     call: AttentionCall, enable_gqa: bool, parallel_config: Any, compute: Callable[[AttentionCall], Tensor]
 ) -> Tensor:
-    """Return the output ``[B, H, N / ranks, D]`` of a call of one rank. Calls that require gradients stay dense.
+    """Return the output ``[B, H, N / ranks, D]`` of a call of one rank, or that of a call without context parallelism.
+    Calls that require gradients stay dense.
 
     Args:
         call: with the tokens of this rank.
         enable_gqa: as in ``scaled_dot_product_attention``; diffusers refuses it.
-        parallel_config: that of the processor.
+        parallel_config: that of the processor, or None.
         compute: computes a call with the heads of this rank and all tokens.
     """
+    if parallel_config is None:
+        return compute(call)
     config = _context_parallel(parallel_config)
     # A mask over all keys is in the order of the model, not in that of the exchanged tokens.
     is_global = isinstance(call.mask, Tensor) and call.mask.shape[-1] != call.k.shape[2]
@@ -48,8 +69,9 @@ def attend_in_parallel(
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
     from diffusers.models.attention_dispatch import _templated_context_parallel_attention as ulysses_attention
 
-    ranks = torch.distributed.get_rank(config._ulysses_mesh.get_group()), config.ulysses_degree
-    backend = None if call.backend is None else AttentionBackendName(call.backend)
+    rank, ranks = torch.distributed.get_rank(config._ulysses_mesh.get_group()), config.ulysses_degree
+    share = HeadShare(rank * -(-call.q.shape[1] // ranks), ranks)
+    backend = AttentionBackendName(call.backend or "native")
 
     def attend(_, query, key, value, mask, *options: Any, **names: Any) -> Tensor:
         def stock() -> Tensor:
@@ -57,7 +79,7 @@ def attend_in_parallel(
             return out.transpose(1, 2)
 
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return compute(replace(call, q=q, k=k, v=v, mask=mask, stock=stock, ranks=ranks)).transpose(1, 2)
+        return compute(replace(call, q=q, k=k, v=v, mask=mask, stock=stock, share=share)).transpose(1, 2)
 
     inputs = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
     settings = (call.mask, call.dropout_p, call.is_causal, call.scale, enable_gqa)
