@@ -14,20 +14,22 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from dit_sparse.bundled import bundled_prompts, first_frame
+from dit_sparse.bundled.attention_mass import attention_weights, top_block_mass
 from dit_sparse.bundled.shapes_wan import prompts
 from dit_sparse.bundled.shapes_wan.autoencoder import CHANNELS, build_autoencoder, patchify
 from dit_sparse.bundled.shapes_wan.build import build_text_encoder, build_tokenizer, build_transformer, encode_prompts
 from dit_sparse.bundled.shapes_wan.card import write_card
-from dit_sparse.bundled.shapes_wan.concentration import attention_weights, other_frames_mass, top_block_mass
+from dit_sparse.bundled.shapes_wan.concentration import other_frames_mass
 from dit_sparse.bundled.shapes_wan.conditioning import add_noise
 from dit_sparse.bundled.shapes_wan.first_frame import draw, prompt_scene
 from dit_sparse.bundled.shapes_wan.scenes import DIRECTIONS, Scene, Size, make_clip, random_scene, render
 from dit_sparse.bundled.shapes_wan.training import text_pretraining
-from dit_sparse.bundled.shapes_wan.training.curriculum import Budget, Stage
+from dit_sparse.bundled.shapes_wan.training.curriculum import Stage
 from dit_sparse.bundled.shapes_wan.training.frame_selection import FrameSelection
-from dit_sparse.bundled.shapes_wan.training.optimizers import orthogonalise
 from dit_sparse.bundled.shapes_wan.training.text_pretraining import pretrain_text_encoder
 from dit_sparse.bundled.shapes_wan.training.trainer import Trainer
+from dit_sparse.bundled.training.optimizers import orthogonalise
+from dit_sparse.bundled.training.schedule import Budget
 from dit_sparse.generation.checks import check_clip
 from dit_sparse.generation.generate import default_call, generate, load_pipeline
 

@@ -51,7 +51,11 @@ GROUPS = {  # lowest first; a file belongs to the first group whose pattern it f
         lazily="plotting matplotlib",
     ),
     "plotting": Group("plotting plotting.*", "core matplotlib numpy"),
-    "bundled": Group("bundled bundled.*", "engine diffusers transformers safetensors jinja2 scipy PIL"),
+    "bundled": Group(
+        "bundled bundled.*",
+        "core engine diffusers transformers safetensors jinja2 scipy numpy PIL",
+        lazily="skimage trimesh",
+    ),
     "output": Group(
         "output output.*",
         "engine methods bundled imageio imageio_ffmpeg numpy PIL",

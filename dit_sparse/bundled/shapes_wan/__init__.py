@@ -23,7 +23,7 @@ Training (`train` is the command, `training/` holds its parts)
     predict a clip worse than its own.
     Curriculum (`curriculum`): clip sizes, prompt padding and learning rate by the fraction of the budget used, and the
     distribution of noise levels.
-    `optimizers` holds Muon and AdamW, `temporal_bias` the constant attention biases of two heads.
+    `bundled/training` holds the optimizers Muon and AdamW, `temporal_bias` the constant attention biases of two heads.
 
 Judge (`judge`)
     Generates held-out prompts and checks colour, number, shape, direction and path of every sprite in every frame,

@@ -1,6 +1,5 @@
 """Training curriculum: clip sizes, prompt padding and learning rate by the fraction of the budget, and noise levels."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -88,31 +87,6 @@ CONTINUATION = (
         (512,),
     ),
 )
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Length of the training.
-
-    Attributes:
-        minutes: wall-clock minutes, used if ``steps`` is None.
-        steps: number of steps, which makes a run repeatable.
-    """
-
-    minutes: float = 130.0
-    steps: int | None = None
-
-    def fraction(self, step: int, elapsed: float) -> float:
-        """Return the fraction of the budget used after ``step`` steps and ``elapsed`` seconds, at most 1."""
-        used = step / self.steps if self.steps else elapsed / (60 * self.minutes)
-        return min(used, 1.0)
-
-
-def learning_rate_factor(fraction: float) -> float:
-    """Return the factor of the peak learning rate: a short warm-up, a plateau, and a cosine decay to 1/50."""
-    warmup = min(1.0, 0.05 + fraction / 0.012)
-    decay = max(0.0, (fraction - 0.5) / 0.5)
-    return warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * decay)))
 
 
 def sample_noise_levels(count: int, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,14 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
+from ...training.optimizers import make_optimizers
+from ...training.schedule import (
+    Budget,
+    learning_rate_factor,
+    save_atomically,
+    scale_learning_rates,
+    update_average,
+)
 from ..build import (
     build_text_encoder,
     build_tokenizer,
@@ -24,13 +31,10 @@ from ..build import (
 )
 from ..conditioning import add_noise
 from .batches import Batch, make_batch
-from .curriculum import CURRICULUM, Budget, Stage, learning_rate_factor
+from .curriculum import CURRICULUM, Stage
 from .frame_selection import FrameSelection
 from .loss import CONTRAST_NOISE_LEVELS, contrast_loss, multiscale_loss
-from .optimizers import make_optimizers
 from .temporal_bias import TemporalBias
-
-EMA_DECAY = 0.995  # per step
 
 
 class Trainer:
@@ -67,7 +71,7 @@ class Trainer:
         self.ema = copy.deepcopy(self.transformer).eval().requires_grad_(False)
         self.transformer.rope = FrameSelection(self.transformer.rope)
         self.temporal_bias = TemporalBias(self.transformer)
-        self.optimizers = make_optimizers(self.transformer)
+        self.optimizers = make_optimizers(self.transformer.blocks, self.transformer.parameters())
         self.step_count, self.elapsed = 0, 0.0
 
     @property
@@ -78,7 +82,7 @@ class Trainer:
     def step(self) -> tuple[Tensor, Tensor]:
         """Run one optimization step. Returns noise levels and losses of its clips, ``[B]`` each."""
         start = time.monotonic()
-        self._set_learning_rates(learning_rate_factor(self.fraction))
+        scale_learning_rates(self.optimizers, learning_rate_factor(self.fraction))
         with ThreadPoolExecutor(self.shards) as pool:
             levels, losses, gradients = zip(*pool.map(self._run_shard, range(self.shards)), strict=True)
         for parameter, *parts in zip(self.transformer.parameters(), *gradients, strict=True):
@@ -87,7 +91,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self.temporal_bias.apply()
-        self._update_ema()
+        update_average(self.ema.parameters(), self.transformer.parameters(), self.step_count)
         self.step_count += 1
         self.elapsed += time.monotonic() - start
         return torch.cat(levels).cpu(), torch.cat(losses).cpu()
@@ -126,18 +130,6 @@ class Trainer:
         error = velocity.float() - (noise - latents)
         return multiscale_loss(error[:, :, 1:], batch.weights[rows][:, 1:])
 
-    def _set_learning_rates(self, factor: float) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        # The decay grows from 0, so that the average does not retain the initial weights.
-        decay = min(EMA_DECAY, self.step_count / (self.step_count + 10))
-        averages, weights = list(self.ema.parameters()), list(self.transformer.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-
     def _modules(self) -> dict[str, torch.nn.Module]:
         """Return the modules by their keys in a checkpoint."""
         return {"text_encoder": self.text_encoder, "student": self.transformer, "average": self.ema}
@@ -154,9 +146,7 @@ class Trainer:
             state[name] = {key: value.half() for key, value in weights.items()} if light else weights
         if not light:
             state["optimisers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        partial = path.with_suffix(".part")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        save_atomically(state, path)
 
     def load(self, path: Path) -> None:
         """Load a checkpoint. With a light one the optimizers keep their initial state."""

@@ -56,12 +56,18 @@ def orthogonalise(batch: Tensor, iterations: int = 5) -> Tensor:
 
 
 def make_optimizers(
-    transformer: torch.nn.Module, matrix_lr: float = 0.01, lr: float = 1.2e-3
+    blocks: torch.nn.Module, weights: Iterable[Tensor], matrix_lr: float = 0.01, lr: float = 1.2e-3
 ) -> tuple[Muon, torch.optim.AdamW]:
-    """Return optimizers for all weights. Each group keeps its peak rate in ``base_lr``, which the schedule scales."""
-    matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
+    """Return optimizers for all weights. Each group keeps its peak rate in ``base_lr``, which the schedule scales.
+
+    Args:
+        blocks: the transformer blocks, whose matrices Muon updates.
+        weights: all weights of the model, with those of the blocks.
+        matrix_lr, lr: peak learning rates of Muon and of AdamW.
+    """
+    matrices = [p for p in blocks.parameters() if p.ndim == 2]
     in_muon = {id(p) for p in matrices}
-    rest = [p for p in transformer.parameters() if id(p) not in in_muon]
+    rest = [p for p in weights if id(p) not in in_muon]
     adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.97), weight_decay=0.0)
     optimizers = (Muon(matrices, matrix_lr), adamw)
     for optimizer in optimizers:

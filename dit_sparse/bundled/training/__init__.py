@@ -1,0 +1,1 @@
+"""What the trainings of the bundled models have in common."""
