@@ -37,7 +37,7 @@ docs: .venv/ready  ## the documentation site, in build/site
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip -c constraints.txt
 	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[demo,dev,docs,ray]' -c constraints.txt
+	$(BIN)/pip install --quiet --editable '.[demo,dev,docs,ray,three-d]' -c constraints.txt
 	touch $@
 
 # Only for tests, outside of site-packages: the oldest supported Triton, xFormers, which warns at import on a CPU, and
