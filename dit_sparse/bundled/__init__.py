@@ -1,7 +1,8 @@
 """The project's own small models: their names, default settings and recipe.
 
 `shapes-wan`, a text-to-video model, is part of the package; its weights are in `dit_sparse/assets`. `shapes-wan-i2v`,
-an image-to-video model, is a folder of the repository, `eval/models/shapes-wan-i2v`.
+an image-to-video model, is a folder of the repository, `eval/models/shapes-wan-i2v`, and so is `shapes-3d`, a model of
+coloured solids on sparse voxels.
 """
 
 from __future__ import annotations
@@ -23,6 +24,26 @@ SMALL_CALL = BUNDLED_CALL | {"num_inference_steps": 8, "num_frames": 7, "height"
 
 IMAGE_MODEL = "shapes-wan-i2v"  # the name of its folder
 IMAGE_MODEL_CALL = BUNDLED_CALL | {"guidance_scale": 2.0, "num_frames": 13, "height": 96, "width": 96}
+
+
+SOLID_MODEL = "shapes-3d"  # the name of its folder
+SOLID_PROMPT = "a striped red torus on a blue box"
+SOLID_CALL = {"resolution": 44, "num_inference_steps": 12, "guidance_scale": 1.0}
+
+
+def solid_model_folder() -> Path:
+    """Return the folder of `shapes-3d` in a checkout.
+
+    Raises:
+        ValueError: the package is not in a checkout.
+    """
+    folder = Path(__file__).parents[2] / "eval" / "models" / SOLID_MODEL
+    if not folder.is_dir():
+        raise ValueError(
+            f"{SOLID_MODEL} is not part of the package: clone the repository and give its folder eval/models/"
+            f"{SOLID_MODEL} by --model"
+        )
+    return folder
 
 
 def model_source(model: str) -> str:

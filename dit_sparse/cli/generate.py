@@ -36,6 +36,7 @@ from .options import (
     density_ramp,
     method_text,
 )
+from .solids import demo_three_d
 from .terminal import console, make_table, one_sentence, print_result, progress_bars, warn_if_busy
 
 
@@ -118,10 +119,26 @@ def demo(
     prompt: Annotated[str | None, typer.Option(help="Prompt for the bundled model.")] = None,
     seed: Seed = 0,
     steps: Steps = None,
+    three_d: Annotated[
+        bool, typer.Option("--three-d", help="Generate solids on sparse voxels with shapes-3d. Default method: svg2.")
+    ] = False,
+    resolution: Annotated[
+        int | None, typer.Option(help="With --three-d: cells along each side, an even number. Default: 44.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="With --three-d: folder of the model. Default: eval/models/shapes-3d.")
+    ] = None,
     out: OutFolder = Path("out/demo"),
 ) -> None:
-    """Generate one video densely and sparsely from the same seed with the bundled model, and compare them."""
+    """Generate one video or solid densely and sparsely from the same seed with a small model, and compare them."""
+    if three_d:
+        settings = {"dense_steps": dense_steps, "ramp": ramp, "executor": executor, "block": block}
+        call = {"resolution": resolution, "num_inference_steps": steps}
+        return demo_three_d(method, density, settings, prompt, seed, call, model, out)
     with one_sentence():
+        for name, value in (("--resolution", resolution), ("--model", model)):
+            if value is not None:
+                raise ValueError(f"{name} needs --three-d")
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.bundled import BUNDLED_PROMPT
         from dit_sparse.demo.demo import Demo

@@ -70,7 +70,7 @@ class Demo:
             pipe: the loaded model; None: load it.
         """
         pipe = prepare(pipe or load_pipeline(self.model))
-        _compile_executor(self.processor)
+        compile_executor(self.processor)
         dense = self._generate(pipe, SparseAttnProcessor("dense"), stage("dense"))
         observer = _PlanObserver(step=self.steps // 2)
         sparse = self._generate(pipe, self.processor, stage("sparse"), observer)
@@ -111,10 +111,10 @@ class Demo:
             "density_run": report.density_run,
             "seconds_dense": dense.seconds,
             "seconds_sparse": sparse.seconds,
-            "speedup": _ratio(dense.seconds, sparse.seconds),
+            "speedup": ratio(dense.seconds, sparse.seconds),
             "attention_seconds_dense": dense.report.attention_seconds,
             "attention_seconds_sparse": report.attention_seconds,
-            "attention_speedup": _ratio(dense.report.attention_seconds, report.attention_seconds),
+            "attention_speedup": ratio(dense.report.attention_seconds, report.attention_seconds),
             "attention_by_step_dense": dense.by_step,
             "attention_by_step_sparse": sparse.by_step,
             "psnr": psnr(sparse.frames, dense.frames),
@@ -150,7 +150,8 @@ class Demo:
         save_json(self.out / "result.json", result)
 
 
-def _ratio(dense: float, sparse: float) -> float:
+def ratio(dense: float, sparse: float) -> float:
+    """Return dense / sparse, or NaN if ``sparse`` is 0."""
     return dense / sparse if sparse else math.nan
 
 
@@ -186,7 +187,7 @@ class _PlanObserver:
         self._observe_mass(site, q, k, plan)
 
 
-def _compile_executor(processor: SparseAttnProcessor) -> None:
+def compile_executor(processor: SparseAttnProcessor) -> None:
     """Run one small call, so that the time of compiling the executor is not measured as attention time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v = torch.randn(3, 1, 3, 4 * 20 * 20, 64, device=device).unbind(0)

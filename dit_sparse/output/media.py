@@ -44,6 +44,12 @@ def save_video(path: Path, frames: NDArray, fps: float) -> None:
         check_video(temporary, len(frames))
 
 
+def save_image(path: Path, picture: NDArray) -> None:
+    """Write a picture ``[H, W, 3]`` uint8 in the format of the suffix."""
+    with atomic_write(path) as temporary:
+        Image.fromarray(picture).save(temporary)
+
+
 def check_video(path: Path, frames: int | None = None) -> None:
     """Raise OSError if an MP4 file is incomplete or does not have this number of frames. The encoder reports neither a
     full disk nor that it was killed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,10 +70,9 @@ class Mesh:
         Raises:
             ValueError: trimesh is not installed.
         """
-        try:
-            import trimesh
-        except ModuleNotFoundError:
-            raise ValueError("mesh files need trimesh: pip install trimesh, or in a checkout -e '.[three-d]'") from None
+        check_mesh_files()
+        import trimesh
+
         return trimesh.Trimesh(self.vertices, self.faces, vertex_colors=self.colours, process=False)
 
     def save(self, path: str | Path) -> None:
@@ -84,6 +84,12 @@ class Mesh:
         if Path(path).suffix not in FORMATS:
             raise ValueError(f"a mesh file must end in {', '.join(FORMATS)}, got {Path(path).name[:60]}")
         self.to_trimesh().export(path)
+
+
+def check_mesh_files() -> None:
+    """Raise a ValueError if mesh files cannot be written because trimesh is not installed."""
+    if find_spec("trimesh") is None:
+        raise ValueError("mesh files need trimesh: pip install trimesh, or in a checkout -e '.[three-d]'")
 
 
 def extract_mesh(solid: Solid, cells: Cells, surface: Surface) -> Mesh:
@@ -100,9 +106,8 @@ def extract_mesh(solid: Solid, cells: Cells, surface: Surface) -> Mesh:
     volume, bodies = remove_small_bodies(distances.clamp(-TRUNCATION, TRUNCATION).numpy())
     padded = np.pad(volume, 1, constant_values=TRUNCATION)
     vertices, faces, _, _ = marching_cubes(padded, 0.0, gradient_direction="ascent", allow_degenerate=False)
-    at = torch.from_numpy(vertices.copy()) - 1  # in sub-voxels
-    colours = _sample_colours(index, surface.colours, cells.resolution, at)
-    return Mesh((at.numpy() + 0.5) / cells.resolution - 1, faces[:, ::-1].copy(), colours, bodies)
+    vertices = (vertices - 0.5) / cells.resolution - 1
+    return Mesh(vertices, faces[:, ::-1].copy(), sample_colours(cells, surface.colours, vertices), bodies)
 
 
 def _sub_voxel_index(cells: Cells) -> Tensor:
@@ -124,11 +129,19 @@ def remove_small_bodies(volume: NDArray) -> tuple[NDArray, int]:
     return volume, found
 
 
-def _sample_colours(index: Tensor, colours: Tensor, resolution: int, at: Tensor) -> NDArray:
-    """Return the colours at points in sub-voxels ``[N, 3]``, from those of the sub-voxels of the surface cells."""
-    side = 2 * resolution
+def sample_colours(cells: Cells, colours: Tensor, vertices: NDArray) -> NDArray:
+    """Return the colours of points on the surface from those of the sub-voxels of surface cells.
+
+    Args:
+        colours: RGB in [0, 1], ``[V, 8, 3]``.
+        vertices: in the cube [-1, 1]^3, ``[N, 3]``.
+
+    Returns:
+        RGB, uint8 ``[N, 3]``.
+    """
+    side = 2 * cells.resolution
     volume = torch.zeros(4, side, side, side)  # the last channel is 1 in surface cells
-    volume[(slice(None), *index.unbind(-1))] = F.pad(colours, (0, 1), value=1.0).movedim(-1, 0)
-    place = (2 * at.float() / (side - 1) - 1).flip(-1)[None, None, None]
-    sampled = F.grid_sample(volume[None], place, padding_mode="border", align_corners=True).view(4, -1)
+    volume[(slice(None), *_sub_voxel_index(cells).unbind(-1))] = F.pad(colours, (0, 1), value=1.0).movedim(-1, 0)
+    place = torch.from_numpy(vertices).float().flip(-1)[None, None, None]
+    sampled = F.grid_sample(volume[None], place, padding_mode="border", align_corners=False).view(4, -1)
     return (255 * (sampled[:3] / sampled[3].clamp_min(1e-3)).clamp(0, 1)).round().to(torch.uint8).T.numpy()

@@ -162,13 +162,18 @@ def surface_cells(solid: Solid, resolution: int) -> Cells:
     Raises:
         ValueError: the resolution is odd, or outside 8 to 96.
     """
-    low, high = RESOLUTIONS
-    if not (isinstance(resolution, int) and low <= resolution <= high and resolution % 2 == 0):
-        raise ValueError(f"resolution must be an even number of cells from {low} to {high}, got {resolution}")
+    check_resolution(resolution)
     nearest = fine_distances(solid, resolution).min(-1)
     values, parts = (_by_cell(volume) for volume in (nearest.values, nearest.indices))
     chosen = values.abs().amin(-1) < MARGIN
     return Cells(chosen.nonzero() - resolution // 2, values[chosen], parts[chosen], resolution)
+
+
+def check_resolution(resolution: int) -> None:
+    """Raise a ValueError if the resolution is odd, or outside 8 to 96."""
+    low, high = RESOLUTIONS
+    if not (isinstance(resolution, int) and low <= resolution <= high and resolution % 2 == 0):
+        raise ValueError(f"resolution must be an even number of cells from {low} to {high}, got {resolution}")
 
 
 def _by_cell(volume: Tensor) -> Tensor:
