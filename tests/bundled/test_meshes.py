@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dit_sparse.bundled.shapes_3d.geometry import compare_meshes, point_triangle_distance
-from dit_sparse.bundled.shapes_3d.mesh import Mesh, extract_mesh, remove_small_bodies
+from dit_sparse.bundled.shapes_3d.meshes.geometry import compare_meshes, point_triangle_distance
+from dit_sparse.bundled.shapes_3d.meshes.mesh import Mesh, extract_mesh, remove_small_bodies
+from dit_sparse.bundled.shapes_3d.meshes.render import BACKGROUND, colour_psnr, render, render_with_mask, turntable
 from dit_sparse.bundled.shapes_3d.prompts import parse
-from dit_sparse.bundled.shapes_3d.render import BACKGROUND, colour_psnr, render, render_with_mask, turntable
 from dit_sparse.bundled.shapes_3d.solids import Solid, surface_cells
 from dit_sparse.bundled.shapes_3d.surface import Surface, fine_surface
 

@@ -1,5 +1,6 @@
 """shapes-3d: prompts, solids, model, training and judge."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 import dit_sparse as ds
-from dit_sparse.bundled.shapes_3d.concentration import BlockAttention, sort_cells
-from dit_sparse.bundled.shapes_3d.judge import compare_shapes, judge
+from dit_sparse.bundled.shapes_3d.card import write_card
+from dit_sparse.bundled.shapes_3d.concentration import BlockAttention, measure_concentration, sort_cells
+from dit_sparse.bundled.shapes_3d.judge import compare_shapes, judge, judge_model
 from dit_sparse.bundled.shapes_3d.model import CONDITION, PromptEncoder, SLatFlowModel
 from dit_sparse.bundled.shapes_3d.pipeline import Shape, Shapes3DPipeline
 from dit_sparse.bundled.shapes_3d.prompts import held_out_scenes, parse, random_scene
@@ -218,3 +220,21 @@ def test_comparisons_measure_the_difference():
     same, different = (compare_shapes(one, shape, points=1000, size=64) for one in (shape, other))
     assert same["colour_psnr"] == np.inf and same["chamfer"] < 1e-4 and same["normal_consistency"] > 0.999
     assert different["colour_psnr"] < 25 and 0.05 < different["chamfer"] < 0.4
+
+
+def test_the_card_is_written_from_the_reports(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    (tmp_path / "reports").mkdir()
+    training = {"steps": 7, "cpu_minutes": 3, "fraction": 0.5, "device": "one CPU thread", "resolutions": [8, 40]}
+    scenes, call = held_out_scenes(1), {"resolution": 8, "num_inference_steps": 2}
+    reports = {
+        "training": training,
+        "concentration": measure_concentration(pipeline, 10, scenes, steps=2),
+        "judge": judge_model(pipeline, scenes, **call),
+    }
+    for name, report in reports.items():
+        (tmp_path / "reports" / f"{name}.json").write_text(json.dumps(report))
+    write_card(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "7 steps, 3 minutes of processor time" in card and "stopped after 50 %" in card
+    assert f"| {reports['concentration']['mean']:.2f} | 0.65 |" in card

@@ -14,8 +14,8 @@ from dit_sparse.bundled.shapes_3d.model import PromptEncoder, SLatFlowModel, sav
 from dit_sparse.bundled.shapes_3d.prompts import parse
 from dit_sparse.bundled.shapes_3d.solids import make_solid, surface_cells
 from dit_sparse.cli.main import app
-from dit_sparse.demo import three_d
-from dit_sparse.demo.three_d import FILES, KEPT_COLOUR, QUERY_COLOUR, SolidDemo, mask_colours
+from dit_sparse.demo.solids import solid_demo
+from dit_sparse.demo.solids.solid_demo import FILES, KEPT_COLOUR, QUERY_COLOUR, SolidDemo, mask_colours
 
 trimesh = pytest.importorskip("trimesh")
 
@@ -33,8 +33,8 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch):
     for name, value in (("PICTURE_SIZE", 48), ("VIDEO_SIZE", 48), ("VIDEO_FRAMES", 2)):
-        monkeypatch.setattr(three_d, name, value)
-    monkeypatch.setattr(three_d, "compare_shapes", partial(three_d.compare_shapes, points=500, size=32))
+        monkeypatch.setattr(solid_demo, name, value)
+    monkeypatch.setattr(solid_demo, "compare_shapes", partial(solid_demo.compare_shapes, points=500, size=32))
 
 
 def test_the_command_writes_meshes_and_pictures(model, tmp_path):

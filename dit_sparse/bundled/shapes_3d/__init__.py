@@ -13,7 +13,7 @@ Model (`model`, `sparse_tensor`)
     `SLatFlowModel` has the structure, the names and the calls of attention of the flow models of TRELLIS, so that the
     adapter of TRELLIS makes it sparse: `dit_sparse.enable(pipeline)`. `pipeline` is `Shapes3DPipeline`.
 
-Meshes (`mesh`, `render`, `geometry`)
+Meshes (`meshes`)
     Marching cubes and files, pictures, and distances between meshes.
 
 Training (`train` is the command, `training/` holds its parts)

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .geometry import POINTS, compare_meshes
+from .meshes.geometry import POINTS, compare_meshes
+from .meshes.render import colour_psnr
 from .pipeline import Shape, Shapes3DPipeline
 from .prompts import COLOURS, PATTERNS, Part, Scene, held_out_scenes, parse
-from .render import colour_psnr
 from .solids import Cells
 from .surface import fine_surface, part_colours
 

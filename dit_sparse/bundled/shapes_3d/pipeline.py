@@ -11,7 +11,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from .mesh import Mesh, extract_mesh
+from .meshes.mesh import Mesh, extract_mesh
 from .model import PromptEncoder, SLatFlowModel, load_weights, save_weights
 from .prompts import Scene, parse
 from .solids import Cells, Solid, make_solid, surface_cells

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from .solids import Cells, Solid, fine_distances
-from .surface import Surface
+from ..solids import Cells, Solid, fine_distances
+from ..surface import Surface
 
 if TYPE_CHECKING:
     import trimesh

@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from dit_sparse import ClusterPlan, Plan, Site, SparseAttnProcessor
 from dit_sparse.engine.report import Report
 
-from ..bundled import SOLID_CALL, SOLID_PROMPT, solid_model_folder
-from ..bundled.shapes_3d.judge import compare_shapes, judge
-from ..bundled.shapes_3d.mesh import check_mesh_files, sample_colours
-from ..bundled.shapes_3d.pipeline import Shape, Shapes3DPipeline
-from ..bundled.shapes_3d.prompts import parse
-from ..bundled.shapes_3d.render import render, turntable
-from ..bundled.shapes_3d.solids import Cells, check_resolution
-from ..generation.generate import Stage
-from ..output.environment import conditions
-from ..output.files import save_json, writable_folder
-from ..output.media import save_image, save_video, side_by_side
-from .demo import compile_executor, ratio
+from ...bundled import SOLID_CALL, SOLID_PROMPT, solid_model_folder
+from ...bundled.shapes_3d.judge import compare_shapes, judge
+from ...bundled.shapes_3d.meshes.mesh import check_mesh_files, sample_colours
+from ...bundled.shapes_3d.meshes.render import render, turntable
+from ...bundled.shapes_3d.pipeline import Shape, Shapes3DPipeline
+from ...bundled.shapes_3d.prompts import parse
+from ...bundled.shapes_3d.solids import Cells, check_resolution
+from ...generation.generate import Stage
+from ...output.environment import conditions
+from ...output.files import save_json, writable_folder
+from ...output.media import save_image, save_video, side_by_side
+from ..demo import compile_executor, ratio
 
 FILES = ["dense.glb", "sparse.glb", "pictures.png", "mask.png", "turntable.mp4", "result.json"]
 AZIMUTH = 30.0  # of the pictures
