@@ -12,8 +12,7 @@ import gradio as gr
 from ..eval.preference.votes import MAX_RATER
 from .blind_test import BlindTest, View, rater_name
 from .blind_test_styles import CSS, KEEP_NAME, READ_NAME, SCRIPT, VOTE
-from .request_filter import LOCAL_HOSTS, launch_filtered
-from .start_checks import check_address
+from .request_filter import LOCAL_HOSTS, check_address, launch_filtered
 
 INTRODUCTION = """# Which clip looks better?
 Two clips of the same prompt and seed, in random order. Vote for the one that looks better: fewer artefacts, a closer

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from ..generation.generate import Progress, Stage, load_pipeline
+from ..generation.time_estimate import TimeEstimate, estimate_time
 from .demo import Demo
 from .request import GenerationRequest
 
@@ -34,6 +36,7 @@ class DevicePool:
         self.devices = list(devices or cuda or ["cpu"])
         self._free: SimpleQueue[str] = SimpleQueue()
         self._loaded: dict[str, tuple[str, Any]] = {}
+        self._corrections: dict[str, tuple[float, float]] = {}  # by model: measured / estimated, dense and sparse
         self._threads = ThreadPoolExecutor(len(self.devices), "device")
         for device in self.devices:
             self._free.put(device)
@@ -54,9 +57,31 @@ class DevicePool:
                 raise Cancelled
             demo = Demo(request.prompt, request.processor, out, request.seed, request.call, request.model)
             try:
-                return demo.run(lambda name: _cancellable(stage, name, cancel), self._pipeline(request.model, device))
+                result = demo.run(lambda name: _cancellable(stage, name, cancel), self._pipeline(request.model, device))
             except torch.OutOfMemoryError:
                 raise ValueError("out of memory: use fewer frames or a smaller size") from None
+            self._correct_estimates(request, result)
+            return result
+
+    def estimate(self, request: GenerationRequest) -> TimeEstimate | None:
+        """Return the estimated denoising times of a request on one device, corrected by those of the last clip of its
+        model; None if they cannot be estimated."""
+        estimate = self._uncorrected_estimate(request)
+        if estimate is None:
+            return None
+        dense, sparse = self._corrections.get(request.model, (1.0, 1.0))
+        sparse_seconds = None if estimate.sparse is None else sparse * estimate.sparse
+        return replace(estimate, dense=dense * estimate.dense, sparse=sparse_seconds)
+
+    def _uncorrected_estimate(self, request: GenerationRequest) -> TimeEstimate | None:
+        return estimate_time(request.model, request.call, request.processor, self.devices[0])
+
+    def _correct_estimates(self, request: GenerationRequest, result: dict) -> None:
+        estimate = self._uncorrected_estimate(request)
+        if estimate is not None:
+            dense = result["seconds_dense"] / estimate.dense
+            sparse = result["seconds_sparse"] / estimate.sparse if estimate.sparse else dense
+            self._corrections[request.model] = dense, sparse
 
     @contextmanager
     def _device(self) -> Iterator[str]:

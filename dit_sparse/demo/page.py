@@ -10,27 +10,31 @@ from time import monotonic
 
 import gradio as gr
 
-from dit_sparse import DEFAULT_METHOD, METHODS
-
-from ..bundled import BUNDLED, BUNDLED_CALL, BUNDLED_PROMPT
+from ..bundled import BUNDLED
 from ..generation.model_config import check_model
+from ..notation.presets import PRESETS
 from . import settings_form
 from .device_pool import Cancelled, DevicePool
-from .request import MAX_CHARACTERS, MAX_SEED, MAX_STEPS, GenerationRequest, Limits, check_lengths
-from .request_filter import LOCAL_HOSTS, launch_filtered
-from .result_page import PLOTS, VIDEOS, read_example, read_result, result_files, result_table, result_title
+from .form import AT_ONCE, CUSTOM, build_form
+from .request import MAX_CHARACTERS, GenerationRequest, check_lengths
+from .request_filter import LOCAL_HOSTS, check_address, launch_filtered
+from .result_page import (
+    PLOTS,
+    VIDEOS,
+    estimate_text,
+    example_values,
+    read_example,
+    read_result,
+    result_files,
+    result_table,
+    result_title,
+)
 from .sessions import Sessions
-from .start_checks import check_address
 from .styles import CSS, SYNCHRONIZED_PLAYBACK
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"  # in a checkout; a wheel has none
 OUTPUTS = 1 + len(VIDEOS) + len(PLOTS) + 1  # table, videos, plots, downloads
 CLICK = "(_, ...fields) => [window.clicks = (window.clicks || 0) + 1, ...fields]"
-
-LIMITS = (
-    f"Limits: {MAX_STEPS} steps, {MAX_CHARACTERS} characters, {{0.frames}} frames of {{0.side}} x {{0.side}} pixels "
-    f"with {BUNDLED}, {{1.frames}} of {{1.side}} x {{1.side}} with other models, one request per device."
-).format(Limits.for_model(BUNDLED), Limits.for_model("another"))
 
 
 class Page:
@@ -53,123 +57,136 @@ class Page:
                 "# dit-sparse\nOne video, generated with dense and with sparse attention from the same prompt and seed."
             )
             click = gr.Number(0, visible=False, precision=0)
-            with gr.Row():
-                with gr.Column(min_width=300):
-                    inputs = self._inputs()
+            with gr.Row(elem_id="layout"):
+                with gr.Column(elem_id="result"):
+                    table, clips, examples = self._result()
+                with gr.Column(elem_id="form"):
+                    form = build_form(blocks, self.models, self.local)
                     with gr.Row():
-                        start = gr.Button("Generate", variant="primary", elem_id="start")
-                        cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
-                    status = gr.HTML("", elem_id="status")
-                    gr.Markdown(LIMITS)
-                with gr.Column(scale=2, min_width=300):
-                    outputs, snippet = self._outputs()
-            at_once = {"queue": False, "show_progress": "hidden"}
+                        start = gr.Button("Generate", variant="primary", elem_id="start", min_width=120)
+                        cancel = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120, visible=False)
+                    estimate, status = gr.HTML("", elem_id="estimate"), gr.HTML("", elem_id="status")
+                with gr.Column(elem_id="details"):
+                    details, snippet = self._details()
+            outputs = [table, *clips, *details]
             clicked = {"js": CLICK, "trigger_mode": "multiple"}
-            if self.examples:
-                titles = [[result_title(result)] for _, result in self.examples]
-                examples = gr.Dataset(
-                    label="Examples",
-                    elem_id="examples",
-                    components=[gr.Textbox(visible=False)],
-                    samples=titles,
-                    type="index",
-                )
-                filled = [status, *outputs, *inputs[1:6], inputs[7]]
-                examples.click(self._load_example, [click, examples], filled, **clicked, **at_once)
-                blocks.load(self._load, None, outputs, **at_once)
-            changes = [blocks.load, *(each.change for each in inputs)]
-            gr.on(changes, self._snippet, inputs, snippet, trigger_mode="always_last", **at_once)
-            start.click(
+            if examples is not None:
+                filled = [status, *outputs, *form.of_example]
+                examples.click(self._load_example, [click, examples], filled, **clicked, **AT_ONCE)
+                blocks.load(self._load, None, outputs, **AT_ONCE)
+            changes = [blocks.load, *(each.change for each in form.inputs)]
+            gr.on(changes, self._preview, form.inputs, [estimate, snippet], trigger_mode="always_last", **AT_ONCE)
+            start.click(lambda: gr.update(visible=True), None, cancel, trigger_mode="multiple", **AT_ONCE)
+            running = start.click(
                 self._run,
-                [click, *inputs],
+                [click, *form.inputs],
                 [status, *outputs],
                 concurrency_limit=None,
-                show_progress_on=outputs[0],
+                show_progress_on=table,
                 **clicked,
             )
-            cancel.click(self._cancel, click, status, **clicked, **at_once)
+            ended = [
+                running.then(self._preview, form.inputs, [estimate, snippet], **AT_ONCE),
+                cancel.click(self._cancel, click, status, **clicked, **AT_ONCE),
+            ]
+            for event in ended:
+                event.then(self._cancel_button, None, cancel, **AT_ONCE)
             blocks.unload(self._end_session)
         return blocks
 
-    def _inputs(self) -> list[gr.components.Component]:
-        """Return the form fields in the order of the arguments of `_request`."""
-        info = "Also a local folder or a name on the Hugging Face hub." if self.local else None
-        model = gr.Dropdown(self.models, label="Model", info=info, allow_custom_value=self.local)
-        prompt = gr.Textbox(BUNDLED_PROMPT, label="Prompt", lines=2, max_length=MAX_CHARACTERS)
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
-        steps = gr.Slider(2, MAX_STEPS, BUNDLED_CALL["num_inference_steps"], step=1, label="Denoising steps")
-        info = "Also with settings, composed, or a profile: radial(sink=true), radial|sink, pooled(svg), profile:NAME."
-        names = [name for name in METHODS if name != "dense"]
-        method = gr.Dropdown(names, value=DEFAULT_METHOD, label="Method", info=info, allow_custom_value=True)
-        density = gr.Slider(0.02, 1.0, 0.25, step=0.01, label="Density: fraction of the query-key pairs to compute")
-        own_density = gr.Checkbox(False, label="Let the settings of the method determine the density")
-        dense_steps = gr.Slider(0.0, 1.0, 0.25, step=0.05, label="Dense steps: fraction of the first steps")
-        settings = gr.State({})
-        with gr.Accordion("Method settings", open=False, elem_id="options"):
-            gr.Markdown("Settings that determine the density apply only if the box above is checked.")
-            gr.render(inputs=method, queue=False)(lambda text: _render_settings(text, settings))
-        with gr.Accordion("Size", open=False):
-            info = "0: the default of the model"
-            size = [gr.Number(0, label=name, info=info, precision=0) for name in ("Frames", "Height", "Width")]
-        method.change(dict, None, settings, queue=False)
-        return [model, prompt, seed, steps, method, density, own_density, dense_steps, *size, settings]
-
-    def _outputs(self) -> tuple[list[gr.components.Component], gr.Code]:
-        numbers = gr.HTML("No results yet.", elem_id="numbers", min_height=80)
+    def _result(self) -> tuple[gr.HTML, list[gr.Video], gr.Dataset | None]:
+        """Build the table, the clips and the examples."""
         with gr.Row(elem_id="clips"):
-            clips = [gr.Video(label=label, autoplay=True, loop=True, min_width=140) for label in VIDEOS.values()]
-        plot = lambda: gr.Image(show_label=False, min_width=260, buttons=["fullscreen"])
+            clips = [
+                gr.Video(label=label, autoplay=True, loop=True, min_width=100, buttons=[]) for label in VIDEOS.values()
+            ]
+        table = gr.HTML("No results yet.", elem_id="numbers", min_height=80)
+        if not self.examples:
+            return table, clips, None
+        titles = [[escape(result_title(result))] for _, result in self.examples]
+        examples = gr.Dataset(
+            label="Examples, generated earlier; a click also fills in their settings",
+            elem_id="examples",
+            components=[gr.HTML(visible=False)],  # the titles of a Textbox would be cut
+            samples=titles,
+            type="index",
+        )
+        return table, clips, examples
+
+    def _details(self) -> tuple[list[gr.components.Component], gr.Code]:
+        """Build the plots, the downloads and the script."""
+        plot = lambda: gr.Image(show_label=False, min_width=260, buttons=["fullscreen"], elem_classes="plot")
         mask = plot()
         with gr.Row():
             plots = [mask, plot(), plot()]
-        files = gr.File(label="Downloads", file_count="multiple", interactive=False)
+        files = gr.File(label="Downloads", file_count="multiple", interactive=False, elem_id="files")
         with gr.Accordion("Python script", open=False):
             snippet = gr.Code(
                 language="python", label="Python script of the current settings", wrap_lines=True, buttons=["copy"]
             )
-        return [numbers, *clips, *plots, files], snippet
+        return [*plots, files], snippet
 
-    def _request(
-        self, model, prompt, seed, steps, method, density, own_density, dense_steps, frames, height, width, form
-    ) -> GenerationRequest:
-        """Return the request of the form fields. Raises ValueError if a field is invalid."""
-        check_lengths(model, prompt, method, *form.values())
+    def _request(self, model, prompt, preset, seed, steps, frames, height, width, executor, *attention):
+        """Return the `GenerationRequest` of the form fields. Raises ValueError if a field is invalid."""
+        check_lengths(model, prompt)
         if not self.local and model not in self.models:
             raise ValueError(f"the model must be one of {', '.join(self.models)}")
+        if preset not in (*PRESETS, CUSTOM):
+            raise ValueError(f"the preset must be one of {', '.join(PRESETS)} and {CUSTOM}")
+        settings = {"method": preset} if preset in PRESETS else self._attention(*attention)
+        clip = {
+            "seed": seed,
+            "steps": steps,
+            "frames": frames or None,
+            "height": height or None,
+            "width": width or None,
+        }
+        return GenerationRequest(model, prompt, executor=executor, **clip, **settings)
+
+    def _attention(self, method, density, own_density, dense_steps, form) -> dict:
+        """Return the fields of a request that a preset would determine."""
+        check_lengths(method, *form.values())
         if not self.local:
             settings_form.check_names(method, form)
         settings = settings_form.changed_settings(method, form)
         if own_density:  # a method with a setting gets no default density
             settings = {one.name: one.default for one in settings_form.method_settings(method)} | settings
-        frames, height, width = (value or None for value in (frames, height, width))
         density = None if own_density or settings_form.sets_density(method) else density
-        return GenerationRequest(
-            model, prompt, seed, steps, method, density, dense_steps, frames, height, width, settings
-        )
+        return {"method": method, "density": density, "dense_steps": dense_steps, "settings": settings}
 
-    def _snippet(self, *fields) -> str:
+    def _preview(self, *fields) -> list[str]:
+        """Return the estimate and the script of the form, or in place of both why it is invalid."""
         try:
-            return self._request(*fields).snippet()
+            request = self._request(*fields)
+            return [escape(estimate_text(self.pool.estimate(request))), request.snippet()]
         except ValueError as error:
-            return f"# {error}"
+            return [escape(_sentence(error)), f"# {error}"]
 
     def _load(self, session: gr.Request) -> list:
         """Return the outputs of the first example, unless the visitor has already clicked."""
-        return _outputs(*self.examples[0]) if self.sessions.is_new(session.session_hash) else _unchanged(OUTPUTS)
+        if not self.sessions.is_new(session.session_hash):
+            return _unchanged(OUTPUTS)
+        return _outputs(*self.examples[0], is_example=True)
 
     def _load_example(self, session: gr.Request, click: int, index: int) -> list:
         latest, _ = self.sessions.supersede(session.session_hash, click)
-        if not latest:
-            return _unchanged(1 + OUTPUTS + 6)
         folder, result = self.examples[index]
-        inputs = [result[name] for name in ("prompt", "seed", "steps", "method", "density_asked")]
-        return ["", *_outputs(folder, result), *inputs, result["dense_steps"] / result["steps"]]
+        values = example_values(result)
+        return (
+            ["", *_outputs(folder, result, is_example=True), *values]
+            if latest
+            else _unchanged(1 + OUTPUTS + len(values))
+        )
 
     def _cancel(self, session: gr.Request, click: int):
         latest, cancelled = self.sessions.supersede(session.session_hash, click)
         if not latest:
             return gr.skip()
         return "Cancelled. The device stops after the current step." if cancelled else "No request is running."
+
+    def _cancel_button(self, session: gr.Request):
+        """Return the button to cancel, visible while a request of the session waits or runs."""
+        return gr.update(visible=self.sessions.is_active(session.session_hash))
 
     def _end_session(self, session: gr.Request) -> None:
         self.sessions.close(session.session_hash)
@@ -212,29 +229,8 @@ class Page:
         return ["", *outputs] if latest else _unchanged(1 + OUTPUTS)
 
 
-def _render_settings(method: str, form: gr.State) -> None:
-    settings = settings_form.method_settings(method)
-    if not settings:
-        gr.Markdown("This method has no settings besides the density.")
-    for setting in settings:
-        field = _form_field(setting)
-        store = lambda value, values, name=setting.name: values | {name: value}
-        field.change(store, [field, form], form, queue=False, show_progress="hidden")
-
-
-def _form_field(setting: settings_form.MethodSetting) -> gr.components.Component:
-    shared = {"label": setting.name, "interactive": True}
-    if setting.type == "bool":
-        return gr.Checkbox(setting.default, **shared)
-    if setting.type == "int":
-        return gr.Number(setting.default, precision=0, **shared)
-    if setting.type == "float":
-        return gr.Number(setting.default, step=0.01, **shared)
-    return gr.Textbox(setting.default_text, info=setting.type, **shared)
-
-
-def _outputs(folder: Path, result: dict) -> list:
-    return [result_table(result), *result_files(folder)]
+def _outputs(folder: Path, result: dict, is_example: bool = False) -> list:
+    return [result_table(result, "Example" if is_example else "Result"), *result_files(folder)]
 
 
 def _unchanged(count: int) -> list:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_sparse import DEFAULT_METHOD, SparseAttnProcessor
+from dit_sparse import SparseAttnProcessor
 
 from ..bundled import BUNDLED, is_image_model
 from ..generation.checks import check_clip
 from ..generation.generate import default_call, default_fps
+from ..notation.presets import DEFAULT_PRESET
 
 MAX_SEED = 2**31 - 1
 MAX_CHARACTERS = 500
@@ -41,9 +42,10 @@ class GenerationRequest:
         model: the bundled model, a local diffusers folder, or a name on the hub.
         prompt, seed: prompt, and seed of the noise.
         steps: denoising steps.
-        method: text of a method, such as ``radial(sink=true)``, ``pooled(svg)`` or ``profile:NAME``.
-        density: None: the settings of the method decide.
-        dense_steps: fraction of the steps that stay dense.
+        method: a preset, or text of a method, such as ``radial(sink=true)``, ``pooled(svg)`` or ``profile:NAME``.
+        density: None: the preset or the settings of the method decide.
+        dense_steps: fraction of the steps that stay dense; None: the preset or the profile decides, otherwise 0.25.
+        executor: name of an executor, or ``"auto"``.
         frames, height, width: size of the clip; None: the default of the model.
         settings: further settings of the method.
 
@@ -55,9 +57,10 @@ class GenerationRequest:
     prompt: str = ""
     seed: int = 0
     steps: int = 16
-    method: str = DEFAULT_METHOD
-    density: float | None = 0.25
-    dense_steps: float = 0.25
+    method: str = DEFAULT_PRESET
+    density: float | None = None
+    dense_steps: float | None = None
+    executor: str = "auto"
     frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -73,16 +76,15 @@ class GenerationRequest:
         for name, maximum in (("frames", limits.frames), ("height", limits.side), ("width", limits.side)):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), 1, maximum)
-        if isinstance(self.dense_steps, bool) or not isinstance(self.dense_steps, int | float):
+        is_number = isinstance(self.dense_steps, int | float) and not isinstance(self.dense_steps, bool)
+        if not (self.dense_steps is None or is_number):
             raise ValueError(f"dense_steps must be a number in [0, 1], got {repr(self.dense_steps)[:40]}")
         check_clip(self.prompt, self.seed, self.call, min_steps=2, model=self.model)
         _ = self.processor
 
     @property
     def processor(self) -> SparseAttnProcessor:
-        return SparseAttnProcessor(
-            self.method, density=self.density, dense_steps=float(self.dense_steps), **self.settings
-        )
+        return SparseAttnProcessor(self.method, **self._arguments())
 
     @property
     def call(self) -> dict:
@@ -91,10 +93,16 @@ class GenerationRequest:
         size = {name: value for name, value in size.items() if value is not None}
         return default_call(self.model) | {"num_inference_steps": self.steps} | size
 
+    def _arguments(self) -> dict:
+        """Return the arguments of `SparseAttnProcessor` that differ from their defaults."""
+        dense_steps = None if self.dense_steps is None else float(self.dense_steps)
+        arguments = {"density": self.density, "dense_steps": dense_steps}
+        arguments["executor"] = None if self.executor == "auto" else self.executor
+        return {name: value for name, value in arguments.items() if value is not None} | self.settings
+
     def snippet(self) -> str:
         """Return a Python script that generates the sparse video."""
-        settings = {"density": self.density, "dense_steps": float(self.dense_steps)} | self.settings
-        arguments = "".join(f", {name}={value!r}" for name, value in settings.items() if value is not None)
+        arguments = "".join(f", {name}={value!r}" for name, value in self._arguments().items())
         call = "".join(f"\n    {name}={value!r}," for name, value in self.call.items())
         bundled = self.model == BUNDLED
         source = "model_source(BUNDLED)" if bundled else repr(self.model)

@@ -1,4 +1,4 @@
-"""ASGI filter in front of the Gradio page: only the routes of the page, small bodies, and the names of this machine."""
+"""Start of a Gradio page: its address, and an ASGI filter for its routes, small bodies, and names of this machine."""
 
 from __future__ import annotations
 
@@ -108,6 +108,20 @@ async def _refuse(send: Send, status: int, reason: str) -> None:
     headers = [(b"content-type", b"text/plain; charset=utf-8")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": reason.encode()})
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ValueError if the page cannot listen on the address."""
+    if not 1 <= port <= 65535:
+        raise ValueError(f"the port must be in [1, 65535], got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port") from None
 
 
 def launch_filtered(

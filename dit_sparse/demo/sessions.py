@@ -92,6 +92,11 @@ class Sessions:
         with self._lock:
             return name not in self._sessions or self._sessions[name].click == 0
 
+    def is_active(self, name: str) -> bool:
+        """Return whether a request of a session waits or runs."""
+        with self._lock:
+            return name in self._sessions and self._sessions[name].request is not None
+
     def finish(self, name: str, request: ActiveRequest, folder: TemporaryDirectory | None = None) -> bool:
         """End a request and keep the folder of its result. Returns whether the result may be displayed."""
         with self._lock:

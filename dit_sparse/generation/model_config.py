@@ -103,7 +103,7 @@ def check_size(model: str, call: dict) -> None:
     """Raise ValueError if a model cannot generate clips of the size in a pipeline call, according to the configs of the
     bundled model or a local folder. Nothing is downloaded."""
     folder = Path(model_source(model))
-    pipeline, transformer, vae = (_read_config(folder / name) for name in CONFIGS)
+    pipeline, transformer, vae = (read_config(folder / name) for name in CONFIGS)
     family = family_named(_class_names(str(_last(pipeline.get("transformer"), ""))))
     if family is None:
         return
@@ -143,7 +143,7 @@ def _class_names(class_name: str) -> set[str]:
     return {class_name} | (class_names(cls) if isinstance(cls, type) else set())
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
     """Return a config, empty if it cannot be read: loading the model reports that."""
     try:
         config = read_json(path)

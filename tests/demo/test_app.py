@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import re
 import shutil
 import urllib.error
@@ -15,9 +16,12 @@ import pytest
 from attention_cases import ALL
 from dit_sparse import METHODS
 from dit_sparse.demo.device_pool import Cancelled, DevicePool
+from dit_sparse.demo.form import preset_values
 from dit_sparse.demo.request import GenerationRequest, Limits
+from dit_sparse.demo.result_page import result_title
 from dit_sparse.demo.settings_form import changed_settings, check_names, method_settings, sets_density
 from dit_sparse.methods import method_text
+from dit_sparse.notation.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -49,12 +53,13 @@ REQUEST = {"prompt": "a red circle moves right", "steps": 2, "frames": 3, "heigh
         ({"method": "nope"}, "there is no method 'nope'"),
         ({"method": "radial("}, "cannot read the method"),
         ({"method": "radial(decay=0.2)", "settings": {"decay": 0.3}}, "decay of radial is given twice"),
-        ({"method": "profile:shapes-wan"}, "takes no density"),
-        ({"density": 0}, "density must be in (0, 1]"),
-        ({"density": float("nan")}, "density must be in (0, 1]"),
-        ({"density": "a"}, "density of routed must be a number"),
+        ({"method": "profile:shapes-wan", "density": 0.25}, "takes no density"),
+        ({"method": "routed", "density": 0}, "density must be in (0, 1]"),
+        ({"method": "routed", "density": float("nan")}, "density must be in (0, 1]"),
+        ({"method": "routed", "density": "a"}, "density of routed must be a number"),
         ({"dense_steps": 1.5}, "dense_steps must be a count"),
-        ({"dense_steps": None}, "dense_steps must be a number"),
+        ({"dense_steps": "0.25"}, "dense_steps must be a number"),
+        ({"executor": "nope"}, "executor must be one of auto"),
         (
             {"method": "radial", "settings": {"dense_distance": (1, 2)}},
             "dense_distance of radial must be a whole number",
@@ -125,7 +130,7 @@ def test_only_bundled_weights_have_a_name():
 
 def test_the_script_generates_the_video(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    values = {"prompt": "a 'red' \\ circle\n\"moves\" right", "method": "radial(sink=true)"}
+    values = {"prompt": "a 'red' \\ circle\n\"moves\" right", "method": "radial(sink=true)", "density": 0.25}
     request = GenerationRequest(**REQUEST | values | {"settings": {"dense_distance": 2}})
     variables = {}
     exec(compile(request.snippet(), "snippet", "exec"), variables)
@@ -134,6 +139,8 @@ def test_the_script_generates_the_video(tmp_path, monkeypatch):
     assert (tmp_path / "video.mp4").stat().st_size > 1000
     variables["run"].disable()
     compile(GenerationRequest(**REQUEST | {"model": "a/b"}).snippet(), "snippet", "exec")
+    assert "ds.enable(pipe, 'balanced')\n" in GenerationRequest(**REQUEST).snippet()
+    assert "'fast', executor='gather')" in GenerationRequest(**REQUEST, method="fast", executor="gather").snippet()
 
 
 def test_a_device_is_free_again_after_a_cancel_and_an_error(tmp_path):
@@ -148,7 +155,13 @@ def test_a_device_is_free_again_after_a_cancel_and_an_error(tmp_path):
     assert steps == [("dense", 1)] and not list((tmp_path / "a").iterdir())
     with pytest.raises(ValueError, match="cannot load the model /etc: it is not a diffusers pipeline"):
         pool.run(GenerationRequest(**REQUEST | {"model": "/etc"}), tmp_path / "b", silent_stage, Event())
-    assert pool.run(GenerationRequest(**REQUEST), tmp_path / "c", silent_stage, Event())["steps"] == 2
+    request = GenerationRequest(**REQUEST)
+    result = pool.run(request, tmp_path / "c", silent_stage, Event())
+    assert result["preset"].startswith("balanced") and result["steps"] == 2
+    estimate = pool.estimate(request)
+    assert estimate.tokens == 4 * 12 * 12 == math.prod(map(int, result["grid"].split("x")))
+    measured = pytest.approx((result["seconds_dense"], result["seconds_sparse"]))
+    assert (estimate.dense, estimate.sparse) == measured, "the last clip corrects the estimate"
 
 
 # --- the page
@@ -159,8 +172,9 @@ def app():
     return importlib.import_module("dit_sparse.demo.page")
 
 
-def fields(model="shapes-wan", method="radial", own_density=False, settings=None) -> list:
-    return [model, "a circle", 0, 2, method, 0.25, own_density, 0.25, None, None, None, settings or {}]
+def fields(model="shapes-wan", preset="custom", method="radial", own_density=False, settings=None) -> list:
+    clip = [model, "a circle", preset, 0, 2, None, None, None, "auto"]
+    return [*clip, method, 0.25, own_density, 0.25, settings or {}]
 
 
 def test_on_other_hosts_only_offered_models_and_shipped_profiles_run(app):
@@ -169,8 +183,21 @@ def test_on_other_hosts_only_offered_models_and_shipped_profiles_run(app):
         page._request(*fields(model="/etc"))
     with pytest.raises(ValueError, match="the profile must be one of"):
         page._request(*fields(method="profile:/etc/passwd"))
+    with pytest.raises(ValueError, match="the preset must be one of quality, balanced, fast and custom"):
+        page._request(*fields(preset="profile:/etc/passwd"))
     assert page._request(*fields()).method == "radial"
     assert page._request(*fields(method="profile:shapes-wan")).density is None
+
+
+def test_a_preset_decides_instead_of_the_method(app):
+    page = app.Page(["shapes-wan"], local=True)
+    settings = page._request(*fields(preset="fast", settings={"decay": 0.3})).processor.settings
+    assert settings.preset == "fast" and method_text(settings.method) == PRESETS["fast"].method
+    for preset in PRESETS:
+        name, density, own_density, dense_steps, settings = preset_values(preset)
+        values = [*fields()[:9], name, density, own_density, dense_steps, settings]
+        as_custom = page._request(*values).processor.settings
+        assert as_custom.method == page._request(*fields(preset=preset)).processor.settings.method
 
 
 def test_settings_may_determine_the_density(app):
@@ -181,9 +208,23 @@ def test_settings_may_determine_the_density(app):
     assert method_text(request.processor.settings.method) == "radial(density=0.4, sink=true)"
 
 
-def test_an_invalid_form_is_a_comment_in_the_script(app):
+def test_an_invalid_form_is_said_in_place_of_estimate_and_script(app):
     page = app.Page(["shapes-wan"], local=True)
-    assert page._snippet(*fields(method="radail")).startswith("# there is no method 'radail'; did you mean 'radial'?")
+    estimate, script = page._preview(*fields(method="radail"))
+    assert "there is no method &#x27;radail&#x27;; did you mean" in estimate
+    assert script.startswith("# there is no method 'radail'; did you mean 'radial'?")
+    estimate, script = page._preview(*fields())
+    assert re.fullmatch(
+        r"Estimate: about \S+ \w+ for the dense clip and \S+ \w+ for the sparse one, 8,400 tokens\.", estimate
+    )
+    assert "ds.enable(pipe, 'radial', density=0.25, dense_steps=0.25)" in script
+
+
+def test_an_example_names_its_preset_while_it_exists():
+    result = {"preset": "balanced, dense steps of a paper", "method": "routed", "density_asked": 0.15, "prompt": "a"}
+    assert result_title(result) == "balanced (routed at density 0.15): a"
+    assert result_title(result | {"density_asked": 0.3}) == "routed at density 0.3: a"
+    assert result_title(result | {"preset": None, "density_asked": None}) == "routed: a"
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +258,7 @@ def visit(chromium, address):
 
 def fill(tab, steps=2, **size):
     if not tab.get_by_label("Frames", exact=True).is_visible():
-        tab.get_by_role("button", name="Size").click()
+        tab.get_by_role("button", name="Advanced").click()
     for label, value in (SMALL | size).items():
         tab.get_by_label(label, exact=True).fill(str(value))
     box = tab.get_by_label("number input for Denoising steps")
@@ -238,7 +279,9 @@ def wait_for_result(tab, text):
 @in_a_browser
 def test_an_example_is_loaded_and_its_clips_play_together(visit):
     tab = visit()
-    assert "PSNR" in numbers(tab).inner_text()
+    text = numbers(tab).inner_text()
+    assert "Example: radial at density 0.22" in text and "PSNR" in text
+    assert tab.get_by_label("balanced: ").is_checked(), "the form is not that of the example"
     times = "[...document.querySelectorAll('#clips video')].map(v => v.currentTime)"
     paused = "[...document.querySelectorAll('#clips video')].map(v => v.paused)"
     tab.wait_for_function(f"{times}.length == 3 && {times}.every(t => t > 0)")
@@ -256,13 +299,13 @@ def test_generate_with_another_method_and_setting(visit, tmp_path):
     fill(tab)
     tab.get_by_label("Method", exact=True).fill("svg")
     tab.get_by_role("option", name="svg", exact=True).click()
-    tab.get_by_role("button", name="Method settings").click()
     tab.get_by_label("samples").fill("32")
     tab.get_by_label("samples").press("Tab")
     tab.get_by_role("button", name="Python script").click()
     tab.get_by_text("samples").last.wait_for()
     tab.get_by_role("button", name="Generate", exact=True).click()
-    assert "svg" in wait_for_result(tab, "4x12x12 tokens, 2 steps")
+    assert "Result: svg" in wait_for_result(tab, "4x12x12 tokens, 2 steps")
+    assert tab.get_by_label("custom: ").is_checked()
     with tab.expect_download() as download:
         tab.locator("a[download='result.json']").click()
     download.value.save_as(tmp_path / "result.json")
@@ -283,14 +326,33 @@ def start_a_long_run(tab) -> None:
 @in_a_browser
 def test_a_request_can_be_cancelled_and_followed_by_another(visit):
     tab = visit()
-    tab.get_by_role("button", name="Cancel").click()
-    tab.get_by_text("No request is running.").wait_for()
+    cancel = tab.get_by_role("button", name="Cancel")
+    assert not cancel.is_visible()
     start_a_long_run(tab)
-    tab.get_by_role("button", name="Cancel").click()
+    cancel.click()
     tab.get_by_text("Cancelled.").wait_for()
+    cancel.wait_for(state="hidden")
     fill(tab)
     tab.get_by_role("button", name="Generate", exact=True).click()
-    wait_for_result(tab, "4x12x12 tokens, 2 steps")
+    cancel.wait_for()
+    assert "Result: balanced (routed" in wait_for_result(tab, "4x12x12 tokens, 2 steps")
+    cancel.wait_for(state="hidden")
+
+
+@in_a_browser
+def test_an_example_fills_in_its_settings_and_a_preset_its_own(visit):
+    tab = visit()
+    tab.get_by_role("button", name="Advanced").click()
+    tab.get_by_role("button", name="svg at density 0.2: a green triangle moves left over a still background").click()
+    wait_for_result(tab, "Example: svg at density 0.2")
+    method, density = tab.get_by_label("Method", exact=True), tab.get_by_label("number input for Density")
+    assert (method.input_value(), density.input_value()) == ("svg", "0.2") and tab.get_by_label("custom: ").is_checked()
+    assert tab.get_by_label("Prompt").input_value() == "a green triangle moves left over a still background"
+    tab.get_by_label("quality: ").check()
+    tab.get_by_label("spread").wait_for()  # a setting of routed
+    assert (method.input_value(), density.input_value()) == ("routed", "0.25")
+    tab.get_by_label("spread").uncheck()
+    tab.wait_for_function("document.querySelector('#preset input[value=custom]').checked")
 
 
 @in_a_browser
@@ -340,10 +402,12 @@ def test_two_sessions_have_their_own_results(visit):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_on_a_phone(visit, scheme):
     tab = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
-    for name in ("Method settings", "Size", "Python script"):
+    for name in ("Advanced", "Python script"):
         tab.get_by_role("button", name=name).click()
     tab.get_by_text("from dit_sparse.bundled").wait_for()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    clips, form, details = (tab.locator(f"#{name}").bounding_box()["y"] for name in ("clips", "form", "details"))
+    assert clips < form < details
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background.strip("rgba()").split(",")[:3])) < 200) == (scheme == "dark")
 
