@@ -21,7 +21,8 @@ def import_failure(package: str) -> Iterator[None]:
         raise Unavailable(f"the package {missing} is not installed; get it with: pip install -e '.[metrics]'") from None
     except Exception as error:  # such as a torchvision that was built for another torch
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Unavailable(f"the package {package} cannot be imported: {reason[:200]}") from None
+        hint = "; get the torchvision that fits torch, see docs/evaluation.md" if "torchvision" in reason else ""
+        raise Unavailable(f"the package {package} cannot be imported: {reason[:200]}{hint}") from None
 
 
 def display_path(path: Path) -> str:

@@ -72,7 +72,9 @@ GROUPS = {  # lowest first; a file belongs to the first group whose pattern it f
         "diffusers numpy pydantic PIL imageio scipy jinja2 matplotlib tomli",
         lazily="triton skimage lpips pyiqa transformers imageio_ffmpeg pycvvdp stlpips_pytorch choix",
     ),
-    "demo": Group("demo demo.*", "engine methods profile output generation eval plotting bundled numpy gradio"),
+    "demo": Group(
+        "demo demo.*", "core executors engine methods profile output generation eval plotting bundled numpy gradio"
+    ),
     "cli": Group(
         "cli cli.* app",
         "engine bundled demo typer rich",
@@ -269,15 +271,35 @@ def test_wheel_holds_the_files_on_disk(wheel):
 
 
 def test_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    """Also its command, with the bundled model; the packages that it depends on are those of this environment."""
     site = Path(torch.__file__).parent.parent
+    (entry,) = re.findall(
+        r"^dit-sparse = (\S+):(\w+)$", next(wheel.glob("*.dist-info/entry_points.txt")).read_text(), re.M
+    )
+    commands = [
+        ["demo", "--help"], ["presets"], ["show", "radial", "--grid", "4x8x8"],
+        ["generate", "a red circle moves right", "--steps", "2", "--frames", "3", "--height", "48", "--width", "48",
+         "--executor", "gather", "--out", "clip.mp4"],
+    ]  # fmt: skip
     code = f"""
 import sys; sys.path[:0] = [{str(wheel)!r}]; sys.path.append({str(site)!r})
+import torch; torch.set_num_threads(1)
 import dit_sparse.kernels.executors.gather, dit_sparse.pipelines.video.wan
 print(dit_sparse.kernels.executors.gather.__file__, dit_sparse.pipelines.video.wan.__file__, len(dit_sparse.__path__))
+from {entry[0]} import {entry[1]} as command
+for arguments in {commands}:
+    sys.argv[1:] = arguments
+    try:
+        command()
+    except SystemExit as end:
+        assert not end.code, arguments
 """
     at = wheel / "dit_sparse"
     files = at / "kernels" / "executors" / "gather.py", at / "pipelines" / "video" / "wan.py"
-    assert python(code, tmp_path, "-S") == f"{files[0]} {files[1]} 1"
+    printed = python(code, tmp_path, "-S")
+    assert printed.splitlines()[0] == f"{files[0]} {files[1]} 1"
+    assert all(text in printed for text in ("Usage: ", "balanced (default)", "radial  4x8x8", "clip.mp4"))
+    assert (tmp_path / "clip.mp4").stat().st_size > 1000
 
 
 METHOD_FILES = sorted(path for path in (ROOT / "dit_sparse" / "methods").glob("*/*.py") if path.stem != "__init__")
