@@ -10,13 +10,13 @@ MORE_KEYS = "its queries attend to more keys than queries, and no plan covers th
 UNSUPPORTED = {
     "SanaTransformer2DModel": LINEAR,
     "SanaVideoTransformer3DModel": LINEAR,
-    "SanaWMTransformer3DModel": "most of its layers are linear, and the others have no attention processor",
+    "SanaWMTransformer3DModel": "most of its layers are linear, and the others have no attention processor; enable "
+    "its refiner instead, pipe.refiner",
     "LatteTransformer3DModel": "its self-attention is factorised into short sequences of space and of time",
     "TransformerTemporalModel": "its self-attention is over time only, in short sequences",
     "Kandinsky6SRTransformer3DModel": OWN_MASK,
     "WanAnimate2Transformer3DModel": OWN_MASK,
     "Ideogram4Transformer2DModel": "its mask lets the padding of prompts attend to itself",
-    "SanaWMLTX2RefinerTransformer3DModel": "its token grid is not among the arguments of its forward call",
     "AceStepTransformer1DModel": "half of its layers have a sliding window of their own",
     "LongCatAudioDiTTransformer": SHORT,
     "StableAudioDiTModel": SHORT,

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from functools import cache, partial
+from math import prod
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefinerKVCache
 from torch import Tensor, nn
 
 import dit_sparse as ds
 from dit_sparse.engine.dispatcher import AttentionDispatcher
 from dit_sparse.engine.masks.causal import CausalParts, read_causal
 from dit_sparse.grid import Grid
+from dit_sparse.pipelines.family import family_of
 from tiny_models import Call, first_output, tiny_models
 
 SETTINGS = dict(dense_steps=0, min_tokens=0, block=16, executor="reference")
 SKYREELS, FAR, GRID = "SkyReelsV2Transformer3DModel", "AnyFlowFARTransformer3DModel", (4, 8, 8)
+REFINER = "SanaWMLTX2RefinerTransformer3DModel"
 CHUNKS = [1, 2, 1, 1]  # the first one is packed into larger patches
 
 
 @cache
 def model(name: str) -> nn.Module:
     torch.manual_seed(0)
-    extra = dict(num_frame_per_block=2) if name == SKYREELS else dict(chunk_partition=CHUNKS)
+    extra = {SKYREELS: dict(num_frame_per_block=2), FAR: dict(chunk_partition=CHUNKS)}.get(name, {})
     return getattr(diffusers, name)(**tiny_models()[name].config | extra).eval().requires_grad_(False)
 
 
@@ -40,6 +45,26 @@ def cached_chunk() -> dict:
     return arguments | dict(chunk_partition=CHUNKS, kv_cache=cached, kv_cache_flag=flag)
 
 
+@cache
+def refiner_cache() -> Any:
+    """Return a cache with the keys of one first frame and of two refined ones."""
+    cache = SanaWMRefinerKVCache(2)
+    for number, mode in enumerate(("capture_pre_rope", "inject_and_capture_post_rope")):
+        model(REFINER)(**refined_frames(1 + number, cache, mode))
+        for layer in range(2):
+            one = cache.get(layer)
+            if number == 0:
+                one.store_sink(*one.get_captured_pre_rope())
+            else:
+                one.store_history(*one.get_captured_post_rope())
+        cache.sink_pe = refined_frames(1)["video_rotary_emb"]
+    return cache
+
+
+def refined_frames(frames: int, kv_cache: Any = None, mode: str | None = None) -> dict:
+    return tiny_models()[REFINER].arguments(Call((frames, 8, 8))) | dict(kv_cache=kv_cache, kv_cache_mode=mode)
+
+
 def all_chunks(**changes) -> dict:
     return tiny_models()[FAR].arguments(Call((5, 8, 8))) | dict(chunk_partition=CHUNKS) | changes
 
@@ -48,6 +73,7 @@ CASES = {  # transformer, arguments, grids of the calls
     "SkyReels V2": (SKYREELS, lambda: tiny_models()[SKYREELS].arguments(Call(GRID)), ["2x8x8", "4x8x8"]),
     "FAR without a cache": (FAR, all_chunks, ["16 text + 2x8x8", "16 text + 3x8x8", "16 text + 4x8x8"]),
     "FAR with a cache": (FAR, cached_chunk, ["16 text + 4x8x8 + 64 text"]),
+    "refiner of SANA-WM": (REFINER, lambda: refined_frames(2, refiner_cache(), "inject"), ["5x8x8"]),
 }
 
 
@@ -160,3 +186,34 @@ def test_masks_that_are_causal_by_frames_are_read(form):
 )
 def test_other_masks_are_refused_with_the_reason(mask, words):
     assert words in read_causal(mask, Grid(4, 2, 3))
+
+
+@pytest.mark.parametrize("rope_type", ["interleaved", "split"])
+@pytest.mark.parametrize("grid", [(1, 8, 8), (3, 5, 7), (2, 1, 9), (3, 6, 1)])
+@pytest.mark.parametrize("first", [0, 5])
+def test_grid_of_the_refiner_is_read_from_its_rope(grid, rope_type, first):
+    config = dict(tiny_models()[REFINER].config) | dict(rope_type=rope_type, num_layers=1)
+    transformer = diffusers.SanaWMLTX2RefinerTransformer3DModel(**config)
+    frames, height, width = grid
+    rotary = transformer.build_rotary_emb_for_absolute_positions(
+        2, list(range(first, first + frames)), height, width, torch.device("cpu"), fps=60.0
+    )
+    arguments = dict(hidden_states=torch.zeros(2, prod(grid), 4), video_rotary_emb=rotary)
+    assert family_of(transformer).grid(transformer.config, arguments) == grid
+
+
+def test_pipeline_of_the_refiner_is_exact():
+    """Blocks of three frames after a growing cache, each with all denoising steps."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+    nothing = dict.fromkeys(("connectors", "tokenizer", "text_encoder"))
+    pipe = diffusers.SanaWMLTX2Refiner(transformer=model(REFINER), scheduler=scheduler, **nothing)
+    pipe._encode_prompt = lambda prompt, **_: (torch.ones(1, 20, 16), torch.ones(1, 20))
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 6, 8, generator=torch.Generator().manual_seed(2))
+    refine = lambda: pipe(latents, "", fps=16.0, generator=torch.manual_seed(3), output_type="latent")
+    stock = refine()
+    with ds.enable(pipe, "random_blocks", density=1.0, **SETTINGS) as run:
+        torch.testing.assert_close(refine(), stock, rtol=1e-4, atol=1e-5)
+    report = run.report()
+    assert report.grids == ["1x6x8", "4x6x8", "7x6x8", "8x6x8"] and not report.dense_calls
+    assert report.sparse_calls == 2 * (1 + 3 * 4)

@@ -23,10 +23,10 @@ OTHERS = {"Transformer2DModel", "LuminaNextDiT2DModel"}  # of VQ-Diffusion and o
 def pipelines_of_transformers() -> dict[str, set[str]]:
     """Return the public pipelines of diffusers by the class that annotates their argument ``transformer``."""
     found = defaultdict(set)
-    for path in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
+    for path in (Path(diffusers.__file__).parent / "pipelines").rglob("*.py"):
         source = path.read_text()
         for cls in ast.parse(source).body if "transformer: " in source else ():
-            if isinstance(cls, ast.ClassDef) and cls.name.endswith("Pipeline"):
+            if isinstance(cls, ast.ClassDef) and cls.name.endswith(("Pipeline", "Refiner")):
                 for name in transformer_annotations(cls):
                     found[name].add(cls.name)
     return found

@@ -169,6 +169,19 @@ def _ltx2(call: Call) -> dict:
     )
 
 
+def _sana_wm_refiner(call: Call) -> dict:
+    from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMLTX2AudioVideoRotaryPosEmbed
+
+    rope = SanaWMLTX2AudioVideoRotaryPosEmbed(32)  # channels of all heads
+    return dict(
+        hidden_states=call.packed(4),
+        encoder_hidden_states=call.text(),
+        timestep=call.time[:, None].expand(-1, prod(call.grid)),
+        video_rotary_emb=rope(rope.prepare_video_coords(call.batch, *call.grid, device="cpu")),
+        encoder_attention_mask=call.mask.long(),
+    )
+
+
 def _cosmos(call: Call) -> dict:
     return _wan(call) | dict(fps=24)
 
@@ -283,6 +296,7 @@ VIDEO_MODELS = [
     ),
     TinyModel("LTXVideoTransformer3DModel", LTX, _ltx, 2, axes="BNC"),
     TinyModel("LTX2VideoTransformer3DModel", LTX | LTX2, _ltx2, 2, axes="BNC"),
+    TinyModel("SanaWMLTX2RefinerTransformer3DModel", LTX | LTX2, _sana_wm_refiner, 2, axes="BNC"),
     TinyModel(
         "CosmosTransformer3DModel",
         HEADS
