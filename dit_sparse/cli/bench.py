@@ -67,7 +67,9 @@ def attention(
 @bench.command(epilog="Example: dit-sparse bench transformer --model wan2.1-1.3b --method 'radial(sink=true)'")
 def transformer(
     out: OutJson = Path("out/transformer.json"),
-    model: Annotated[list[str] | None, typer.Option(help=f"Model{REPEATED}. Default: all.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"Model to time, or to scale down{REPEATED}. Default: all.")
+    ] = None,
     method: Method = DEFAULT_METHOD,
     density: DensityList = None,
     rounds: Annotated[
@@ -94,7 +96,8 @@ def transformer(
         rows = []
         with progress_bars() as stage:
             for name in models:
-                progress = stage(name)
+                published = benchmark.MODELS[name]
+                progress = stage(published.label(name, published.full if device == "cuda" else published.small))
                 progress(0, len(densities))
                 measured = benchmark.measure_model(name, device, densities, method, rounds, compiled)
                 for number, row in enumerate(measured, 1):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 
 import diffusers
 import torch
@@ -45,6 +46,7 @@ class Model:
 
     Attributes:
         class_name: its class in diffusers.
+        layers: the published number of layers of each kind.
         config: returns the arguments of the class for a size.
         inputs: returns the arguments of the forward pass for a size and ``randn(*shape)``.
         full: the published size, with a clip at 720p.
@@ -52,6 +54,7 @@ class Model:
     """
 
     class_name: str
+    layers: tuple[int, ...]
     config: Callable[[Size], dict]
     inputs: Callable[[Size, Callable[..., Tensor]], dict]
     full: Size
@@ -59,6 +62,12 @@ class Model:
 
     def make(self, size: Size) -> nn.Module:
         return getattr(diffusers, self.class_name)(**self.config(size))
+
+    def label(self, name: str, size: Size) -> str:
+        """Return the name of a model, or that of a stand-in, by its layers: ``"1/30 of wan2.1-1.3b, CPU"``."""
+        if size.layers is None:
+            return name
+        return f"{Fraction(size.layers * len(self.layers), sum(self.layers))} of {name}, CPU"
 
 
 def _wan_inputs(size: Size, randn: Callable[..., Tensor]) -> dict:
@@ -96,7 +105,7 @@ def _wan(heads: int, ffn: int, layers: int, small: Size) -> Model:
         "num_layers": size.layers or layers,
     }
     full = Size(heads, None, Grid(21, 45, 80), text=512)
-    return Model("WanTransformer3DModel", config, _wan_inputs, full, small)
+    return Model("WanTransformer3DModel", (layers,), config, _wan_inputs, full, small)
 
 
 MODELS = {
@@ -104,6 +113,7 @@ MODELS = {
     "wan2.1-14b": _wan(heads=40, ffn=13824, layers=40, small=Size(2, 1, Grid(7, 18, 30), text=26)),
     "hunyuan-video": Model(
         "HunyuanVideoTransformer3DModel",
+        (20, 40),
         lambda size: {
             "num_attention_heads": size.heads,
             "num_layers": size.layers or 20,
@@ -115,6 +125,7 @@ MODELS = {
     ),
     "cogvideox1.5-5b": Model(
         "CogVideoXTransformer3DModel",
+        (42,),
         lambda size: {
             "num_attention_heads": size.heads,
             "num_layers": size.layers or 42,
@@ -167,7 +178,7 @@ def measure_model(
             sparse = median_seconds(forward, device, rounds)
             report = run.report()
         yield {
-            "model": name,
+            "model": model.label(name, size),
             "heads": size.heads,
             "layers": size.layers or "all",
             "grid": str(size.grid),
