@@ -59,8 +59,8 @@ class Family:
             by class name, ``plan(config)``, which returns a ``ParallelPlan``, or why there is none as text. A plan has
             the module names of diffusers' ``cp_plan``, with the dimension that is split for each argument (by name) or
             output (by number), or the dimension along which each output is gathered.
-        fps: frames per second of the clips of the models: a number, or ``fps(config)`` where the models differ, with
-            the config of the pipeline (``model_index.json``); None: unknown.
+        fps: frames per second of the clips of the models: a number, or ``fps(pipeline, transformer)`` where the models
+            differ, with the configs of the pipeline (``model_index.json``) and of its transformer; None: unknown.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Family:
     size_multiple: int = 1
     images: bool = False
     parallel: Mapping[str, Callable[[Mapping], ParallelPlan | str]] = field(default_factory=dict)
-    fps: int | Callable[[Mapping], int] | None = None
+    fps: int | Callable[[Mapping, Mapping], int] | None = None
 
     def parallel_plan(self, class_names: set[str], config: Mapping) -> ParallelPlan | str | None:
         """Return the plan for context parallelism of a transformer with these names of its class and base classes, why
@@ -86,9 +86,10 @@ class Family:
         plans = (plan(config) for name, plan in self.parallel.items() if name in class_names)
         return next(plans, None)
 
-    def frames_per_second(self, config: Mapping) -> int | None:
-        """Return the frames per second of the clips of a pipeline, from its config; None if they are unknown."""
-        return self.fps(config) if callable(self.fps) else self.fps
+    def frames_per_second(self, pipeline: Mapping, transformer: Mapping) -> int | None:
+        """Return the frames per second of the clips of a pipeline, from its config and that of its transformer, or
+        empty mappings where they are unknown; None if the rate is unknown."""
+        return self.fps(pipeline, transformer) if callable(self.fps) else self.fps
 
     @property
     def module(self) -> str:

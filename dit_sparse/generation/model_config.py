@@ -64,9 +64,11 @@ def pipeline_config(model: str, local_files_only: bool = False) -> dict:
 
 
 def check_model(model: str) -> None:
-    """Raise ValueError if a model is missing, or if no adapter supports it. No weights are downloaded."""
+    """Raise ValueError if a model is missing, or if no adapter supports it. The configs of the pipeline and of its
+    transformer are downloaded, and no weights."""
     if model != BUNDLED:
         check_family(model, pipeline_config(model))
+        _transformer_config(model, local_files_only=False)  # `frames_per_second` reads it from the cache
 
 
 def check_family(model: str, config: dict) -> None:
@@ -96,7 +98,9 @@ def frames_per_second(model: str) -> int | None:
     except ValueError:
         return None
     family = family_named(_class_names(str(_last(config.get("transformer"), ""))))
-    return None if family is None else family.frames_per_second(config)
+    if family is None:
+        return None
+    return family.frames_per_second(config, _transformer_config(model, local_files_only=True))
 
 
 def check_size(model: str, call: dict) -> None:
@@ -150,6 +154,19 @@ def read_config(path: Path) -> dict:
     except ValueError:
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _transformer_config(model: str, local_files_only: bool) -> dict:
+    """Return the config of a pipeline's transformer, empty if it cannot be read: loading the model reports that."""
+    source = model_source(model)
+    if _is_path(source):
+        return _read_config(Path(source) / CONFIGS[1])
+    from diffusers import AutoModel
+
+    try:
+        return AutoModel.load_config(source, subfolder="transformer", local_files_only=local_files_only)
+    except Exception:
+        return {}
 
 
 def _last(value: Any, default: Any) -> Any:

@@ -15,6 +15,11 @@ def _grid(config: Mapping, arguments: Mapping) -> GridShape:
     return -(-frames // patch_frames), height // patch, width // patch
 
 
+def _fps(pipeline: Mapping, transformer: Mapping) -> int:
+    """Return 16 for version 1.5, which patches frames too, else 8."""
+    return 16 if transformer.get("patch_size_t") else 8
+
+
 SPLIT = {
     "transformer_blocks.0": {"hidden_states": 1, "encoder_hidden_states": 1},
     "transformer_blocks.*": {"image_rotary_emb": (0, 0)},
@@ -28,7 +33,7 @@ def _consisid_plan(config: Mapping) -> ParallelPlan:
 
 FAMILY = Family(
     name="cogvideox",
-    fps=8,
+    fps=_fps,
     transformers=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
     size_multiple=16,
     sites=r"transformer_blocks\.\d+\.attn1",

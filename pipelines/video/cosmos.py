@@ -8,9 +8,9 @@ from functools import cache
 from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 
-def _fps(config: Mapping) -> int:
+def _fps(pipeline: Mapping, transformer: Mapping) -> int:
     """Return 30 for Cosmos 1, and 16 for later versions."""
-    return 30 if config.get("_class_name") in ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline") else 16
+    return 30 if pipeline.get("_class_name") in ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline") else 16
 
 
 FAMILY = Family(

@@ -19,9 +19,9 @@ from dit_sparse.pipelines.family import Family, ParallelPlan, history_tokens, pa
 HISTORY = {"latents_clean": 1, "latents_history_2x": 2, "latents_history_4x": 4}
 
 
-def _fps(config: Mapping) -> int:
+def _fps(pipeline: Mapping, transformer: Mapping) -> int:
     """Return 30 for Framepack, else 24."""
-    return 30 if config.get("_class_name") == "HunyuanVideoFramepackPipeline" else 24
+    return 30 if pipeline.get("_class_name") == "HunyuanVideoFramepackPipeline" else 24
 
 
 def _parallel_plan(config: Mapping) -> ParallelPlan | str:

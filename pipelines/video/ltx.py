@@ -24,9 +24,9 @@ def _grid(config: Mapping, arguments: Mapping) -> GridShape:
     return coordinates.shape[2] // (height * width), height, width
 
 
-def _fps(config: Mapping) -> int:
+def _fps(pipeline: Mapping, transformer: Mapping) -> int:
     """Return 24 for LTX-2, 25 for LTX-Video."""
-    return 24 if config.get("_class_name", "").startswith("LTX2") else 25
+    return 24 if pipeline.get("_class_name", "").startswith("LTX2") else 25
 
 
 FAMILY = Family(

@@ -56,6 +56,7 @@ def _cached_tokens(arguments: Mapping) -> int:
 
 FAMILY = Family(
     name="sana_wm",
+    fps=16,
     transformers=("SanaWMLTX2RefinerTransformer3DModel",),
     size_multiple=32,
     sites=r"transformer_blocks\.\d+\.attn1",

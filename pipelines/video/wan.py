@@ -12,11 +12,11 @@ from functools import cache
 from dit_sparse.pipelines.family import Family, patch_grid, pipeline_class
 
 
-def _fps(config: Mapping) -> int:
+def _fps(pipeline: Mapping, transformer: Mapping) -> int:
     """Return 30 for Animate, 24 for Lucy Edit and Wan 2.2 5B, which has a timestep for each token, else 16."""
-    if config.get("_class_name") == "WanAnimatePipeline":
+    if pipeline.get("_class_name") == "WanAnimatePipeline":
         return 30
-    return 24 if config.get("expand_timesteps") or config.get("_class_name") == "LucyEditPipeline" else 16
+    return 24 if pipeline.get("expand_timesteps") or pipeline.get("_class_name") == "LucyEditPipeline" else 16
 
 
 FAMILY = Family(
