@@ -16,8 +16,8 @@ from torch import Tensor
 
 FAMILIES = {
     "video": (
-        "wan", "hunyuan_video", "helios", "cogvideox", "mochi", "ltx", "sana_wm", "minimax_h3", "skyreels_v2",
-        "anyflow", "cosmos", "cosmos3", "allegro", "easyanimate", "kandinsky",
+        "wan", "hunyuan_video", "helios", "cogvideox", "mochi", "ltx", "minimax_h3", "skyreels_v2", "anyflow", "cosmos",
+        "cosmos3", "allegro", "easyanimate", "kandinsky",
     ),
     "image": (
         "joyimage", "flux", "bria", "qwen_image", "krea2", "sd3", "lumina2", "z_image", "cogview", "hidream",
