@@ -160,7 +160,7 @@ def _transformer_config(model: str, local_files_only: bool) -> dict:
     """Return the config of a pipeline's transformer, empty if it cannot be read: loading the model reports that."""
     source = model_source(model)
     if _is_path(source):
-        return _read_config(Path(source) / CONFIGS[1])
+        return read_config(Path(source) / CONFIGS[1])
     from diffusers import AutoModel
 
     try:
