@@ -51,6 +51,8 @@ class Family:
             makes a tensor of its own.
         cached_keys: whether keys may begin with tokens that are no queries, such as a cache or text, so that the
             queries are the last tokens of the sequence that ``grid``, ``references`` and ``text`` describe.
+        packed_text: whether each batch item has its own text without padding, then the video, and padding at the end,
+            so that the videos of a batch start at different tokens.
         pipelines: class names of the diffusers pipelines.
         images: whether the pipelines generate images; the adapter is in ``pipelines/image``.
         timestep, latents: names of these arguments of the transformer's forward call.
@@ -72,6 +74,7 @@ class Family:
     reads: tuple[str, ...] = ()
     mask: str | None = None
     cached_keys: bool = False
+    packed_text: bool = False
     pipelines: tuple[str, ...] = ()
     timestep: str = "timestep"
     latents: str = "hidden_states"

@@ -54,6 +54,7 @@ class ModuleAdapter:
     text: ClassVar[None] = None
     mask: ClassVar[None] = None
     cached_keys: ClassVar[bool] = False
+    packed_text: ClassVar[bool] = False
 
     def supports(self, class_names: set[str]) -> bool:
         """Return whether the adapter is for a module with these names of its class and base classes."""

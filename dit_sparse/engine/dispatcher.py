@@ -109,7 +109,7 @@ class AttentionDispatcher:
         grid = layout.grid(call.k.shape[2], attention_site.text)
         if reason := why_dense(layout, grid, call, attention_site.cached_keys):
             return self._dense(call, self._counters.warn(reason))
-        site = self._next_site(attention_site, grid)
+        site, call = self._next_site(attention_site, grid), replace(call, packed_text=attention_site.packed_text)
         if call.share is None:
             return self._attend_at(call, site)
         site = replace(site, first_head=call.share.first)

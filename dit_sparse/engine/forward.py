@@ -25,6 +25,7 @@ class AttentionSite:
         text: position of the text tokens, as in ``Family``.
         module: the attention module.
         cached_keys: whether keys may begin with tokens that are no queries, as in ``Family``.
+        packed_text: whether the video of an item starts where its own text ends, as in ``Family``.
     """
 
     component: str
@@ -33,6 +34,7 @@ class AttentionSite:
     text: str | None
     module: nn.Module
     cached_keys: bool = False
+    packed_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class AttentionCall:
         backend: name of the attention backend that the user chose, or None.
         is_parallel: whether the call belongs to a form of context parallelism that is not supported.
         share: the heads of this rank under context parallelism, else None.
+        packed_text: as in ``Family``, so that the mask also says where the video of each item starts.
         first_query: number of the first query whose output is used, as in ``Site``.
         is_checked: whether ``stock`` is known to compute plain attention; functions of a model's own are compared with
             it once.
@@ -80,6 +83,7 @@ class AttentionCall:
     share: HeadShare | None = None
     is_checked: bool = True
     first_query: int = 0
+    packed_text: bool = False
 
     @property
     def needs_gradient(self) -> bool:

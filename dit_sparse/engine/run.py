@@ -161,7 +161,7 @@ class Run:
             method.check_transformer(tuple(cls.__name__ for cls in type(transformer).__mro__))
         links = []
         for layer, module in enumerate(modules):
-            site = AttentionSite(name, layer, len(modules), family.text, module, family.cached_keys)
+            site = AttentionSite(name, layer, len(modules), family.text, module, family.cached_keys, family.packed_text)
             links.append((module, self._new_link(site, family)))
 
         def begin_forward(*arguments: Any) -> None:

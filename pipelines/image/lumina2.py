@@ -1,6 +1,6 @@
 """Lumina 2: joint self-attention over text and image tokens, text first.
 
-The refiners of text and noise stay dense, and so do batches whose prompts differ in length.
+The refiners of text and noise stay dense. In a batch, each image starts where its own text ends.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ FAMILY = Family(
     sites=r"layers\.\d+\.attn",
     grid=lambda config, arguments: image_grid(arguments, config["patch_size"]),
     text="before",
+    packed_text=True,
+    mask="attention_mask",
     images=True,
     pipelines=("Lumina2Pipeline",),
 )

@@ -78,6 +78,21 @@ def test_arranging_keeps_the_video_in_its_order(grid):
     assert (order[:, start : start + grid.video] == torch.arange(grid.video) + grid.before).all()
 
 
+def test_packed_text_moves_the_video_of_each_item_to_the_same_place():
+    """The texts of the items have 4 and 11 tokens, and the videos follow them."""
+    grid = GRIDS["text before"]
+    keys = torch.arange(grid.tokens) < torch.tensor([[4], [11]]) + grid.video
+    assert "excludes video tokens" in read_padding(keys[:, None, None], 2, grid)
+    padding = read_padding(keys[:, None, None], 2, grid, packed_text=True)
+    assert padding.arrange_site(ds.Site(grid)).grid == ds.Grid(3, 3, 4, after=11)
+    video = torch.arange(grid.video)
+    expected = [torch.cat([video + text, torch.arange(text), torch.arange(text + 36, 47)]) for text in (4, 11)]
+    assert padding.order.equal(torch.stack(expected)) and padding.counts == (40, 47)
+    assert read_padding(torch.ones(2, 47, dtype=torch.bool), 2, grid, packed_text=True) is None
+    no_video = (torch.arange(47) < 30).expand(2, -1)
+    assert "excludes video tokens" in read_padding(no_video, 2, grid, packed_text=True)
+
+
 @pytest.mark.parametrize(
     "mask, words",
     [

@@ -235,6 +235,7 @@ IMAGE_MODELS = [
         _lumina2,
         2,
         side="before",
+        masked=True,
         **IMAGE,
     ),
     TinyModel(

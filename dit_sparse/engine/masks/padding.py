@@ -67,28 +67,32 @@ class KeyPadding:
         )
 
 
-def read_padding(mask: Tensor, batch: int, grid: Grid) -> KeyPadding | str | None:
+def read_padding(mask: Tensor, batch: int, grid: Grid, packed_text: bool = False) -> KeyPadding | str | None:
     """Return the padding that a mask describes, None if it excludes nothing, or why it is not a padding mask.
 
     Args:
         mask: attention mask of the call: which keys are valid, ``[..., N]``, or which pairs, ``[..., N, N]``; boolean,
             or additive with values of 0 and at most `EXCLUDED`.
         batch: B.
-        grid: token grid of the call.
+        grid: token grid of the call, for items without padding.
+        packed_text: as in ``Family``: the text of an item with padding is shorter, and its video starts earlier.
     """
     keys = _valid_keys(mask, batch, grid.tokens)
     if isinstance(keys, str):
         return keys
-    is_video = torch.arange(grid.tokens, device=mask.device)
-    is_video = (is_video >= grid.before) & (is_video < grid.before + grid.video)
-    lengths = keys.sum(-1)
+    position, lengths = torch.arange(grid.tokens, device=mask.device), keys.sum(-1)
     counts = tuple(lengths.tolist())
     if min(counts) == grid.tokens:
         return None
+    is_at_end = bool((keys == (position < lengths[:, None])).all())
+    is_shifted = packed_text and is_at_end and min(counts) >= grid.video + grid.after
+    start = lengths[:, None] - grid.video - grid.after if is_shifted else grid.before
+    is_video = (position >= start) & (position < start + grid.video)
     if (~keys & is_video).any():
         return "the attention mask excludes video tokens"
-    at_end = keys == (torch.arange(grid.tokens, device=mask.device) < lengths[:, None])
-    order = None if at_end.all() else torch.where(keys, (~is_video).int(), 2).argsort(dim=-1, stable=True)
+    order = None
+    if is_shifted or not is_at_end:
+        order = torch.where(keys, (~is_video).int(), 2).argsort(dim=-1, stable=True)
     expand = lambda x: x if x is None else x.expand(batch, *x.shape[1:])
     return KeyPadding(expand(lengths), counts * (batch // len(counts)), expand(order))
 
@@ -114,9 +118,9 @@ def _valid_keys(mask: Tensor, batch: int, tokens: int) -> Tensor | str:
     return keys
 
 
-def read_mask(mask: Any, batch: int, grid: Grid) -> KeyPadding | CausalParts | str | None:
+def read_mask(mask: Any, batch: int, grid: Grid, packed_text: bool = False) -> KeyPadding | CausalParts | str | None:
     """Return what a mask describes: padding as `read_padding` does, the parts of a causal mask, or why neither."""
-    padding = "a BlockMask" if is_block_mask(mask) else read_padding(mask, batch, grid)
+    padding = "a BlockMask" if is_block_mask(mask) else read_padding(mask, batch, grid, packed_text)
     if not isinstance(padding, str):
         return padding
     if not is_block_mask(mask) and (mask.ndim < 2 or mask.shape[-2] != grid.tokens or "bias" in padding):
@@ -137,7 +141,7 @@ class MaskCache:
         source = call.mask if call.mask_source is None else call.mask_source
         key = id(source), call.mask.shape, grid
         if key not in self._cache:
-            self._cache[key] = source, read_mask(call.mask, call.q.shape[0], grid)
+            self._cache[key] = source, read_mask(call.mask, call.q.shape[0], grid, call.packed_text)
         return self._cache[key][1]
 
     def clear(self) -> None:
