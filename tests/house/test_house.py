@@ -206,7 +206,7 @@ def test_kernels_of_hugging_face_is_not_shadowed(tmp_path):
 
 
 def test_importing_is_free():
-    """No optional or heavy package is imported, and nothing of torch is patched."""
+    """No optional or heavy package is imported, nothing of torch is patched, and figures do not import pyplot."""
     heavy = [
         "diffusers", "transformers", "accelerate", "gradio", "xformers", "triton", "torch._inductor", "pydantic",
         "matplotlib", "PIL", "skimage", "scipy", "imageio", "jinja2", "typer", "rich",
@@ -219,6 +219,8 @@ import dit_sparse
 assert F.scaled_dot_product_attention is sdpa
 changed = [name for a, b in zip(before, state()) for name in b if a.get(name) is not b[name]]
 print(changed, [name for name in {heavy} if name in sys.modules])
+from dit_sparse.plotting import masks, plots
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     assert python(code, cwd=ROOT) == "[] []"
 

@@ -73,12 +73,13 @@ def gpu_tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor
 
 
 @pytest.mark.parametrize(
-    ("grid", "both_branches"),
-    [(Grid(5, 16, 16), True), (Grid(5, 16, 16, after=30), False)],
-    ids=["both branches in one batch", "text"],
+    ("name", "grid", "both_branches"),
+    [(name, Grid(5, 16, 16, after=30), True) for name in TESTED_METHODS]
+    + [(name, Grid(5, 16, 16), False) for name in ("radial", "svg", "svg2", "adaspa", "routed", "per head")],
+    ids=lambda value: {True: "both branches in one batch", False: "one branch"}.get(value, str(value)),
 )
-@pytest.mark.parametrize("name", TESTED_METHODS)
 def test_methods_plan_and_attend_without_synchronization(name, grid, both_branches, monkeypatch):
+    """Every method with text and both branches of guidance, one of each kind without."""
     plans = Plans(TESTED_METHODS[name])
     with fake_gpu(monkeypatch) as calls:
         q, k, v = (gpu_tensor(2, 4, grid.tokens, 64) for _ in range(3))

@@ -41,7 +41,7 @@ def test_xattention(grid, stride):
     """Antidiagonal sums of S x S tiles, softmax over the tiles of a row, block sums, top-p of .9."""
 
     def choose(q, k, blocks, video):
-        dim, tokens = q.shape[1], len(q)
+        products, tokens = (q @ k.mT / (stride * math.sqrt(q.shape[1]))).tolist(), len(q)
         tiles = -(-tokens // stride)
         logits = torch.zeros(tiles, tiles, dtype=torch.float64)
         for i in range(tiles):
@@ -49,7 +49,7 @@ def test_xattention(grid, stride):
                 for t in range(stride):
                     row, column = i * stride + stride - 1 - t, j * stride + t
                     if row < tokens and column < tokens:
-                        logits[i, j] += q[row] @ k[column] / (stride * math.sqrt(dim))
+                        logits[i, j] += products[row][column]
         weights, per_block = logits.softmax(-1), BLOCK // stride
         share = lambda i, j: float(
             weights[i * per_block : (i + 1) * per_block, j * per_block : (j + 1) * per_block].sum()
@@ -68,10 +68,11 @@ def test_asa(grid, samples):
 
     def choose(q, k, blocks, video):
         sampled = [[block[min(place, len(block) - 1)] for place in within] for block in blocks]
+        scores = (q @ k.mT / math.sqrt(q.shape[1])).tolist()
         best = {}  # of sample r of block i: its largest score in every block
         for i in video:
             for r in sampled[i]:
-                best[i, r] = [max(float(q[r] @ k[c]) / math.sqrt(q.shape[1]) for c in part) for part in sampled]
+                best[i, r] = [max(scores[r][int(c)] for c in part) for part in sampled]
         rows = {}
         for i in video:
             score = {j: max(math.exp(best[i, r][j] - max(best[i, r])) for r in sampled[i]) for j in video}
@@ -116,13 +117,14 @@ def test_subblock(grid, parts):
     size = BLOCK // parts
 
     def choose(q, k, blocks, video):
-        cut = lambda block: [block[first : first + size] for first in range(0, len(block), size)]
+        parts = [[block[first : first + size] for first in range(0, len(block), size)] for block in blocks]
+        queries, keys = ([[x[part].mean(0) for part in own] for own in parts] for x in (q, k))
 
         def mass(i, j):
             return sum(
-                len(a) * len(b) * math.exp(float(q[a].mean(0) @ k[b].mean(0)) / math.sqrt(q.shape[1]))
-                for a in cut(blocks[i])
-                for b in cut(blocks[j])
+                len(a) * len(b) * math.exp(float(x @ y) / math.sqrt(q.shape[1]))
+                for a, x in zip(parts[i], queries[i], strict=True)
+                for b, y in zip(parts[j], keys[j], strict=True)
             )
 
         number = max(1, round(0.25 * len(video)))
