@@ -7,6 +7,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there are as many workers as cores
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # starting a pool takes longer than the small graphs here
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it on import
 

@@ -58,8 +58,7 @@ def compiled(model, whole: bool, backend: str):
         (False, "eager", LAYERS, True),
         (True, "eager", LAYERS, False),
         (True, "eager", LAYERS, True),
-        pytest.param(False, "inductor", 2, True, marks=pytest.mark.slow),
-        pytest.param(True, "inductor", 2, False, marks=pytest.mark.slow),
+        pytest.param(True, "inductor", 2, True, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_model_is_one_graph_and_equal(whole, backend, layers, compile_first):
