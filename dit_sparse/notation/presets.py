@@ -52,7 +52,7 @@ _MORE_STEPS = {name: _FEWER_STEPS[name] for name in ("WanTransformer3DModel", "C
 PRESETS = {
     "quality": Preset("routed(density=0.25)", "highest fidelity to the dense video", _MORE_STEPS),
     "balanced": Preset("routed(density=0.15)", "less attention, still well above dense with fewer steps", _FEWER_STEPS),
-    "fast": Preset("asa(density=0.25)", "the cheapest plans and no residual", _FEWER_STEPS),
+    "fast": Preset("asa(density=0.25)", "least time for plans: the highest speedup, at lower fidelity", _FEWER_STEPS),
 }
 DEFAULT_PRESET = "balanced"
 
