@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test app fix shapes gpu docs clean
+.PHONY: demo test app fix shapes solids gpu docs clean
 
 demo: .venv/ready
 	$(BIN)/dit-sparse demo
@@ -23,6 +23,9 @@ fix: .venv/ready
 
 shapes: .venv/ready  ## continue the training of shapes-wan-i2v
 	$(BIN)/python -m dit_sparse.bundled.shapes_wan.train --out runs/shapes --resume --start eval/models/shapes-wan-i2v
+
+solids: .venv/ready  ## continue the training of shapes-3d
+	$(BIN)/python -m dit_sparse.bundled.shapes_3d.train --out runs/shapes-3d --resume --start eval/models/shapes-3d
 
 gpu: .venv/ready  ## with an NVIDIA GPU: tests, benchmarks, training, comparison
 	$(BIN)/python -m dit_sparse.eval.bench.gpu_suite --out out/gpu

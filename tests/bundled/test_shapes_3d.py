@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dit_sparse as ds
+from dit_sparse.bundled import SOLID_PROMPT, solid_model_folder
 from dit_sparse.bundled.shapes_3d.card import write_card
 from dit_sparse.bundled.shapes_3d.concentration import BlockAttention, measure_concentration, sort_cells
 from dit_sparse.bundled.shapes_3d.judge import compare_shapes, judge, judge_model
@@ -165,6 +166,10 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path):
     for expected, weight in zip(whole.average.parameters(), second.average.parameters(), strict=True):
         assert torch.equal(weight, expected)
     assert Shapes3DPipeline.from_pretrained(tmp_path / "shapes-3d").model.config == CONFIG
+    third = start()
+    third.load_weights(tmp_path / "shapes-3d")
+    for expected, weight in zip(second.average.parameters(), third.modules.parameters(), strict=True):
+        assert torch.allclose(weight, expected, atol=1e-2)
 
 
 def test_the_curriculum_covers_the_budget():
@@ -238,3 +243,12 @@ def test_the_card_is_written_from_the_reports(pipeline, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "7 steps, 3 minutes of processor time" in card and "stopped after 50 %" in card
     assert f"| {reports['concentration']['mean']:.2f} | 0.65 |" in card
+
+
+def test_the_shipped_weights_make_the_solid_of_the_prompt():
+    folder = solid_model_folder()
+    assert (folder / "model.safetensors").stat().st_size < 8e6
+    generator = torch.Generator().manual_seed(0)
+    shape = Shapes3DPipeline.from_pretrained(folder)(SOLID_PROMPT, 16, 6, generator=generator)
+    verdict, _ = judge(shape)
+    assert verdict.colour and verdict.watertight

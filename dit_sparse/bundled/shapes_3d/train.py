@@ -46,6 +46,7 @@ def main():
     parser.add_argument("--steps", type=int, help="length of the training in steps instead of minutes")
     parser.add_argument("--out", type=Path, default=Path("runs/shapes-3d"), help="folder of checkpoint and model")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
+    parser.add_argument("--start", type=Path, help="continue the training of an exported model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--export", nargs=2, type=Path, metavar=("CHECKPOINT", "FOLDER"), help="only export a model")
@@ -59,6 +60,8 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     if options.resume and (options.out / CHECKPOINT).exists():
         trainer.load(options.out / CHECKPOINT)
+    elif options.start:
+        trainer.load_weights(options.start)
     return train(trainer, options.out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,8 +49,9 @@ class Mesh:
         length = np.linalg.norm(cross, axis=1)
         return cross / np.maximum(length, 1e-12)[:, None], length / 2
 
+    @cached_property
     def vertex_normals(self) -> NDArray:
-        """Return unit normals of the vertices, ``[N, 3]``: means of the triangles around them, weighted by area."""
+        """Unit normals of the vertices, ``[N, 3]``: means of the triangles around them, weighted by area."""
         normals, areas = self.face_normals()
         sums = np.zeros_like(self.vertices)
         for corner in range(3):

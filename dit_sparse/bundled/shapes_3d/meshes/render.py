@@ -39,7 +39,7 @@ def render_with_mask(
     """Return a picture as `render` does, and which pixels show the mesh, bool ``[size, size]``."""
     fine = 2 * size  # every pixel is the mean of 2x2
     camera = _rotation(azimuth, elevation)
-    normals = torch.from_numpy(mesh.vertex_normals()).float() @ camera.T
+    normals = torch.from_numpy(mesh.vertex_normals).float() @ camera.T
     points = torch.from_numpy(np.ascontiguousarray(mesh.vertices)).float() @ camera.T
     pixels = (points[:, :2] * torch.tensor([ZOOM, -ZOOM]) + 1) * (fine / 2)
     faces = torch.from_numpy(np.ascontiguousarray(mesh.faces)).long()

@@ -30,8 +30,8 @@ class Stage:
 
 # A solid has about 4.5 cells per squared resolution: 450 cells in a grid of 10, 1,150 of 16 and 4,600 of 32.
 CURRICULUM = (
-    Stage(0.45, ((1, 10), (1, 12), (1, 12), (1, 14))),
-    Stage(0.92, ((1, 12), (1, 14), (1, 16), (1, 18))),
+    Stage(0.45, ((2, 8), (2, 10), (1, 12), (1, 14))),
+    Stage(0.92, ((2, 10), (1, 14), (1, 16), (1, 18))),
     Stage(1.0, ((1, 18), (1, 28), (1, 32), (1, 40))),
 )
 

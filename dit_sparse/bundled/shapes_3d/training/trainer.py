@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...training.optimizers import make_optimizers
 from ...training.schedule import Budget, learning_rate_factor, save_atomically, scale_learning_rates, update_average
-from ..model import CONFIG, SIGMA, PromptEncoder, SLatFlowModel, noisy_variance, save_weights
+from ..model import CONFIG, SIGMA, PromptEncoder, SLatFlowModel, load_weights, noisy_variance, save_weights
 from .batches import CURRICULUM, Batch, Stage, make_batch
 
 MEAN_WEIGHT = 2.0  # weight of the squared error of the means over the sub-voxels of a cell
@@ -89,6 +89,12 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         for optimizer, own in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
+
+    def load_weights(self, folder: Path) -> None:
+        """Load the weights of an exported model. Step count and optimizers keep their initial state."""
+        for name, module in zip(("model", "encoder"), load_weights(folder), strict=True):
+            for own in (self.modules, self.average):
+                own[name].load_state_dict(module.state_dict())
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights as a folder for `Shapes3DPipeline`, with a training report."""
