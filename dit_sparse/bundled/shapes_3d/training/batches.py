@@ -78,9 +78,10 @@ def make_batch(stage: Stage, number: int, scale: int = 1) -> Batch:
 
 
 def sample_levels(count: int, generator: torch.Generator) -> Tensor:
-    """Return noise levels in (0.02, 1), ``[count]``, most of them high.
+    """Return noise levels in (0.01, 1], ``[count]``: half of them uniform below 0.7, half mostly high.
 
-    Below a level of one half each cell shows its own grain, so only higher levels teach to match the mirror images.
+    High levels teach to match the mirror images; below a level of one half each cell shows its own grain, and the last
+    steps remove the noise that remains.
     """
-    uniform = 0.01 + 0.99 * torch.rand(count, generator=generator)
-    return 3 * uniform / (1 + 2 * uniform)
+    uniform, kind = 0.02 + 0.98 * torch.rand(count, generator=generator), torch.rand(count, generator=generator)
+    return torch.where(kind < 0.5, 0.7 * uniform, 3 * uniform / (1 + 2 * uniform))

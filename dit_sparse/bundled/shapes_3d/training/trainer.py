@@ -15,7 +15,6 @@ from ..model import CONFIG, SIGMA, PromptEncoder, SLatFlowModel, load_weights, n
 from .batches import CURRICULUM, Batch, Stage, make_batch
 
 MEAN_WEIGHT = 2.0  # weight of the squared error of the means over the sub-voxels of a cell
-FULL_LEVEL = 0.5  # noise level above which the loss has its full weight
 
 
 class Trainer:
@@ -115,7 +114,7 @@ def batch_losses(modules: nn.ModuleDict, batch: Batch, device: str = "cpu") -> T
     """Return the loss of each solid of a batch, ``[B]``.
 
     The squared error of the network's output, in units of its variance, and of its means over the sub-voxels of a cell.
-    Low noise levels count less: there each cell shows its values. The weights do not move the optimum of the flow.
+    The weights do not move the optimum of the flow.
     """
     sizes = batch.data.sizes
     data, coarse = (x.replace(x.feats.to(device)) for x in (batch.data, batch.coarse))
@@ -126,5 +125,4 @@ def batch_losses(modules: nn.ModuleDict, batch: Batch, device: str = "cpu") -> T
     error = velocity - (noise - data.feats)
     means = error.unflatten(1, (4, 8)).mean(2)
     by_cell = error.square().mean(1) + MEAN_WEIGHT * means.square().mean(1)
-    weights = noisy_variance(levels) / SIGMA**2 * (levels / FULL_LEVEL).clamp_max(1)
-    return weights * torch.stack([one.mean() for one in by_cell.split(sizes)])
+    return noisy_variance(levels) / SIGMA**2 * torch.stack([one.mean() for one in by_cell.split(sizes)])
