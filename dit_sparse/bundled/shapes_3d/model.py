@@ -24,7 +24,7 @@ CONDITION = 10  # channels of the coarse condition
 WAVELENGTHS = (3.0, 4.0, 5.3, 8.0, 11.0, 16.0, 24.0, 40.0, 80.0, 200.0)  # of the position encoding, in cells
 ROTARY_WAVELENGTHS = (6.0, 12.0, 32.0, 96.0)
 CONFIG = {"dim": 128, "heads": 2, "layers": 4, "cond_dim": 64}
-SIGMA = 0.75  # standard deviation of the data
+SIGMA, SIGMA_DETAIL = 0.75, 0.2  # standard deviations of the means over a cell, and of the differences to them
 
 
 def position_features(points: Tensor) -> Tensor:
@@ -154,13 +154,25 @@ class SLatFlowModel(nn.Module):
             h = block(h, modulation, rotation, cond)
         h = self.out_layer(F.layer_norm(h.feats, h.feats.shape[-1:]))
         level = (t / 1000).repeat_interleave(torch.tensor(x.sizes, device=h.device))[:, None]
-        variance = noisy_variance(level)
-        return x.replace((level - (1 - level) * SIGMA**2) / variance * x.feats - SIGMA / variance.sqrt() * h)
+        pairs = zip(split_means(x.feats), split_means(h), (SIGMA, SIGMA_DETAIL), strict=True)
+        return x.replace(sum(_velocity(*parts, level) for parts in pairs))
 
 
-def noisy_variance(level: Tensor) -> Tensor:
+def split_means(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means over the sub-voxels of a cell and the differences to them, of ``[T, 32]``, in that shape."""
+    means = values.unflatten(1, (4, 8)).mean(2, keepdim=True).expand(-1, -1, 8).flatten(1)
+    return means, values - means
+
+
+def noisy_variance(level: Tensor, sigma: float = SIGMA) -> Tensor:
     """Return the variance of noisy data at a noise level in [0, 1]."""
-    return ((1 - level) * SIGMA).square() + level.square()
+    return ((1 - level) * sigma).square() + level.square()
+
+
+def _velocity(x: Tensor, h: Tensor, sigma: float, level: Tensor) -> Tensor:
+    """Return the velocity of noisy data ``x`` of standard deviation ``sigma``, from the output of the network."""
+    variance = noisy_variance(level, sigma)
+    return (level - (1 - level) * sigma**2) / variance * x - sigma / variance.sqrt() * h
 
 
 def _timestep_features(t: Tensor) -> Tensor:
