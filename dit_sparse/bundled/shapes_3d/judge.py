@@ -58,9 +58,9 @@ class Verdict:
 def judge(shape: Shape) -> tuple[Verdict, dict[str, float]]:
     """Return the verdict on a solid, and its measurements.
 
-    The measurements are ``agreement``, the lowest correlation of relief and of grain with those of the mirror images;
-    ``relief`` and ``grain``, their standard deviations relative to the training data; and ``colour_psnr`` of the
-    colours, without grain, to those of the prompt, in dB.
+    The measurements are ``mirror_correlation``, the lowest correlation of relief and of grain with those of the mirror
+    images; ``relief_ratio`` and ``grain_ratio``, their standard deviations relative to the training data; and ``colour_psnr``
+    of the colours, without grain, to those of the prompt, in dB.
     """
     scene, cells = parse(shape.prompt), shape.cells
     parts = [part for part in (scene.part, scene.base) if part is not None]
@@ -71,9 +71,9 @@ def judge(shape: Shape) -> tuple[Verdict, dict[str, float]]:
     truth = fine_surface(scene, cells, seed=0)
     true_relief, true_grain = cells.distances - truth.distances, (truth.colours - expected).mean(-1)
     measured = {
-        "agreement": min(mirror_agreement(values, cells) for values in (relief, grain)),
-        "relief": _ratio(relief[near], true_relief[near]),
-        "grain": _ratio(grain[near], true_grain[near]),
+        "mirror_correlation": min(mirror_agreement(values, cells) for values in (relief, grain)),
+        "relief_ratio": _ratio(relief[near], true_relief[near]),
+        "grain_ratio": _ratio(grain[near], true_grain[near]),
         "colour_psnr": _psnr((shape.surface.colours - grain[..., None] - expected)[near]),
     }
     low, high = DEPTH_RANGE
@@ -82,8 +82,8 @@ def judge(shape: Shape) -> tuple[Verdict, dict[str, float]]:
     verdict = Verdict(
         colour=all(_colour_of(colours[own]) == part.colour for part, own in zip(parts, chosen, strict=True)),
         pattern=all(_fits_pattern(colours[own], points[own], part) for part, own in zip(parts, chosen, strict=True)),
-        relief=low < measured["relief"] < high,
-        agreement=measured["agreement"] > MIN_AGREEMENT,
+        relief=low < measured["relief_ratio"] < high,
+        agreement=measured["mirror_correlation"] > MIN_AGREEMENT,
         watertight=shape.mesh.is_watertight(),
         one_body=shape.mesh.bodies == 1,
     )

@@ -131,8 +131,8 @@ class SLatFlowModel(nn.Module):
 
     def forward(self, x: SparseTensor, t: Tensor, cond: Tensor, concat_cond: SparseTensor | None = None):
         """Return the velocity, noise minus data.
-        The network computes the difference to the best linear estimate from each value alone, with unit variance, as in
-        EDM (Karras et al., arXiv:2206.00364, section 5).
+        The network computes the difference to the best linear estimate, with unit variance, as in EDM (Karras et al.,
+        arXiv:2206.00364, section 5): from the means over the sub-voxels of a cell and from the differences to them.
 
         Args:
             x: noisy channels of packed cells, feats ``[T, 32]``; coordinates relative to the centre of the grid.
