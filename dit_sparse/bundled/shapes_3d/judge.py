@@ -59,8 +59,8 @@ def judge(shape: Shape) -> tuple[Verdict, dict[str, float]]:
     """Return the verdict on a solid, and its measurements.
 
     The measurements are ``mirror_correlation``, the lowest correlation of relief and of grain with those of the mirror
-    images; ``relief_ratio`` and ``grain_ratio``, their standard deviations relative to the training data; and ``colour_psnr``
-    of the colours, without grain, to those of the prompt, in dB.
+    images; ``relief_ratio`` and ``grain_ratio``, their standard deviations relative to the training data; and
+    ``colour_psnr`` of the colours, without grain, to those of the prompt, in dB.
     """
     scene, cells = parse(shape.prompt), shape.cells
     parts = [part for part in (scene.part, scene.base) if part is not None]
