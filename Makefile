@@ -22,7 +22,7 @@ fix: .venv/ready
 	$(BIN)/ruff format .
 
 shapes: .venv/ready  ## continue the training of shapes-wan-i2v
-	$(BIN)/python -m dit_sparse.bundled.shapes_wan.train --out runs/shapes --resume --start eval/models/shapes-wan-i2v
+	$(BIN)/python -m dit_sparse.bundled.shapes_wan.train --out runs/shapes --resume --start dit_sparse/assets/shapes-wan-i2v
 
 solids: .venv/ready  ## continue the training of shapes-3d
 	$(BIN)/python -m dit_sparse.bundled.shapes_3d.train --out runs/shapes-3d --resume --start eval/models/shapes-3d

@@ -1,8 +1,8 @@
 """The project's own small models: their names, default settings and recipe.
 
-`shapes-wan`, a text-to-video model, is part of the package; its weights are in `dit_sparse/assets`. `shapes-wan-i2v`,
-an image-to-video model, is a folder of the repository, `eval/models/shapes-wan-i2v`, and so is `shapes-3d`, a model of
-coloured solids on sparse voxels.
+`shapes-wan-i2v`, an image-to-video model, is part of the package; its weights are in `dit_sparse/assets`, and
+`first_frame` draws the image that it starts from. Folders of the repository, in `eval/models`: `shapes-wan`, an older
+text-to-video model, and `shapes-3d`, a model of coloured solids on sparse voxels.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     from .shapes_wan.scenes import Scene, Size
 
-BUNDLED = "shapes-wan"
+BUNDLED = "shapes-wan-i2v"
 BUNDLED_PROMPT = "a red circle moves right while a blue square moves up"
 BUNDLED_FPS = 8
-BUNDLED_CALL = {"num_inference_steps": 16, "guidance_scale": 4.0, "num_frames": 20, "height": 80, "width": 80}
+BUNDLED_CALL = {"num_inference_steps": 16, "guidance_scale": 2.0, "num_frames": 13, "height": 96, "width": 96}
 SMALL_CALL = BUNDLED_CALL | {"num_inference_steps": 8, "num_frames": 7, "height": 64, "width": 64}
 
-IMAGE_MODEL = "shapes-wan-i2v"  # the name of its folder
-IMAGE_MODEL_CALL = BUNDLED_CALL | {"guidance_scale": 2.0, "num_frames": 13, "height": 96, "width": 96}
+TEXT_MODEL = "shapes-wan"  # the name of its folder
+TEXT_MODEL_CALL = BUNDLED_CALL | {"guidance_scale": 4.0, "num_frames": 20, "height": 80, "width": 80}
 
 
 SOLID_MODEL = "shapes-3d"  # the name of its folder
@@ -47,7 +47,7 @@ def solid_model_folder() -> Path:
 
 
 def model_source(model: str) -> str:
-    """Return what ``from_pretrained`` takes: the folder of a bundled model, any other name unchanged."""
+    """Return what ``from_pretrained`` takes: the folder of the bundled model, any other name unchanged."""
     return str(files("dit_sparse") / "assets" / model) if model == BUNDLED else model
 
 
@@ -57,8 +57,8 @@ def bundled_prompts() -> list[str]:
 
 
 def is_image_model(model: str | None) -> bool:
-    """Return whether a model is a folder of `shapes-wan-i2v`, which needs a first frame."""
-    return Path(str(model)).name == IMAGE_MODEL
+    """Return whether a model is `shapes-wan-i2v`, by its name or that of its folder: it needs a first frame."""
+    return Path(str(model)).name == BUNDLED
 
 
 def model_call(model: str, small: bool = False) -> dict:
@@ -67,14 +67,12 @@ def model_call(model: str, small: bool = False) -> dict:
     Args:
         small: a clip that takes seconds on a CPU.
     """
-    if model == BUNDLED:
-        return dict(SMALL_CALL if small else BUNDLED_CALL)
-    if not is_image_model(model):
-        return {}
-    return SMALL_CALL | {"guidance_scale": IMAGE_MODEL_CALL["guidance_scale"]} if small else dict(IMAGE_MODEL_CALL)
+    calls = {BUNDLED: BUNDLED_CALL, TEXT_MODEL: TEXT_MODEL_CALL}
+    call = calls.get(Path(model).name, {})
+    return SMALL_CALL | {"guidance_scale": call["guidance_scale"]} if call and small else dict(call)
 
 
-def first_frame(prompt: str, seed: int = 0, call: dict = IMAGE_MODEL_CALL) -> Image.Image:
+def first_frame(prompt: str, seed: int = 0, call: dict = BUNDLED_CALL) -> Image.Image:
     """Return the first frame of a clip of `shapes-wan-i2v`, drawn from the prompt and the seed.
 
     Args:
@@ -99,5 +97,5 @@ def first_frame_scene(prompt: str, seed: int, call: dict) -> Scene:
 def _clip_size(call: dict) -> Size:
     from .shapes_wan.scenes import Size
 
-    frames, height, width = (call.get(name) or IMAGE_MODEL_CALL[name] for name in ("num_frames", "height", "width"))
+    frames, height, width = (call.get(name) or BUNDLED_CALL[name] for name in ("num_frames", "height", "width"))
     return Size(frames + 1, height, width)  # the pipeline generates one frame more

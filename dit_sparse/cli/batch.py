@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from ..bundled import BUNDLED
 from .options import (
     Block,
     DenseStepsOrProfile,
@@ -46,7 +47,7 @@ from .terminal import console, one_sentence, print_error, print_result, progress
 def batch(
     prompts: Annotated[Path, typer.Argument(help="A .txt, .csv or .jsonl file.")],
     out: OutFolder = Path("out/batch"),
-    model: Model = "shapes-wan",
+    model: Model = BUNDLED,
     method: Method = None,
     preset: Preset = None,
     profile: HeadProfile = None,

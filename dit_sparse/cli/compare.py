@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..bundled import BUNDLED
 from .options import (
     Block,
     DenseSteps,
@@ -64,7 +65,7 @@ def compare(
     prompts: Prompts = "4",
     seeds: Seeds = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first clip of each prompt.")] = 0,
-    model: Model = "shapes-wan",
+    model: Model = BUNDLED,
     dense_steps: DenseSteps = "0.25",
     ramp: DensityRamp = None,
     executor: Executor = "auto",
@@ -98,7 +99,7 @@ def compare(
 
         make_runner = runner_class(engine, workers)
         call = {"num_inference_steps": QUICK_STEPS} if quick else {}
-        if quick and model == "shapes-wan":
+        if quick and model == BUNDLED:
             call = QUICK_CALL
         task = Comparison(
             methods=method_list(methods),

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..bundled import BUNDLED
 from .options import (
     Block,
     DenseSteps,
@@ -95,7 +96,7 @@ def attention(
     methods: Methods = "random_blocks,radial,svg,subblock",
     density: Densities = "0.25",
     prompts: Prompts = "1",
-    model: Model = "shapes-wan",
+    model: Model = BUNDLED,
     dense_steps: DenseSteps = "0.25",
     block: Block = None,
     steps: Steps = None,

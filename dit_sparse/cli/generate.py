@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..bundled import BUNDLED, BUNDLED_PROMPT
 from .options import (
     Block,
     DenseStepsOrProfile,
@@ -41,7 +42,7 @@ from .terminal import console, make_table, one_sentence, print_result, progress_
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
-    model: Model = "shapes-wan",
+    model: Model = BUNDLED,
     method: Method = None,
     preset: Preset = None,
     profile: HeadProfile = None,
@@ -139,7 +140,6 @@ def demo(
             if value is not None:
                 raise ValueError(f"{name} needs --three-d")
         from dit_sparse import SparseAttnProcessor
-        from dit_sparse.bundled import BUNDLED_PROMPT
         from dit_sparse.demo.demo import Demo
 
         steps_settings = {"dense_steps": count_or_fraction(dense_steps), "density_ramp": density_ramp(ramp)}

@@ -29,13 +29,13 @@ EXAMPLES = {
     methods: "methods --kind scorer",
     presets: "presets --json",
     show: "show 'radial(sink=true)' --grid 21x45x80 --density 0.25 --png mask.png",
-    compare: "compare --methods 'radial,svg,pooled(svg),profile:shapes-wan' --density 0.15,0.25 --prompts 2",
+    compare: "compare --methods 'radial,svg,pooled(svg),profile:shapes-wan-i2v' --density 0.15,0.25 --prompts 2",
     report: "report out/compare --html",
     ab: "ab out/compare --row dense --row 'routed 0.25'",
     study: "study --methods 'svg2,pooled(svg2)' --ablate routed --prompts 3",
     reproduce: "reproduce wan2.1-t2v-14b-720p --prompts prompts.txt --out out/wan",
-    profile: "profile shapes-wan --candidates 'radial(sink=true),svg.temporal,asa' --out profiles/mine.json",
-    train: "train seer --model shapes-wan --prompts 8 --out out/seer.safetensors",
+    profile: "profile shapes-wan-i2v --candidates 'radial(sink=true),svg.temporal,asa' --out profiles/mine.json",
+    train: "train seer --model shapes-wan-i2v --prompts 8 --out out/seer.safetensors",
     doctor: "doctor --json > environment.json",
 }
 

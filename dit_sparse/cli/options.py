@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ..bundled import BUNDLED
 from .shared import completion
 
 MAX_PROMPTS = 60  # prompts of the bundled model
 
-Model = Annotated[str, typer.Option(help="shapes-wan, a local diffusers folder, or a name on the Hugging Face hub.")]
+Model = Annotated[str, typer.Option(help=f"{BUNDLED}, a local diffusers folder, or a name on the Hugging Face hub.")]
 Method = Annotated[
     str | None,
     typer.Option(

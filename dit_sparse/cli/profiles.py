@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..bundled import BUNDLED
 from .options import (
     Block,
     DenseSteps,
@@ -27,7 +28,7 @@ MAX_DRIFT = 1.25  # times the stored error; above it, a profile does not fit any
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="shapes-wan, a local diffusers folder, or a name on the hub.")],
+    model: Annotated[str, typer.Argument(help=f"{BUNDLED}, a local diffusers folder, or a name on the hub.")],
     prompts: Prompts = "2",
     candidates: Annotated[
         str,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..bundled import BUNDLED
 from .options import (
     Block,
     DenseSteps,
@@ -47,7 +48,7 @@ def study(
     prompts: Prompts = "3",
     seeds: Seeds = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first clip of each prompt.")] = 0,
-    model: Model = "shapes-wan",
+    model: Model = BUNDLED,
     dense_steps: DenseSteps = "0.25",
     executor: Executor = "auto",
     block: Block = None,

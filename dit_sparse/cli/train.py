@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ..bundled import BUNDLED
 from .options import (
     Block,
     DenseSteps,
@@ -26,7 +27,7 @@ from .terminal import console, make_table, one_sentence, print_result, progress_
 
 def train(
     gate: Annotated[str, typer.Argument(help="A gate, with settings as in 'seer(rank=4)'. See `dit-sparse methods`.")],
-    model: Model = "shapes-wan",
+    model: Model = BUNDLED,
     prompts: Prompts = "8",
     held_out: Annotated[
         int | None,

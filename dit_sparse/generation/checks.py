@@ -68,9 +68,9 @@ def check_clip(prompt: Any, seed: Any, call: dict, fps: Any = 1, min_steps: int 
     check_call(call, min_steps)
     if model is not None:
         check_size(model, call)
+    check_fps(fps)
     if is_image_model(model):
         first_frame_scene(prompt, seed, call)
-    check_fps(fps)
 
 
 def _check_text(name: str, text: Any) -> None:

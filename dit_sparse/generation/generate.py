@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..bundled import BUNDLED_FPS, IMAGE_MODEL_CALL, first_frame, is_image_model, model_call, model_source
+from ..bundled import BUNDLED_CALL, BUNDLED_FPS, first_frame, is_image_model, model_call, model_source
 from ..notation.reading import shorten_path
 from ..output.files import to_uint8
 from .checks import COUNTS, check_clip
@@ -63,7 +63,7 @@ def load_pipeline(model: str, device: str | None = None, options: LoadOptions | 
     """Load a diffusers pipeline.
 
     Args:
-        model: the bundled ``shapes-wan``, a local diffusers folder, or a name on the Hugging Face hub.
+        model: the bundled ``shapes-wan-i2v``, a local diffusers folder, or a name on the Hugging Face hub.
         device: default: ``cuda`` if there is a GPU, else ``cpu``.
         options: data type, offload and tiled decoding.
 
@@ -150,7 +150,7 @@ def with_first_frame(pipe: Any, prompt: str, seed: int, call: dict) -> dict:
     """
     if "image" in call or not is_image_model(pipe.config.get("_name_or_path")):
         return call
-    call = IMAGE_MODEL_CALL | call
+    call = BUNDLED_CALL | call
     return call | {"image": first_frame(prompt, seed, call)}
 
 

@@ -2,11 +2,11 @@
 
     python -m dit_sparse.eval.bench.gpu_suite --out DIR [--minutes 25]
 
-The stages are the kernel tests on the device, the attention and transformer benchmarks, the tiling sweep, the training
-of shapes-wan, and a comparison of all methods on the trained model. Each stage runs in a process with a time limit. A
-later call with the same folder runs the remaining stages, those that never started first; training and comparison
-resume. After a change of source files, package versions or device all stages run again. Results are JSON files in the
-folder, and the last lines printed are the status of every stage.
+The stages are the kernel tests on the device, the attention and transformer benchmarks, the tiling sweep, further
+training of shapes-wan-i2v, and a comparison of all methods on the trained model. Each stage runs in a process with a
+time limit. A later call with the same folder runs the remaining stages, those that never started first; training and
+comparison resume. After a change of source files, package versions or device all stages run again. Results are JSON
+files in the folder, and the last lines printed are the status of every stage.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from dit_sparse.bundled import IMAGE_MODEL
+from dit_sparse.bundled import BUNDLED, model_source
 from dit_sparse.output.environment import conditions, device_name, source_digest, versions
 from dit_sparse.output.files import save_json, writable_folder
 
@@ -77,7 +77,8 @@ def stages(out: Path, training_minutes: float) -> list[Stage]:
     python = lambda module, *rest: (sys.executable, "-m", module, *map(str, rest))
     bench = lambda name: python("dit_sparse.cli", "bench", name, "--out", out / f"{name}.json")
     training = ("--device", "cuda", "--minutes", training_minutes, "--resume", "--light", "--out", out / "shapes")
-    model = ("--model", out / "shapes" / IMAGE_MODEL, "--steps", 16, "--frames", 13, "--height", 96, "--width", 96)
+    training += ("--start", model_source(BUNDLED))
+    model = ("--model", out / "shapes" / BUNDLED, "--steps", 16, "--frames", 13, "--height", 96, "--width", 96)
     rows = ("--methods", "all", "--density", "0.15,0.25,0.4", "--prompts", 8, "--out", out / "compare")
     return [
         Stage("tests", python("pytest", "-q", *(ROOT / "tests" / name for name in TESTS)), 6),

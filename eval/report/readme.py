@@ -1,14 +1,21 @@
 """Generate the tables of README.md and docs/ from the methods and the stored results.
 
-``python -m dit_sparse.eval.report.readme`` rewrites the pages between ``<!-- table: name -->`` and ``<!-- end -->``.
+``python -m dit_sparse.eval.report.readme`` rewrites the pages between ``<!-- table: name -->`` and ``<!-- end -->``. It
+also draws the animation of README.md.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
+from pathlib import Path
 
+import imageio.v3 as imageio
+
+from dit_sparse.bundled import BUNDLED_FPS
 from dit_sparse.methods import KINDS
+from dit_sparse.output.media import side_by_side
 
 from . import comparison_tables, gate_tables, method_page, model_tables, preset_table
 from . import tables as result_tables
@@ -59,6 +66,17 @@ def update_tables(text: str) -> str:
     )
 
 
+def draw_animation(path: Path) -> None:
+    """Write the dense and the sparse clip of the first example of the page, side by side, as an animated WebP."""
+    folder = ROOT / "docs" / "examples" / "1"
+    clips = [imageio.imread(folder / f"{name}.mp4", plugin="FFMPEG") for name in ("dense", "sparse")]
+    result = json.loads((folder / "result.json").read_text())
+    sparse = f"{result['method']}, density {result['density_asked']:.2f}: PSNR {result['psnr']:.1f} dB"
+    frames = side_by_side(*clips, ("dense attention", sparse))
+    imageio.imwrite(path, frames, plugin="pillow", duration=1000 / BUNDLED_FPS, loop=0, quality=80, method=6)
+
+
 if __name__ == "__main__":
     for page in PAGES:
         (ROOT / page).write_text(update_tables((ROOT / page).read_text()))
+    draw_animation(ROOT / "docs" / "images" / "demo.webp")

@@ -13,7 +13,7 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from transformers import AutoTokenizer
 
-from dit_sparse.bundled import bundled_prompts, first_frame
+from dit_sparse.bundled import BUNDLED, TEXT_MODEL, bundled_prompts, first_frame, model_source
 from dit_sparse.bundled.attention_mass import attention_weights, top_block_mass
 from dit_sparse.bundled.shapes_wan import prompts
 from dit_sparse.bundled.shapes_wan.autoencoder import CHANNELS, build_autoencoder, patchify
@@ -34,7 +34,8 @@ from dit_sparse.generation.checks import check_clip
 from dit_sparse.generation.generate import default_call, generate, load_pipeline
 
 MAX_BYTES = 8e6
-MODEL = Path(__file__).parents[2] / "eval" / "models" / "shapes-wan-i2v"
+MODEL = Path(model_source(BUNDLED))
+EVAL_MODELS = Path(__file__).parents[2] / "eval" / "models"
 OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TINY_CURRICULUM = (Stage(1.0, ((2, (4, 6, 6), 3),), (24,)),)
 
@@ -54,7 +55,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes-wan")
+    folder = tmp_path_factory.mktemp("shapes-wan-i2v")
     trainer = Trainer(Budget(steps=1), TINY_CURRICULUM)
     trainer.step()
     trainer.export(folder)
@@ -88,7 +89,7 @@ def test_the_scene_of_a_prompt_is_the_described_one():
     "text", ["", "a cat", "a red circle", "red circle up, blue square up, green square up", "red up"]
 )
 def test_a_prompt_that_names_no_moving_shapes_is_refused(text):
-    with pytest.raises(ValueError, match="shapes-wan draws one or two shapes"):
+    with pytest.raises(ValueError, match="shapes-wan-i2v draws one or two shapes"):
         prompts.parse(text)
 
 
@@ -349,7 +350,7 @@ def test_bundled_model_follows_the_prompt_with_full_padding(bundled):
 
 
 def test_a_generated_clip_begins_with_the_first_frame_of_its_prompt():
-    pipe, prompt, call = load_pipeline(str(MODEL)), "a red circle moves right", default_call(str(MODEL), small=True)
+    pipe, prompt, call = load_pipeline(BUNDLED), "a red circle moves right", default_call(BUNDLED, small=True)
     call |= {"num_frames": 2, "height": 32, "width": 32, "num_inference_steps": 1}
     clip = generate(pipe, prompt, 3, call)
     expected = np.asarray(first_frame(prompt, 3, call))
@@ -360,6 +361,6 @@ def test_a_generated_clip_begins_with_the_first_frame_of_its_prompt():
 
 
 def test_prompts_that_the_image_model_does_not_know_are_refused_before_it_is_loaded():
-    with pytest.raises(ValueError, match="shapes-wan draws one or two shapes"):
-        check_clip("a cat", 0, default_call(str(MODEL)), model=str(MODEL))
-    check_clip("a cat", 0, default_call("shapes-wan"), model="shapes-wan")
+    with pytest.raises(ValueError, match="shapes-wan-i2v draws one or two shapes"):
+        check_clip("a cat", 0, default_call(BUNDLED), model=BUNDLED)
+    check_clip("a cat", 0, default_call(TEXT_MODEL), model=str(EVAL_MODELS / TEXT_MODEL))

@@ -134,16 +134,16 @@ BAD = {
     "unknown method": (["show", "nonsense"], "no method 'nonsense'"),
     "misspelt method": (["generate", "x", "--method", "radail"], "did you mean 'radial'?"),
     "misspelt setting": (["generate", "x", "-m", "radial(dekay=1)"], "did you mean 'decay'?"),
-    "misspelt profile": (["generate", "x", "-m", "profile:shapes_wan"], "did you mean 'shapes-wan'?"),
+    "misspelt profile": (["generate", "x", "-m", "profile:shapes_wan"], "did you mean 'shapes-wan-i2v'?"),
     "misspelt preset": (["generate", "x", "--preset", "quick"], "there is no preset 'quick'; there are quality"),
     "method and preset": (["generate", "x", "--preset", "fast", "-m", "svg"], "--method and --preset exclude"),
     "misspelt data type": (["generate", "x", "--dtype", "float"], "did you mean 'float32'?"),
     "offload without a GPU": (["generate", "x", "--offload", "model"], "there is no GPU"),
-    "missing profile": (["generate", "x", "--profile", "shapes_wan"], "did you mean 'shapes-wan'?"),
+    "missing profile": (["generate", "x", "--profile", "shapes_wan"], "did you mean 'shapes-wan-i2v'?"),
     "type of a setting": (["demo", "-m", "radial(decay=x)"], "decay of radial must be a number, got 'x'"),
     "open parenthesis": (["demo", "-m", "radial(decay=1"], "expected ',' or ')' (character 15)"),
     "deep nesting": (["demo", "-m", "pooled(" * 10_000], "nested more than 32 levels deep"),
-    "density of a profile": (["demo", "-m", "profile:shapes-wan", "-d", "0.3"], "takes no density"),
+    "density of a profile": (["demo", "-m", "profile:shapes-wan-i2v", "-d", "0.3"], "takes no density"),
     "two densities": (["demo", "-m", "radial(density=0.2)", "-d", "0.3"], "density of radial is given twice"),
     "density 0": (["demo", "--density", "0"], "density must be in (0, 1]"),
     "density 2": (["generate", "x", "--density", "2"], "density must be in (0, 1]"),
@@ -170,7 +170,7 @@ BAD = {
     "folder in the way": (["generate", "x", "--out", "f.mp4"], "must be a file, got the folder f.mp4"),
     "device in the way": (["generate", "x", "--out", "d.mp4"], "exists and is not a file"),
     "format of a plot": (["show", "radial", "--png", "mask.xyz"], "--png must end in"),
-    "profile as a folder": (["profile", "shapes-wan", "--out", "f.json"], "must be a file, got the folder f.json"),
+    "profile as a folder": (["profile", "shapes-wan-i2v", "--out", "f.json"], "must be a file, got the folder f.json"),
     "output": (["demo", "--out", "/proc/nothing"], "cannot write into"),
 }
 
@@ -306,7 +306,7 @@ def test_an_incomplete_video_is_not_written(tmp_path):
             "cached(subblock(subblocks=2, density=0.3), replan_interval=1)",
             "cached(subblock(subblocks=2), replan_interval=1): ",
         ),
-        ("profile:shapes-wan", "profile:shapes-wan: density requested -"),
+        ("profile:shapes-wan-i2v", "profile:shapes-wan-i2v: density requested -"),
     ],
 )
 def test_generate_writes_a_video(text, line, tmp_path):
@@ -327,7 +327,7 @@ def test_generate_writes_what_it_did_next_to_the_video(tmp_path):
     assert json.loads(result.stdout) == stored
     asked, report = stored["asked"], stored["report"]
     assert (asked["prompt"], asked["seed"], asked["fps"], asked["preset"]) == ("a blue square", 3, 8, "fast")
-    assert asked["call"]["negative_prompt"] == "red" and asked["model"] == "shapes-wan"
+    assert asked["call"]["negative_prompt"] == "red" and asked["model"] == "shapes-wan-i2v"
     assert report["method"] == "asa" and report["schedule"]["dense_steps"] == 1 and report["preset"].startswith("fast")
     assert report["density_asked"] == 0.25 and report["sparse_calls"] > 0 and asked["dtype"] == "float32"
     assert stored["versions"]["torch"] and {"commit", "device", "video_sha256"} <= stored.keys()

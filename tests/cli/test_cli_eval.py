@@ -243,7 +243,7 @@ def test_prompts_are_read_from_files(tmp_path, name, content, prompts):
 )
 def test_invalid_prompt_files_are_refused(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
-    refused = run("profile", "shapes-wan", "--check", "shapes-wan", "--prompts", tmp_path / name)
+    refused = run("profile", "shapes-wan-i2v", "--check", "shapes-wan-i2v", "--prompts", tmp_path / name)
     assert refused.exit_code == 2 and words in refused.output.replace("\n", " ")
 
 

@@ -74,7 +74,7 @@ def test_requests_are_validated(values, message):
 
 
 def test_other_models_may_be_larger():
-    assert Limits.for_model("a/b").frames > Limits.for_model("shapes-wan").frames
+    assert Limits.for_model("a/b").frames > Limits.for_model("shapes-wan-i2v").frames
     assert GenerationRequest(**REQUEST | {"model": "a/b", "frames": 81}).call["num_frames"] == 81
     assert "guidance_scale" not in GenerationRequest(**REQUEST | {"model": "a/b"}).call
 
@@ -89,7 +89,7 @@ def test_the_form_has_the_settings_that_the_text_does_not_set():
     assert names("radial|sink") == names("radial(density=0.3)") == names("(radial|sink)|sink") == radial
     assert names("radial(sink=true)") == [name for name in radial if name != "sink"]
     assert names("pooled(subblock)") == ["group"]
-    assert names("sol") == names("nope") == names("radial(") == names("profile:shapes-wan") == []
+    assert names("sol") == names("nope") == names("radial(") == names("profile:shapes-wan-i2v") == []
 
 
 def test_settings_are_read_from_the_form():
@@ -109,20 +109,25 @@ def test_settings_are_read_from_the_form():
 
 
 def test_texts_that_set_their_density():
-    for text in ("radial(density=0.3)", "pooled(radial(density=0.3))", "asa(budget=mass(0.9))", "profile:shapes-wan"):
+    for text in (
+        "radial(density=0.3)",
+        "pooled(radial(density=0.3))",
+        "asa(budget=mass(0.9))",
+        "profile:shapes-wan-i2v",
+    ):
         assert sets_density(text)
     assert not sets_density("radial(sink=true)|sink")
 
 
 def test_only_shipped_profiles_have_a_name():
-    check_names("cached(profile:shapes-wan)|radial", {})
+    check_names("cached(profile:shapes-wan-i2v)|radial", {})
     for text in ("profile:/etc/passwd", "cached(profile:../x.json)"):
         with pytest.raises(ValueError, match="the profile must be one of"):
             check_names(text, {})
 
 
 def test_only_bundled_weights_have_a_name():
-    check_names("cached(seer(weights=shapes-wan))", {"weights": "shapes-wan"})
+    check_names("cached(seer(weights=shapes-wan-i2v))", {"weights": "shapes-wan-i2v"})
     for text, form in (("cached(seer(weights=/x.safetensors))", {}), ("seer", {"weights": "x.safetensors"})):
         with pytest.raises(ValueError, match="weights must be the name of bundled weights"):
             check_names(text, form)
@@ -178,15 +183,15 @@ def fields(model="shapes-wan", preset="custom", method="radial", own_density=Fal
 
 
 def test_on_other_hosts_only_offered_models_and_shipped_profiles_run(app):
-    page = app.Page(["shapes-wan"], local=False)
-    with pytest.raises(ValueError, match="the model must be one of shapes-wan"):
+    page = app.Page(["shapes-wan-i2v"], local=False)
+    with pytest.raises(ValueError, match="the model must be one of shapes-wan-i2v"):
         page._request(*fields(model="/etc"))
     with pytest.raises(ValueError, match="the profile must be one of"):
         page._request(*fields(method="profile:/etc/passwd"))
     with pytest.raises(ValueError, match="the preset must be one of quality, balanced, fast and custom"):
         page._request(*fields(preset="profile:/etc/passwd"))
     assert page._request(*fields()).method == "radial"
-    assert page._request(*fields(method="profile:shapes-wan")).density is None
+    assert page._request(*fields(method="profile:shapes-wan-i2v")).density is None
 
 
 def test_a_preset_decides_instead_of_the_method(app):
@@ -201,7 +206,7 @@ def test_a_preset_decides_instead_of_the_method(app):
 
 
 def test_settings_may_determine_the_density(app):
-    page = app.Page(["shapes-wan"], local=True)
+    page = app.Page(["shapes-wan-i2v"], local=True)
     request = page._request(*fields(own_density=True, settings={"decay": 0.3}))
     assert method_text(request.processor.settings.method) == "radial(decay=0.3)"
     request = page._request(*fields(method="radial(density=0.4, sink=true)"))
@@ -229,7 +234,7 @@ def test_an_example_names_its_preset_while_it_exists():
 
 @pytest.fixture(scope="module")
 def address(app):
-    blocks = app.Page(["shapes-wan"], local=True).build()
+    blocks = app.Page(["shapes-wan-i2v"], local=True).build()
     app.launch(blocks, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     yield blocks.local_url
     blocks.close()

@@ -37,7 +37,7 @@ def app():
 
 @pytest.fixture(scope="module")
 def page(app):
-    return app.Page(["shapes-wan"], local=True)
+    return app.Page(["shapes-wan-i2v"], local=True)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_a_public_page_answers_to_addresses_and_its_own_names(host, origin, expe
 @pytest.mark.parametrize("field", ["model", "prompt", "method", "settings"])
 def test_long_texts_are_refused_before_they_are_parsed(page, field):
     long = "pooled(" * 10_000
-    values = {"model": "shapes-wan", "prompt": "a circle", "method": "radial", "settings": {}}
+    values = {"model": "shapes-wan-i2v", "prompt": "a circle", "method": "radial", "settings": {}}
     values |= {field: {"decay": long} if field == "settings" else long}
     model, prompt, method, settings = values.values()
     with pytest.raises(ValueError, match="must have at most 500 characters"):

@@ -122,12 +122,12 @@ def test_later_groups_are_baselines_of_the_measured_rows(tmp_path):
 
 def test_single_rows_have_their_own_density(tmp_path):
     comparison = Comparison(
-        ["svg@0.3", "radial@own", "profile:shapes-wan", "window"], PROMPTS, tmp_path, densities=(0.2, 0.1)
+        ["svg@0.3", "radial@own", "profile:shapes-wan-i2v", "window"], PROMPTS, tmp_path, densities=(0.2, 0.1)
     )
     rows = [(spec.method, spec.density) for spec in comparison.specs()]
     assert rows[1:5] == [(name, density) for density in (0.1, 0.2) for name in ("random_blocks", "window")]
     assert rows[0] == ("dense", None)
-    assert rows[5:] == [("random_blocks", 0.3), ("svg", 0.3), ("radial", None), ("profile:shapes-wan", None)]
+    assert rows[5:] == [("random_blocks", 0.3), ("svg", 0.3), ("radial", None), ("profile:shapes-wan-i2v", None)]
     assert comparison.specs()[7].processor.settings.method.density is None
 
 
@@ -145,7 +145,10 @@ def test_every_density_has_random_blocks_once(tmp_path):
         ({"methods": ["svg@2"]}, "density must be in"),
         ({"methods": ["svg@0.2@0.3"]}, "write METHOD@DENSITY"),
         ({"methods": ["radial(density=0.3)@0.2"]}, "the method sets its density or budget, write radial"),
-        ({"methods": ["profile:shapes-wan@0.2"]}, "the method sets its density or budget, write profile:shapes-wan"),
+        (
+            {"methods": ["profile:shapes-wan-i2v@0.2"]},
+            "the method sets its density or budget, write profile:shapes-wan-i2v",
+        ),
         ({"methods": ["radial(dekay=1)"]}, "radial has no setting 'dekay'"),
         ({"densities": [0.00001]}, "density must be in"),
         ({"prompts": ["a", "b", "a"]}, "'a' is given twice"),
@@ -166,13 +169,16 @@ def test_invalid_settings_raise_before_any_work(settings, message, tmp_path):
         ("svg", RowRequest("svg", "svg", every_density=True)),
         ("radial|sink@0.3", RowRequest("radial|sink@0.3", "radial|sink", 0.3)),
         ("radial@own", RowRequest("radial@own", "radial")),
-        ("profile:shapes-wan", RowRequest("profile:shapes-wan", "profile:shapes-wan")),
+        ("profile:shapes-wan-i2v", RowRequest("profile:shapes-wan-i2v", "profile:shapes-wan-i2v")),
         ("radial( sink=true )", RowRequest("radial( sink=true )", "radial(sink=true)", every_density=True)),
         ("radial(sink=true)@0.3", RowRequest("radial(sink=true)@0.3", "radial(sink=true)", 0.3)),
         ("radial(density=0.3)", RowRequest("radial(density=0.3)", "radial", 0.3)),
         ("cached(svg(density=0.3))@own", RowRequest("cached(svg(density=0.3))@own", "cached(svg)", 0.3)),
         ("asa(budget=mass(0.9))", RowRequest("asa(budget=mass(0.9))", "asa(budget=mass(0.9))")),
-        ("pooled(profile:shapes-wan)", RowRequest("pooled(profile:shapes-wan)", "pooled(profile:shapes-wan)")),
+        (
+            "pooled(profile:shapes-wan-i2v)",
+            RowRequest("pooled(profile:shapes-wan-i2v)", "pooled(profile:shapes-wan-i2v)"),
+        ),
         ("dense", RowRequest("dense", "dense")),
     ],
 )
@@ -188,7 +194,7 @@ def test_densities_are_rounded_to_four_digits(tmp_path):
 
 def test_settings_of_a_row_reach_its_processor(tmp_path):
     texts = ["radial(sink=true)@0.3", "radial(sink=true)@own", "radial(density=0.2)", "asa(budget=mass(0.9))"]
-    comparison = Comparison([*texts, "radial@own", "profile:shapes-wan"], PROMPTS, tmp_path)
+    comparison = Comparison([*texts, "radial@own", "profile:shapes-wan-i2v"], PROMPTS, tmp_path)
     specs = {spec.name: spec.processor.settings for spec in comparison.specs()}
     names = ["radial(sink=true) 0.3", "radial(sink=true)", "radial 0.2", "asa(budget=mass(0.9))", "radial"]
     assert [method_text(specs[name].method) for name in names] == [
@@ -198,7 +204,7 @@ def test_settings_of_a_row_reach_its_processor(tmp_path):
         "asa(budget=mass(0.9))",
         "radial",
     ]
-    assert specs["profile:shapes-wan"].schedule == comparison.schedule
+    assert specs["profile:shapes-wan-i2v"].schedule == comparison.schedule
 
 
 def test_rows_are_unique(tmp_path):
@@ -228,7 +234,7 @@ def test_kinds_select_from_all_methods(tmp_path):
         ("svg.temporal", "pattern"),
         ("cached(cached(asa), replan_interval=2)", "scorer"),
         ("rettention(adaspa)", "correction"),
-        ("profile:shapes-wan", "profile"),
+        ("profile:shapes-wan-i2v", "profile"),
         ("my_package:Method", "other"),
     ],
 )

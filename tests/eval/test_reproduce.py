@@ -14,7 +14,7 @@ RECIPE = """
 title = "tiny"
 source = "arXiv:0000.00000"
 hardware = "none"
-model = "shapes-wan"
+model = "shapes-wan-i2v"
 density = 0.4
 [call]
 num_inference_steps = 3
@@ -54,10 +54,14 @@ def result_row(method: str, density: float | None, psnr: float | None, steps: in
 
 
 def test_measured_rows_are_found_by_method_and_density(tmp_path):
-    published = ("radial@0.40", "random_blocks@0.4", "dense", "window@own", "window", "profile:shapes-wan")
+    published = ("radial@0.40", "random_blocks@0.4", "dense", "window@own", "window", "profile:shapes-wan-i2v")
     recipe = Recipe.load(write_recipe(tmp_path, *published))
     rows = [result_row("dense", None, None), result_row("random_blocks", 0.4, 11), result_row("radial", 0.4, 12)]
-    rows += [result_row("window", None, 13), result_row("window", 0.4, 14), result_row("profile:shapes-wan", None, 15)]
+    rows += [
+        result_row("window", None, 13),
+        result_row("window", 0.4, 14),
+        result_row("profile:shapes-wan-i2v", None, 15),
+    ]
     result = {"steps": 3, "rows": [*rows, result_row("dense", None, 9, steps=2)]}
     table = list(published_and_measured(recipe, result))
     assert [row["row"] for row in table] == list(published)
@@ -98,11 +102,11 @@ def test_command_measures_a_recipe(tmp_path):
         (["radial", "radial@0.4"], ("", ""), "'radial' and 'radial@0.4' are one row"),
         (["all"], ("", ""), "'all' is not a single row"),
         (["dense@own"], ("", ""), "'dense@own': dense attention computes all pairs"),
-        (["profile:shapes-wan@0.3"], ("", ""), "shapes-wan@0.3"),
+        (["profile:shapes-wan-i2v@0.3"], ("", ""), "shapes-wan-i2v@0.3"),
         (["radial@x"], ("", ""), "METHOD@DENSITY"),
         (["radial"], ("num_frames", "frames"), "takes no 'frames' under [call]; it takes"),
         (["radial"], ("num_frames = 2", 'prompt = "a cat"'), "takes no 'prompt' under [call]"),
-        (["radial"], ('"shapes-wan"', '"./nowhere"'), "cannot load the model ./nowhere"),
+        (["radial"], ('"shapes-wan-i2v"', '"./nowhere"'), "cannot load the model ./nowhere"),
     ],
 )
 def test_invalid_recipes_are_refused_before_any_work(rows, change, message, tmp_path, monkeypatch):

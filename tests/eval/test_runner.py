@@ -27,7 +27,7 @@ def processor(method="svg", density=0.3, executor="gather", block=32, **schedule
     return SparseAttnProcessor(method, density=density, schedule=schedule, executor=executor, block=block, min_tokens=0)
 
 
-def make_runner(folder, model="shapes-wan", prompts=("a", "b"), seeds=1, **call) -> ClipRunner:
+def make_runner(folder, model="shapes-wan-i2v", prompts=("a", "b"), seeds=1, **call) -> ClipRunner:
     return ClipRunner(model, prompts, range(seeds), {"num_inference_steps": 4} | call, folder, Schedule(1))
 
 
@@ -64,7 +64,7 @@ def test_weights_identify_a_local_model(tmp_path):
     file = tmp_path / "vae" / "x.safetensors"
     file.write_bytes(b"12")
     before = environment.weights_digest(str(tmp_path))
-    assert before == environment.weights_digest(str(tmp_path)) and environment.weights_digest("shapes-wan") is None
+    assert before == environment.weights_digest(str(tmp_path)) and environment.weights_digest("shapes-wan-i2v") is None
     file.write_bytes(b"123")
     assert environment.weights_digest(str(tmp_path)) != before
     assert environment.weights_digest("no-such-owner/no-such-model") is None
@@ -209,7 +209,7 @@ def test_attention_errors_are_stored_by_clip_and_settings(tmp_path, calls, monke
     setups += [setups[0] | {"executor": "gather"}, setups[0] | {"block": 32}, setups[0] | {"schedule": Schedule(2)}]
     for count, setup in enumerate(setups, 1):
         for _ in range(2):
-            clips = ClipRunner("shapes-wan", **shared | setup)
+            clips = ClipRunner("shapes-wan-i2v", **shared | setup)
             assert clips.attention_errors([make_spec()], no_progress) == {"x": 0.5}
         assert len(measured) == count
 

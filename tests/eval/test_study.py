@@ -27,7 +27,7 @@ CALL = {"num_inference_steps": 3, "num_frames": 2, "height": 32, "width": 32}
 
 @pytest.fixture(scope="module")
 def wan():
-    return ds.prepare(load_pipeline("shapes-wan"))
+    return ds.prepare(load_pipeline("shapes-wan-i2v"))
 
 
 def processor(name: str, density: float, dense_steps: int = 1) -> ds.SparseAttnProcessor:

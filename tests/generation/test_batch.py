@@ -11,11 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from batches import batch_of_any_prompts as Batch
 from batches import file_names, make_rows, silent_stage, write_file
 from dit_sparse.cli.main import app
 from dit_sparse.generation import batch as module
 from dit_sparse.generation import clip_folder
-from dit_sparse.generation.batch import Batch, Interrupted
+from dit_sparse.generation.batch import Interrupted
 from dit_sparse.generation.generate import Clip
 from dit_sparse.generation.processes import file_lock
 
@@ -165,18 +166,18 @@ def test_a_folder_of_an_older_version_is_resumed(tmp_path, generated):
 
 
 def test_rows_take_any_method(tmp_path):
-    texts = ["radial", "radial(sink=true)", "asa(budget=mass(0.9))", "cached(svg)|radial", "profile:shapes-wan"]
+    texts = ["radial", "radial(sink=true)", "asa(budget=mass(0.9))", "cached(svg)|radial", "profile:shapes-wan-i2v"]
     jobs = [Batch(make_rows("a", method=text), tmp_path).jobs()[0] for text in texts[:3] + texts[4:]]
     assert [str(job.processor.settings) for job in jobs] == [
         "radial, density 0.25",
         "radial(sink=true)",
         "asa(budget=mass(0.9))",
-        "profile:shapes-wan",
+        "profile:shapes-wan-i2v",
     ]
     with pytest.raises(ValueError, match=r"c0: .*only patterns"):
         Batch(make_rows("a", method=texts[3]), tmp_path)
-    with pytest.raises(ValueError, match=r"c0: profile:shapes-wan .* takes no density"):
-        Batch(make_rows("a", method="profile:shapes-wan", density=0.3), tmp_path)
+    with pytest.raises(ValueError, match=r"c0: profile:shapes-wan-i2v .* takes no density"):
+        Batch(make_rows("a", method="profile:shapes-wan-i2v", density=0.3), tmp_path)
 
 
 def test_settings_of_a_row_override_those_of_the_batch(tmp_path):
@@ -264,7 +265,7 @@ def test_a_signal_after_the_last_step_ends_the_batch_before_the_next_clip(tmp_pa
         Batch(make_rows("a", "b"), tmp_path).run(lambda name: stages.append(name) or silent_stage(name))
     assert generated == [("a", 0)] and file_names(tmp_path) == {"c0.mp4", "c0.json", "manifest.json"}
     assert stages == ["clips", "stopping"]
-    write_file(tmp_path, "p.txt", "a\nb\n")
+    write_file(tmp_path, "p.txt", "a red circle moves up\na blue square moves down\n")
     run = CliRunner().invoke(app, ["batch", str(tmp_path / "p.txt"), "--out", str(tmp_path / "out")])
     assert run.exit_code == 130 and run.output.endswith("interrupted; run the same command again to resume\n"), (
         run.output

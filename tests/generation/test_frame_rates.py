@@ -66,4 +66,4 @@ def test_nothing_is_downloaded(monkeypatch):
         raise OSError("not in the cache")
 
     monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
-    assert default_fps("owner/name") == DEFAULT_FPS and default_fps("shapes-wan") == 8
+    assert default_fps("owner/name") == DEFAULT_FPS and default_fps("shapes-wan-i2v") == 8

@@ -152,7 +152,7 @@ def test_an_invalid_row_is_refused_before_any_work(tmp_path, row, words):
     ],
 )
 def test_an_invalid_option_is_refused_before_any_work(tmp_path, options, words):
-    path = write_file(tmp_path, "p.txt", "a cat\n")
+    path = write_file(tmp_path, "p.txt", "a red circle moves up\n")
     run = CliRunner().invoke(app, ["batch", str(path), *options, "--out", str(tmp_path / "out")])
     assert run.exit_code == 2 and words in run.output.replace("\n", " "), run.output
     assert not (tmp_path / "out").exists()
@@ -160,7 +160,7 @@ def test_an_invalid_option_is_refused_before_any_work(tmp_path, options, words):
 
 @pytest.mark.parametrize("out", ["p.txt", "p.txt/deeper", "x" * 300])
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, out):
-    path = write_file(tmp_path, "p.txt", "a cat\n")
+    path = write_file(tmp_path, "p.txt", "a red circle moves up\n")
     run = CliRunner().invoke(app, ["batch", str(path), "--out", str(tmp_path / out)])
     assert run.exit_code == 2 and "cannot write into" in run.output, run.output
     assert file_names(tmp_path) == {"p.txt"}
@@ -218,15 +218,15 @@ def test_messages_do_not_repeat_long_texts(call):
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        ({"height": 68, "width": 52}, "height must be a multiple of 16 for shapes-wan, got 68: choose 64 or 80"),
-        ({"width": 8}, "width must be a multiple of 16 for shapes-wan, got 8: choose 16"),
-        ({"num_frames": 1025}, "num_frames must be at most 1024 for shapes-wan, got 1025"),
+        ({"height": 68, "width": 52}, "height must be a multiple of 16 for shapes-wan-i2v, got 68: choose 64 or 80"),
+        ({"width": 8}, "width must be a multiple of 16 for shapes-wan-i2v, got 8: choose 16"),
+        ({"num_frames": 1025}, "num_frames must be at most 1024 for shapes-wan-i2v, got 1025"),
     ],
 )
 def test_sizes_that_the_model_cannot_make_are_refused(size, words):
-    check_size("shapes-wan", {"height": 80, "width": 64, "num_frames": 1024})
+    check_size("shapes-wan-i2v", {"height": 80, "width": 64, "num_frames": 1024})
     with pytest.raises(ValueError, match=words):
-        check_clip("a cat", 0, size, model="shapes-wan")
+        check_clip("a cat", 0, size, model="shapes-wan-i2v")
 
 
 @pytest.mark.parametrize("family", ["cogvideox", "mochi", "ltx", "hunyuan_video"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from batches import file_names, make_rows, silent_stage, write_file
+from batches import batch_of_any_prompts, file_names, make_rows, silent_stage, write_file
 from dit_sparse import Schedule
 from dit_sparse.cli.main import app
 from dit_sparse.eval.comparison.comparison import Comparison
@@ -200,14 +200,14 @@ class StuckWorker(Worker):
 def test_a_signal_ends_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_batch, "BatchWorker", StuckWorker)
     with pytest.raises(Interrupted):
-        run_batch(Batch(make_rows(str(os.getpid())), tmp_path), silent_stage, workers=1)
+        run_batch(batch_of_any_prompts(make_rows(str(os.getpid())), tmp_path), silent_stage, workers=1)
     assert json.loads((tmp_path / "manifest.json").read_text())["count"] == {"done": 0, "failed": 0, "missing": 1}
     assert file_names(tmp_path) == {"manifest.json"}
 
 
 def test_the_folder_must_be_shared(tmp_path):
     with pytest.raises(ValueError, match="choose an --out that all machines share"):
-        BatchWorker(Batch(make_rows("a"), tmp_path), "absent")
+        BatchWorker(batch_of_any_prompts(make_rows("a"), tmp_path), "absent")
 
 
 def test_engines_are_checked_before_any_work(tmp_path, monkeypatch):

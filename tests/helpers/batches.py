@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+from dit_sparse.bundled import TEXT_MODEL
+from dit_sparse.generation.batch import Batch
 from dit_sparse.generation.prompts import Row
+
+batch_of_any_prompts = partial(Batch, model=str(Path(__file__).parents[2] / "eval" / "models" / TEXT_MODEL))
 
 
 def write_file(folder: Path, name: str, content: str | bytes) -> Path:

@@ -36,7 +36,13 @@ BUDGETS = st.one_of(
     st.builds(Above, st.floats(allow_nan=False)),
 )
 WHOLE = st.integers(1, 300) | st.sampled_from([1, 2, 4, 8, 64])
-SMALL = {int: WHOLE, float: numbers(0.01, 1), bool: st.booleans(), type(None): st.none(), str: st.just("shapes-wan")}
+SMALL = {
+    int: WHOLE,
+    float: numbers(0.01, 1),
+    bool: st.booleans(),
+    type(None): st.none(),
+    str: st.just("shapes-wan-i2v"),
+}
 
 
 def values_of(hint: object) -> st.SearchStrategy:
@@ -262,7 +268,7 @@ def test_profiles_have_a_text(path):
         ("neighborhood(stride=(1,2))", "stride of neighborhood must be a tuple of 3 values (each a whole number)"),
         ("adaspa(search_interval=x)", "search_interval of adaspa must be a number, got 'x'"),
         ("adaspa(queries_per_block=2.5)", "queries_per_block of adaspa must be a whole number or none, got 2.5"),
-        ("profile:shapes-wan", "a profile needs the model that it is made for"),
+        ("profile:shapes-wan-i2v", "a profile needs the model that it is made for"),
     ],
 )
 def test_what_cannot_be_a_method_is_one_sentence(text, words):

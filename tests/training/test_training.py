@@ -156,9 +156,9 @@ def test_an_interrupted_command_gives_the_same_weights(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {whole.name, resumed.name}
     first, second = (weights_of("Seer", str(path)) for path in (whole, resumed))
     assert all(second.tensors[name].equal(tensor) for name, tensor in first.tensors.items())
-    assert (first.model, first.layers, first.heads, first.head_dim) == ("shapes-wan", 6, 3, 64)
+    assert (first.model, first.layers, first.heads, first.head_dim) == ("shapes-wan-i2v", 6, 3, 64)
     assert {"prompts", "seed", "call", "device", "versions", "commit", "kept_mass"} <= first.training.keys()
-    pipe = ds.prepare(training.load_pipeline("shapes-wan"))
+    pipe = ds.prepare(training.load_pipeline("shapes-wan-i2v"))
     text = f"seer(weights={json.dumps(str(whole))})"
     with ds.enable(pipe, text, density=0.5, min_tokens=0, block=16, dense_steps=1) as sparse:
         training.generate(pipe, "a red circle moves left", 0, dict(first.training["call"]))

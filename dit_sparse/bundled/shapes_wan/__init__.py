@@ -2,7 +2,7 @@
 
 `shapes-wan-i2v` is a `WanImageToVideoPipeline` of 3.8 million parameters. Its first frame shows textured circles,
 squares and triangles on stone, drawn by a program (`first_frame`); the model moves them as the prompt says. Its weights
-are in `eval/models/shapes-wan-i2v`. An earlier version of this recipe, of commit ffa8b43, trained `shapes-wan`.
+are in `dit_sparse/assets`. An earlier version of this recipe, of commit ffa8b43, trained `shapes-wan`.
 
 Data (`scenes`, `textures`, `prompts`)
     Clips are rendered on the fly. `scenes` draws one or two sprites, `textures` their surfaces and the background,

@@ -1,4 +1,4 @@
-"""The first frame of a clip, which `shapes-wan` takes as its image."""
+"""The first frame of a clip, which `shapes-wan-i2v` takes as its image."""
 
 from __future__ import annotations
 

@@ -65,8 +65,8 @@ def parse(text: str) -> tuple[list[Subject], str]:
     directions = [_first_direction(foreground[one.end() : end]) for one, end in zip(found, ends[1:], strict=True)]
     if not 1 <= len(found) <= 2 or None in directions:
         raise ValueError(
-            f"shapes-wan draws one or two shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)} that move left, right, "
-            f"up or down, such as 'a red circle moves right'; the prompt is {text[:80]!r}"
+            f"shapes-wan-i2v draws one or two shapes ({', '.join(SHAPES)}) in {', '.join(COLOURS)} that move left, "
+            f"right, up or down, such as 'a red circle moves right'; the prompt is {text[:80]!r}"
         )
     subjects = [Subject(*one.groups(), direction) for one, direction in zip(found, directions, strict=True)]
     return subjects, _first_direction(background) or STILL

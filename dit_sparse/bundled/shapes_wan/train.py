@@ -1,8 +1,8 @@
-"""Train shapes-wan: `python -m dit_sparse.bundled.shapes_wan.train --minutes 130 --out DIR [--resume] [--device cuda]`.
+"""Train shapes-wan-i2v: `python -m dit_sparse.bundled.shapes_wan.train --minutes 130 --out DIR [--resume]`.
 
-Trains rectified flow, as `WanPipeline` expects. A batch depends only on the step number, and curriculum and learning
-rate only on the fraction of the budget used, so a resumed run continues exactly. To stop early, create DIR/STOP or
-send SIGTERM; the run then saves a checkpoint and exports the model.
+Trains rectified flow, as `WanImageToVideoPipeline` expects. A batch depends only on the step number, and curriculum and
+learning rate only on the fraction of the budget used, so a resumed run continues exactly. To stop early, create
+DIR/STOP or send SIGTERM; the run then saves a checkpoint and exports the model.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .. import IMAGE_MODEL
+from .. import BUNDLED
 from ..training.loss_meter import LossMeter
 from ..training.schedule import Budget
 from .training.curriculum import CONTINUATION, CURRICULUM
@@ -40,7 +40,7 @@ def train(trainer: Trainer, out: Path, light: bool = False, save_every: float = 
             saved_at = time.monotonic()
     meter.report(trainer, force=True)
     trainer.save(out / CHECKPOINT, light)
-    trainer.export(out / IMAGE_MODEL)
+    trainer.export(out / BUNDLED)
 
 
 def main():

@@ -1,1 +1,1 @@
-"""Training of `shapes-wan`; the command is `python -m dit_sparse.bundled.shapes_wan.train`."""
+"""Training of `shapes-wan-i2v`; the command is `python -m dit_sparse.bundled.shapes_wan.train`."""
