@@ -18,16 +18,16 @@ class Schedule:
             down). These steps determine the layout of the video; most papers keep 10-30 % of them, Radial Attention 24
             %. They are computed by SDPA, or by an executor that "auto" has measured to be faster.
         dense_layers: first layers that stay dense in every step: a count or a fraction.
-        replan_interval: sparse steps between two plans. Attention changes slowly: on the bundled model an interval of 2
+        replan_interval: sparse steps between two plans. Attention changes slowly: on `shapes-wan` an interval of 2
             costs at most 0.9 dB, with most methods nothing, and halves the planning time. Static patterns are planned
             once per grid.
         per_branch: whether each branch of classifier-free guidance has plans of its own. By default the branches share
             them: the first one computed makes the plan, or the conditional one if a batch holds both. Sharing halves
-            the planning and gains 0.1 to 7 dB on the bundled model, because guidance amplifies differences between the
+            the planning and gains 0.1 to 7 dB on `shapes-wan`, because guidance amplifies differences between the
             branches, such as those caused by different plans.
         density_ramp: factors of the density at the first and at the last sparse step, such as ``(1.3, 0.6)``; linear
             between them and constant between two plans. The factors are scaled so that the mean over the sparse steps
-            is the requested density. On the bundled model `Routed` gains 0.35 dB with it (0.05 and 0.7 dB on two
+            is the requested density. On `shapes-wan` `Routed` gains 0.35 dB with it (0.05 and 0.7 dB on two
             seeds). None: the ramp of the method, if it has one. ``(1, 1)``: the same density in all steps.
     """
 

@@ -70,7 +70,7 @@ class Demo:
             pipe: the loaded model; None: load it.
         """
         pipe = prepare(pipe or load_pipeline(self.model))
-        compile_executor(self.processor)
+        compile_kernels(self.processor)
         dense = self._generate(pipe, SparseAttnProcessor("dense"), stage("dense"))
         observer = _PlanObserver(step=self.steps // 2)
         sparse = self._generate(pipe, self.processor, stage("sparse"), observer)
@@ -187,8 +187,10 @@ class _PlanObserver:
         self._observe_mass(site, q, k, plan)
 
 
-def compile_executor(processor: SparseAttnProcessor) -> None:
-    """Run one small call, so that the time of compiling the executor is not measured as attention time."""
+def compile_kernels(processor: SparseAttnProcessor) -> None:
+    """Run small calls of the method and of a dense step, so that compiling their kernels and measuring their cost are
+    not counted as attention time."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v = torch.randn(3, 1, 3, 4 * 20 * 20, 64, device=device).unbind(0)
-    attention(q, k, v, grid=Grid(4, 20, 20), method="random_blocks", executor=processor.settings.executor)
+    for method in ("random_blocks", processor.settings.method):
+        attention(q, k, v, grid=Grid(4, 20, 20), method=method, executor=processor.settings.executor)

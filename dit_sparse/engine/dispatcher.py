@@ -237,12 +237,13 @@ class AttentionDispatcher:
         q, k, v, lengths = call.q, call.k, call.v, padding and padding.lengths
         with counters.attention.timing(q.device):
             plan = self._plans.preview(q, k, site, lengths, v)
-            if plan is None:
-                return
-            plan = plan.with_lengths(lengths)
-            choice = self._choices.for_plan(plan, q, k, site)
-            if choice.name == "dense":
-                return
+        if plan is None:
+            return
+        plan = plan.with_lengths(lengths)
+        choice = self._choices.for_plan(plan, q, k, site)
+        if choice.name == "dense":
+            return
+        with counters.attention.timing(q.device):
             counters.count_observation(call.pairs * plan.mean_density)
             output, lse = choice.executor.attend(q, k, v, plan, call.scale)
             result = AttentionOutput(q, k, v, plan, call.scale, output, lse, lambda: (out, None))

@@ -7,7 +7,7 @@
 
 Examples: ``radial(sink=true)|sink``, ``cached(svg2, replan_interval=3)``, ``asa(budget=mass(0.9, min_ratio=0.1))``,
 ``neighborhood(stride=(1, 2, 2))``, ``my_module:MyMethod(density=0.2)``, ``profile:wan2.1-14b``,
-``profile:"my profiles/a, b.json"``, ``seer(weights=shapes-wan-i2v)``. A WORD, with hyphens or slashes, is a string
+``profile:"my profiles/a, b.json"``, ``seer(weights=shapes-wan)``. A WORD, with hyphens or slashes, is a string
 without quotes. A preset such as ``balanced`` is replaced by its method.
 """
 

@@ -5,7 +5,7 @@ Lagrangian: at a price on density every head takes the candidate with the least 
 price is bisected until the mean meets the target. Sparse-vDiT (arXiv:2506.03065) fixes the price and an absolute error
 instead; here both follow from the target.
 
-One density is the default, because errors of different heads do not weigh the same in the video: on the bundled model
+One density is the default, because errors of different heads do not weigh the same in the video: on `shapes-wan`
 at density 0.25, moving density to heads with large errors reduces the mean error from 0.16 to 0.11 but makes the video
 worse (28.6 instead of 30.1 dB, eight prompts, with a plan for each branch of guidance; 29.0 dB if errors are divided by
 the mean energy of the layer's heads instead of each head's own).

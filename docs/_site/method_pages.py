@@ -63,7 +63,7 @@ def _example(row: dict) -> str:
     """Return code that uses the method; a correction is shown around another method."""
     name = row["name"]
     has_inner = "inner" in {field.name for field in fields(METHODS[name])}
-    text = f"{name}(svg2)" if has_inner else f"{name}(weights=shapes-wan-i2v)" if row["kind"] == "gate" else name
+    text = f"{name}(svg2)" if has_inner else f"{name}(weights=shapes-wan)" if row["kind"] == "gate" else name
     density = "" if name == "dense" else ", density=0.25"
     return f'```python\nwith ds.enable(pipe, "{text}"{density}) as run:\n    video = pipe(prompt).frames[0]\n```'
 

@@ -13,7 +13,7 @@ from .tables import markdown, stored_results
 PARTS = ("untrained", "trained", "best")
 
 
-def weights_table(model: str = "shapes-wan-i2v") -> str:
+def weights_table(model: str = "shapes-wan") -> str:
     """Return the attention mass that the bundled gates of a model keep on held-out prompts, from their files."""
     rows = []
     for name in GATES:

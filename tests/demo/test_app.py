@@ -127,7 +127,7 @@ def test_only_shipped_profiles_have_a_name():
 
 
 def test_only_bundled_weights_have_a_name():
-    check_names("cached(seer(weights=shapes-wan-i2v))", {"weights": "shapes-wan-i2v"})
+    check_names("cached(seer(weights=shapes-wan))", {"weights": "shapes-wan-i2v"})
     for text, form in (("cached(seer(weights=/x.safetensors))", {}), ("seer", {"weights": "x.safetensors"})):
         with pytest.raises(ValueError, match="weights must be the name of bundled weights"):
             check_names(text, form)

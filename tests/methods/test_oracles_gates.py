@@ -252,9 +252,9 @@ def test_results_depend_on_the_weights(tmp_path):
 def test_bundled_weights(name):
     """They have the name of their model, keep more attention mass of held-out prompts than the untrained gate, and
     their card and the docs hold these numbers."""
-    cached = method(f"cached({name}(weights=shapes-wan-i2v))", density=0.25)
+    cached = method(f"cached({name}(weights=shapes-wan))", density=0.25)
     weights = cached.inner.stored_weights()
-    assert (weights.layers, weights.heads, weights.head_dim, weights.model) == (6, 3, 64, "shapes-wan-i2v")
+    assert (weights.layers, weights.heads, weights.head_dim, weights.model) == (6, 3, 64, "shapes-wan")
     kept, folder = weights.training["kept_mass"], Path(ds.__file__).parent / "assets" / "gates"
     for density in ("0.15", "0.25"):
         assert kept["untrained"][density] < kept["trained"][density] < kept["best"][density]
@@ -275,6 +275,6 @@ def test_trained_gates_plan_without_synchronization(name, monkeypatch):
     """On a simulated GPU, whose tensors have no values to wait for."""
     with fake_gpu(monkeypatch):
         q, k, v = (torch.empty(2, 3, 1280, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-        gate = method(f"{name}(weights=shapes-wan-i2v)", density=0.25)
+        gate = method(f"{name}(weights=shapes-wan)", density=0.25)
         plan = gate.plan(q, k, v, Site(Grid(5, 16, 16), 64, layer=2, layers=6), {})
         assert plan.count.is_cuda and plan.blocks == 20

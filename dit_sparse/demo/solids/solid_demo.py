@@ -24,7 +24,7 @@ from ...generation.generate import Stage
 from ...output.environment import conditions
 from ...output.files import save_json, writable_folder
 from ...output.media import save_image, save_video, side_by_side
-from ..demo import compile_executor, ratio
+from ..demo import compile_kernels, ratio
 
 FILES = ["dense.glb", "sparse.glb", "pictures.png", "mask.png", "turntable.mp4", "result.json"]
 AZIMUTH = 30.0  # of the pictures
@@ -74,7 +74,7 @@ class SolidDemo:
             stage: ``stage(name)`` starts a progress bar.
         """
         pipeline = Shapes3DPipeline.from_pretrained(self.model)
-        compile_executor(self.processor)
+        compile_kernels(self.processor)
         dense = self._generate(pipeline, SparseAttnProcessor("dense"), stage, "dense")
         observer = _MaskObserver(self.call["num_inference_steps"] // 2)
         sparse = self._generate(pipeline, self.processor, stage, "sparse", observer)

@@ -12,7 +12,7 @@ groups.
 
 The mean of exponentials exceeds the exponential of the mean, so this underestimates the group. The second cumulant,
 (q^2 . s) / 2D with the variance s of each channel, would be exact for Gaussian keys but overestimates the concentrated
-heads of the bundled model: at density 0.25 `svg` has 28.4 dB, 29.9 dB with pooled blocks, and 19.5 dB with the cumulant
+heads of `shapes-wan`: at density 0.25 `svg` has 28.4 dB, 29.9 dB with pooled blocks, and 19.5 dB with the cumulant
 added, so it is left out.
 
 Planning: that of the inner method, and 2 N D additions in every call for the means.

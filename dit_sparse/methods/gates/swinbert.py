@@ -15,7 +15,7 @@ Differs from the authors:
 - Untrained, it is the negative distance between query and key.
 - Each row keeps its largest entries at the density; the authors keep those above 0.5.
 - The task loss is the attention mass that the mask drops. By default there is no price, and E is trained like the other
-  gates: on the bundled model this keeps more of the mass at a density, because a price separates the entries above and
+  gates: on `shapes-wan` this keeps more of the mass at a density, because a price separates the entries above and
   below it but does not rank them.
 """
 

@@ -12,7 +12,7 @@ Differs from the authors:
 - They use segments for causality; here segments preserve locality.
 - Probe queries are evenly spaced over the sequence, not its last block, and half as many.
 - Blocks are ranked by ``subblocks`` means of the queries and of the sorted keys of each block, theirs by one: sorted
-  keys of one block have little in common. On the bundled model at density 0.25 the error of the output is 0.20 with
+  keys of one block have little in common. On `shapes-wan` at density 0.25 the error of the output is 0.20 with
   four means and 0.21 with one.
 - Text is a separate group that attends to all tokens and that all tokens attend to. A query block keeps its own segment
   in addition to the top-p of the other blocks, as theirs does.

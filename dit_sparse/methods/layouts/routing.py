@@ -14,7 +14,7 @@ Differs from the authors:
   token is in exactly one cluster: centroids accept the most similar ones of the tokens that ask for them, and refused
   tokens ask for the nearest centroid with free places.
 - The mean of all queries and the mean of all keys are subtracted before the projection: queries and keys of a trained
-  model point in different directions, and would have different nearest centroids. On the bundled model, in clusters of
+  model point in different directions, and would have different nearest centroids. On `shapes-wan`, in clusters of
   64 at density 0.25, the relative error of the output is 0.166 with and 0.173 without this.
 - With ``density`` a query cluster keeps its own key cluster and, of the others, those with the greatest product of mean
   query and mean key. By the similarity of the centroids the error is 0.230, as with random blocks (0.232).

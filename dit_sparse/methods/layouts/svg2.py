@@ -17,7 +17,7 @@ Differs from the authors:
 - The number of clusters grows with the square root of the sequence and equals theirs at 720p (Wan: 300 and 1,000
   clusters of 75,600 tokens), so that every grid works.
 - K-means starts from evenly spaced tokens, not random ones, and its number of iterations is fixed, because a test of
-  convergence synchronizes with the GPU. On the bundled model, 2,048 tokens at density 0.25, 10 initial iterations
+  convergence synchronizes with the GPU. On `shapes-wan`, 2,048 tokens at density 0.25, 10 initial iterations
   (theirs: 50) are no better than 2 (31.2 dB both), and 1 later iteration is worse than 2 (30.3 dB).
 - The branches of guidance share clusters and plan, not only centroids: separate clusters cost 7 dB.
 - With ``density`` each query cluster keeps its best key clusters, at least one, up to the same number of tokens, to

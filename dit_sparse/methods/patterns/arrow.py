@@ -15,7 +15,7 @@ Differs from the authors:
 - They use the arrow and the plus in different parts of the model; here one mask has both. The plus has a third axis,
   time. Gaps are those of the bounding boxes of row-major blocks.
 - Text is global, as in all methods here. [CLS] has no other counterpart, so a small part of the first frame takes its
-  place. On the bundled model at density 0.25 the relative error of the output is 0.20 with one block of it and 0.24
+  place. On `shapes-wan` at density 0.25 the relative error of the output is 0.20 with one block of it and 0.24
   with the whole frame, whose row and column are 0.09 of all pairs (random blocks: 0.23).
 - LogN scaling of the queries of [CLS] is left out: it changes the scale of the scores, which belongs to the model; a
   method here decides only which pairs are computed.

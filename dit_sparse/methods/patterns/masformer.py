@@ -17,9 +17,9 @@ Differs from the authors:
   down to whole layers, and the windows of the others are narrowed to the rest. A single call therefore has density 1 or
   less than requested, and of a model with few layers none may be full. Outside of a model, in `dit_sparse.attention`,
   there is one layer, and the method is `window`.
-- One full layer of the six of the bundled model at density 0.25 leaves 0.1 to the others: PSNR 18.6 dB, with random
+- One full layer of the six of `shapes-wan` at density 0.25 leaves 0.1 to the others: PSNR 18.6 dB, with random
   blocks 21.4 and with the same window in all layers 24.0. Therefore ``share`` is a half, at which none is full there.
-- The first layers are full: they have the largest errors on the bundled model. If the schedule keeps them dense anyway,
+- The first layers are full: they have the largest errors on `shapes-wan`. If the schedule keeps them dense anyway,
   sparse calls compute less than requested.
 """
 

@@ -14,7 +14,7 @@ Planning: (N / b)^2 comparisons of positions, once per grid.
 Differs from the authors:
 - The length is counted in frames, so that alpha and beta keep their meaning at another resolution.
 - Spans are two-sided.
-- The sink is the first frame instead of the first 64 tokens. On the bundled model at density 0.25, with one span in all
+- The sink is the first frame instead of the first 64 tokens. On `shapes-wan` at density 0.25, with one span in all
   heads, the relative error of the output is 0.229 with a frame and 0.245 with a tenth of it (random blocks: 0.232).
 - The search minimizes the measured error of the heads' outputs instead of a first-order estimate of the loss, by a
   Lagrangian instead of a mixed-integer program, and does not limit the number of different spans in a layer.

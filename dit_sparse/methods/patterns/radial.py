@@ -23,7 +23,7 @@ Differs from the authors:
 - ``density`` solves for ``decay``. If even the narrowest windows exceed it, as on small grids where a frame is a few
   blocks, windows get narrower than ``min_width``, as in eq. 4, and then near frames are dropped. Below
   ``min_width=0, dense_distance=-1`` only the sink, text and the diagonal are left. `Method.resolve` and reports name
-  the settings. On the bundled model at density 0.25 the relative error of the output is 0.18 in this order, and 0.32 if
+  the settings. On `shapes-wan` at density 0.25 the relative error of the output is 0.18 in this order, and 0.32 if
   near frames are dropped first.
 """
 

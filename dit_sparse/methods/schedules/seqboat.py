@@ -13,7 +13,7 @@ Planning: N D additions (mean queries of 64).
 
 Differs from the authors:
 - They train a gate that decides what is active. Here it is the change of the queries, so rows whose keys or values
-  change alone stay as they are. With few steps the queries change much from step to step: on the bundled model, eight
+  change alone stay as they are. With few steps the queries change much from step to step: on `shapes-wan`, eight
   steps, density 0.25, two prompts, clips have 21.6 dB (random blocks: 20.7 dB).
 - Their active elements attend to each other; here to all keys.
 - The first output is that of the last dense step, or all rows of the first step are active.

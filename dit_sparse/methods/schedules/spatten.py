@@ -9,7 +9,7 @@ queries, in this layer and in all later ones; a head with small outputs so far i
 where the softmax p of head h is over the keys that are left. The fraction of keys falls linearly over the layers; here
 from 1 + ``slope`` to 1 - ``slope`` times the density, so that the mean over the sparse layers is the density.
 
-In a video hardly any key is unimportant to all queries, because attention is local. On the bundled model at density
+In a video hardly any key is unimportant to all queries, because attention is local. On `shapes-wan` at density
 0.25 the kept blocks hold 0.55 of the attention, those of random blocks 0.53, but the error of the output is 0.31 and
 0.29, because random blocks drop other keys in every row; the clips are equal to 0.1 dB.
 
@@ -18,7 +18,7 @@ Planning: 64 N D multiply-adds (64 sampled queries).
 Differs from the authors:
 - Only keys are pruned. Every token needs an output, so queries are never dropped.
 - Every head drops keys of its own, because plans may differ by head. Theirs drops a key for all heads, by the sum of
-  a over the heads (``share_heads``), which retains slightly less attention on the bundled model.
+  a over the heads (``share_heads``), which retains slightly less attention on `shapes-wan`.
 - Keys are dropped by blocks. Text and the own block of every row are kept.
 - p is that of ``samples`` random queries, because executors return no weights. In return a layer knows its own
   attention before it prunes, so that the first sparse layer prunes as well; theirs leaves the first 15 % of the layers

@@ -23,7 +23,7 @@ Differs from the authors:
 - Channels are compared after subtracting the mean of all keys, which changes no softmax.
 - Approximate keys have full precision; theirs can have 4 bits.
 
-With 1/4 of the channels, the upper end of the paper's range, masks retain as much attention of the bundled model as
+With 1/4 of the channels, the upper end of the paper's range, masks retain as much attention of `shapes-wan` as
 those of other scorers; with 1/16 they retain less, but more than random blocks.
 """
 
