@@ -155,7 +155,7 @@ def doctor(
     with one_sentence():
         from dit_sparse.eval.bench.executor_support import check_executors
 
-        result = check_executors(compile_kernelss=not quick)
+        result = check_executors(compile_executors=not quick)
     print_result(result)
     console.print(f"device   {escape(result['device'])}", highlight=False)
     console.print("versions " + ", ".join(f"{name} {version or '-'}" for name, version in result["versions"].items()))
