@@ -178,7 +178,7 @@ def app():
 
 
 def fields(model="shapes-wan", preset="custom", method="radial", own_density=False, settings=None) -> list:
-    clip = [model, "a circle", preset, 0, 2, None, None, None, "auto"]
+    clip = [model, "a red circle moves up", preset, 0, 2, None, None, None, "auto"]
     return [*clip, method, 0.25, own_density, 0.25, settings or {}]
 
 

@@ -73,7 +73,7 @@ def test_a_result_with_numbers_that_json_lacks_is_shown(tmp_path):
 
 def test_equal_clips_are_a_result(app, tmp_path):
     request = GenerationRequest(
-        prompt="a circle", steps=2, frames=1, height=16, width=16, dense_steps=1.0, method="radial"
+        prompt="a red circle moves up", steps=2, frames=1, height=16, width=16, dense_steps=1.0, method="radial"
     )
     Demo(request.prompt, request.processor, tmp_path, 0, request.call).run(lambda name: lambda *_: None)
     assert "inf" in app._outputs(tmp_path, read_result(tmp_path))[0]
@@ -201,7 +201,7 @@ def test_a_public_page_answers_to_addresses_and_its_own_names(host, origin, expe
 @pytest.mark.parametrize("field", ["model", "prompt", "method", "settings"])
 def test_long_texts_are_refused_before_they_are_parsed(page, field):
     long = "pooled(" * 10_000
-    values = {"model": "shapes-wan-i2v", "prompt": "a circle", "method": "radial", "settings": {}}
+    values = {"model": "shapes-wan-i2v", "prompt": "a red circle moves up", "method": "radial", "settings": {}}
     values |= {field: {"decay": long} if field == "settings" else long}
     model, prompt, method, settings = values.values()
     with pytest.raises(ValueError, match="must have at most 500 characters"):

@@ -170,7 +170,7 @@ class Trainer:
         report = {
             "steps": self.step_count,
             "minutes": round(self.elapsed / 60),
-            "device": "a GPU" if self.device == "cuda" else f"{self.shards} CPU cores",
+            "device": "a GPU" if self.device == "cuda" else f"{self.shards} CPU core{'s' * (self.shards > 1)}",
             "largest_tokens": max((shape for _, shape, _ in self.curriculum[-1].batches), key=math.prod),
         }
         (folder / "reports").mkdir(exist_ok=True)
