@@ -53,7 +53,7 @@ REQUEST = {"prompt": "a red circle moves right", "steps": 2, "frames": 3, "heigh
         ({"method": "nope"}, "there is no method 'nope'"),
         ({"method": "radial("}, "cannot read the method"),
         ({"method": "radial(decay=0.2)", "settings": {"decay": 0.3}}, "decay of radial is given twice"),
-        ({"method": "profile:shapes-wan", "density": 0.25}, "takes no density"),
+        ({"method": "profile:shapes-wan-i2v", "density": 0.25}, "takes no density"),
         ({"method": "routed", "density": 0}, "density must be in (0, 1]"),
         ({"method": "routed", "density": float("nan")}, "density must be in (0, 1]"),
         ({"method": "routed", "density": "a"}, "density of routed must be a number"),
@@ -177,7 +177,7 @@ def app():
     return importlib.import_module("dit_sparse.demo.page")
 
 
-def fields(model="shapes-wan", preset="custom", method="radial", own_density=False, settings=None) -> list:
+def fields(model="shapes-wan-i2v", preset="custom", method="radial", own_density=False, settings=None) -> list:
     clip = [model, "a red circle moves up", preset, 0, 2, None, None, None, "auto"]
     return [*clip, method, 0.25, own_density, 0.25, settings or {}]
 
@@ -195,7 +195,7 @@ def test_on_other_hosts_only_offered_models_and_shipped_profiles_run(app):
 
 
 def test_a_preset_decides_instead_of_the_method(app):
-    page = app.Page(["shapes-wan"], local=True)
+    page = app.Page(["shapes-wan-i2v"], local=True)
     settings = page._request(*fields(preset="fast", settings={"decay": 0.3})).processor.settings
     assert settings.preset == "fast" and method_text(settings.method) == PRESETS["fast"].method
     for preset in PRESETS:
@@ -214,13 +214,13 @@ def test_settings_may_determine_the_density(app):
 
 
 def test_an_invalid_form_is_said_in_place_of_estimate_and_script(app):
-    page = app.Page(["shapes-wan"], local=True)
+    page = app.Page(["shapes-wan-i2v"], local=True)
     estimate, script = page._preview(*fields(method="radail"))
     assert "there is no method &#x27;radail&#x27;; did you mean" in estimate
     assert script.startswith("# there is no method 'radail'; did you mean 'radial'?")
     estimate, script = page._preview(*fields())
     assert re.fullmatch(
-        r"Estimate: about \S+ \w+ for the dense clip and \S+ \w+ for the sparse one, 8,400 tokens\.", estimate
+        r"Estimate: about \S+ \w+ for the dense clip and \S+ \w+ for the sparse one, 8,064 tokens\.", estimate
     )
     assert "ds.enable(pipe, 'radial', density=0.25, dense_steps=0.25)" in script
 

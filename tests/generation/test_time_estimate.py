@@ -50,7 +50,7 @@ def test_tokens_of_a_causal_autoencoder(tmp_path):
 
 
 def test_what_is_not_known_is_not_estimated(tmp_path):
-    assert estimate("profile:shapes-wan", dense_steps=None).sparse is None
+    assert estimate("profile:shapes-wan-i2v", dense_steps=None).sparse is None
     assert estimate(num_frames=None) is None
     assert estimate(model="some/model-on-the-hub") is None
     assert estimate(model=str(tmp_path)) is None
