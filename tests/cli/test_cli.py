@@ -132,43 +132,61 @@ def test_doctor_lists_every_executor():
 
 BAD = {
     "unknown method": (["show", "nonsense"], "no method 'nonsense'"),
-    "misspelt method": (["generate", "x", "--method", "radail"], "did you mean 'radial'?"),
-    "misspelt setting": (["generate", "x", "-m", "radial(dekay=1)"], "did you mean 'decay'?"),
-    "misspelt profile": (["generate", "x", "-m", "profile:shapes_wan"], "did you mean 'shapes-wan-i2v'?"),
-    "misspelt preset": (["generate", "x", "--preset", "quick"], "there is no preset 'quick'; there are quality"),
-    "method and preset": (["generate", "x", "--preset", "fast", "-m", "svg"], "--method and --preset exclude"),
-    "misspelt data type": (["generate", "x", "--dtype", "float"], "did you mean 'float32'?"),
-    "offload without a GPU": (["generate", "x", "--offload", "model"], "there is no GPU"),
-    "missing profile": (["generate", "x", "--profile", "shapes_wan"], "did you mean 'shapes-wan-i2v'?"),
+    "misspelt method": (["generate", "a red circle moves up", "--method", "radail"], "did you mean 'radial'?"),
+    "misspelt setting": (["generate", "a red circle moves up", "-m", "radial(dekay=1)"], "did you mean 'decay'?"),
+    "misspelt profile": (
+        ["generate", "a red circle moves up", "-m", "profile:shapes_wan"],
+        "did you mean 'shapes-wan-i2v'?",
+    ),
+    "misspelt preset": (
+        ["generate", "a red circle moves up", "--preset", "quick"],
+        "there is no preset 'quick'; there are quality",
+    ),
+    "method and preset": (
+        ["generate", "a red circle moves up", "--preset", "fast", "-m", "svg"],
+        "--method and --preset exclude",
+    ),
+    "misspelt data type": (["generate", "a red circle moves up", "--dtype", "float"], "did you mean 'float32'?"),
+    "offload without a GPU": (["generate", "a red circle moves up", "--offload", "model"], "there is no GPU"),
+    "missing profile": (
+        ["generate", "a red circle moves up", "--profile", "shapes_wan"],
+        "did you mean 'shapes-wan-i2v'?",
+    ),
     "type of a setting": (["demo", "-m", "radial(decay=x)"], "decay of radial must be a number, got 'x'"),
     "open parenthesis": (["demo", "-m", "radial(decay=1"], "expected ',' or ')' (character 15)"),
     "deep nesting": (["demo", "-m", "pooled(" * 10_000], "nested more than 32 levels deep"),
     "density of a profile": (["demo", "-m", "profile:shapes-wan-i2v", "-d", "0.3"], "takes no density"),
     "two densities": (["demo", "-m", "radial(density=0.2)", "-d", "0.3"], "density of radial is given twice"),
     "density 0": (["demo", "--density", "0"], "density must be in (0, 1]"),
-    "density 2": (["generate", "x", "--density", "2"], "density must be in (0, 1]"),
+    "density 2": (["generate", "a red circle moves up", "--density", "2"], "density must be in (0, 1]"),
     "grid": (["show", "radial", "--grid", "4x4"], "grid"),
     "executor": (["demo", "--executor", "warp"], "'warp'"),
     "dense steps": (["demo", "--dense-steps", "some"], "--dense-steps must be a count"),
     "dense steps above 1": (["demo", "--dense-steps", "1.5"], "dense_steps must be a count"),
     "one step": (["demo", "--steps", "1"], "at least 2 steps"),
-    "not an mp4": (["generate", "x", "--out", "x.gif"], "must be a file that ends in .mp4"),
-    "no frames": (["generate", "x", "--frames", "0"], "num_frames must be in [1, 100000], got 0"),
+    "not an mp4": (["generate", "a red circle moves up", "--out", "x.gif"], "must be a file that ends in .mp4"),
+    "no frames": (["generate", "a red circle moves up", "--frames", "0"], "num_frames must be in [1, 100000], got 0"),
     "no model": (
-        ["generate", "x", "--model", "./nowhere"],
+        ["generate", "a red circle moves up", "--model", "./nowhere"],
         "cannot load the model ./nowhere: it is not a diffusers pipeline",
     ),
     "block": (["show", "radial", "--block", "7"], "block must be in [16, 256]"),
-    "no frames per second": (["generate", "x", "--fps", "0"], "fps must be in (0, 1000], got 0"),
-    "guidance": (["generate", "x", "--guidance", "nan"], "guidance_scale must be in"),
-    "infinite guidance": (["generate", "x", "--guidance", "inf"], "guidance_scale must be in"),
-    "seed": (["generate", "x", "--seed", "-1"], "the seed must be in [0, 2**63), got -1"),
+    "no frames per second": (["generate", "a red circle moves up", "--fps", "0"], "fps must be in (0, 1000], got 0"),
+    "guidance": (["generate", "a red circle moves up", "--guidance", "nan"], "guidance_scale must be in"),
+    "infinite guidance": (["generate", "a red circle moves up", "--guidance", "inf"], "guidance_scale must be in"),
+    "seed": (["generate", "a red circle moves up", "--seed", "-1"], "the seed must be in [0, 2**63), got -1"),
     "no prompt": (["generate", " "], "the prompt is empty"),
     "empty prompt of the demo": (["demo", "--prompt", ""], "the prompt is empty"),
-    "large clip": (["generate", "x", "--height", "99999", "--width", "99999", "--frames", "9999"], "a smaller clip"),
-    "long name": (["generate", "x", "--out", "a" * 300 + ".mp4"], "File name too long"),
-    "folder in the way": (["generate", "x", "--out", "f.mp4"], "must be a file, got the folder f.mp4"),
-    "device in the way": (["generate", "x", "--out", "d.mp4"], "exists and is not a file"),
+    "large clip": (
+        ["generate", "a red circle moves up", "--height", "99999", "--width", "99999", "--frames", "9999"],
+        "a smaller clip",
+    ),
+    "long name": (["generate", "a red circle moves up", "--out", "a" * 300 + ".mp4"], "File name too long"),
+    "folder in the way": (
+        ["generate", "a red circle moves up", "--out", "f.mp4"],
+        "must be a file, got the folder f.mp4",
+    ),
+    "device in the way": (["generate", "a red circle moves up", "--out", "d.mp4"], "exists and is not a file"),
     "format of a plot": (["show", "radial", "--png", "mask.xyz"], "--png must end in"),
     "profile as a folder": (["profile", "shapes-wan-i2v", "--out", "f.json"], "must be a file, got the folder f.json"),
     "output": (["demo", "--out", "/proc/nothing"], "cannot write into"),
@@ -312,7 +330,7 @@ def test_an_incomplete_video_is_not_written(tmp_path):
 def test_generate_writes_a_video(text, line, tmp_path):
     size = ("--steps", "2", "--frames", "2", "--height", "32", "--width", "32")
     out = tmp_path / f"{'v' * 200}.mp4"
-    result = call("generate", "a blue square", "-m", text, *size, "--dense-steps", "1", "--out", out)
+    result = call("generate", "a blue square moves up", "-m", text, *size, "--dense-steps", "1", "--out", out)
     assert result.exit_code == 0, result.output
     assert out.stat().st_size > 1000 and f": {out} and its .json\n" in result.output, "the path is printed on one line"
     assert line in result.output, result.output
@@ -321,12 +339,12 @@ def test_generate_writes_a_video(text, line, tmp_path):
 def test_generate_writes_what_it_did_next_to_the_video(tmp_path):
     size = ("--steps", "2", "--frames", "2", "--height", "32", "--width", "32", "--dense-steps", "1")
     options = ("--preset", "fast", "--negative-prompt", "red", "--dtype", "float32", "--seed", "3")
-    result = call("generate", "a blue square", *size, *options, "--out", tmp_path / "x.mp4", "--json")
+    result = call("generate", "a blue square moves up", *size, *options, "--out", tmp_path / "x.mp4", "--json")
     assert result.exit_code == 0, result.output
     stored = json.loads((tmp_path / "x.json").read_text())
     assert json.loads(result.stdout) == stored
     asked, report = stored["asked"], stored["report"]
-    assert (asked["prompt"], asked["seed"], asked["fps"], asked["preset"]) == ("a blue square", 3, 8, "fast")
+    assert (asked["prompt"], asked["seed"], asked["fps"], asked["preset"]) == ("a blue square moves up", 3, 8, "fast")
     assert asked["call"]["negative_prompt"] == "red" and asked["model"] == "shapes-wan-i2v"
     assert report["method"] == "asa" and report["schedule"]["dense_steps"] == 1 and report["preset"].startswith("fast")
     assert report["density_asked"] == 0.25 and report["sparse_calls"] > 0 and asked["dtype"] == "float32"
@@ -335,7 +353,9 @@ def test_generate_writes_what_it_did_next_to_the_video(tmp_path):
 
 def test_a_batch_takes_a_preset_and_a_negative_prompt(tmp_path, monkeypatch):
     """Rows may have their own."""
-    (tmp_path / "p.csv").write_text("prompt,method,negative_prompt\na,,\nb,radial,blue\n")
+    (tmp_path / "p.csv").write_text(
+        "prompt,method,negative_prompt\na red circle moves up,,\na blue square moves up,radial,blue\n"
+    )
     jobs = []
     manifest = {"count": {"done": 2, "failed": 0, "missing": 0}, "clips": []}
     monkeypatch.setattr(Batch, "run", lambda batch, stage: jobs.extend(batch.jobs()) or manifest)

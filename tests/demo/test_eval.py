@@ -132,5 +132,7 @@ def test_the_difference_is_black_where_clips_agree():
 
 def test_the_demo_of_dense_is_dense(tmp_path):
     call = {"num_inference_steps": 2, "num_frames": 1, "height": 64, "width": 64}
-    result = Demo("a red circle", SparseAttnProcessor("dense"), tmp_path, call=call).run(lambda name: lambda *_: None)
+    result = Demo("a red circle moves up", SparseAttnProcessor("dense"), tmp_path, call=call).run(
+        lambda name: lambda *_: None
+    )
     assert result["psnr"] == math.inf and result["density_run"] == 1

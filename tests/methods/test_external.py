@@ -73,7 +73,7 @@ def test_a_module_in_the_working_folder_is_imported_by_the_command_only(module, 
 
 @pytest.mark.parametrize("text", ["no_such_module:X", "json:Missing", "json:loads", "cached(no_such_module:X)"])
 def test_the_command_says_what_cannot_be_imported(text):
-    result = CliRunner().invoke(app, ["generate", "a red circle", "--method", text])
+    result = CliRunner().invoke(app, ["generate", "a red circle moves up", "--method", text])
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1 and text.strip("cahed()").split(":")[0] in result.stderr
 
