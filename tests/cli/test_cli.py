@@ -297,7 +297,7 @@ def test_frames_and_latents_that_are_not_finite_are_reported(tmp_path, monkeypat
         save_video(tmp_path / "x.mp4", np.array([0.5, np.nan] * 6).reshape(1, 2, 2, 3), 8)
     monkeypatch.setattr(WanTransformer3DModel, "forward", lambda *_, hidden_states, **__: (hidden_states * np.nan,))
     size = ("--steps", "2", "--frames", "2", "--height", "32", "--width", "32", "--out", tmp_path / "x.mp4")
-    result = call("generate", "x", *size)
+    result = call("generate", "a red circle moves up", *size)
     assert result.exit_code == 1 and "latents contain NaN or infinity after step 1 of 2" in result.stderr, result.output
     assert not list(tmp_path.iterdir())
 
