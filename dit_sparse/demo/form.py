@@ -71,7 +71,8 @@ def build_form(blocks: gr.Blocks, models: list[str], any_model: bool) -> Form:
     """
     info = "Also a local folder or a name on the Hugging Face hub." if any_model else None
     model = gr.Dropdown(models, label="Model", info=info, allow_custom_value=any_model)
-    prompt = gr.Textbox(BUNDLED_PROMPT, label="Prompt", lines=2, max_length=MAX_CHARACTERS)
+    known = f"{BUNDLED} moves one or two coloured circles, squares and triangles left, right, up or down."
+    prompt = gr.Textbox(BUNDLED_PROMPT, label="Prompt", info=known, lines=2, max_length=MAX_CHARACTERS)
     choices = [(f"{name}: {preset.summary}", name) for name, preset in PRESETS.items()]
     choices.append((f"{CUSTOM}: the method and the density under Advanced", CUSTOM))
     preset = gr.Radio(choices, value=DEFAULT_PRESET, label="Preset", elem_id="preset")

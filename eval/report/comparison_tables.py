@@ -32,6 +32,25 @@ def routed_tables() -> str:
     return "\n\n".join(compare_table(json.loads(path.read_text())) for path in stored_results("compare-routed-*.json"))
 
 
+def second_model_tables() -> str:
+    """Return the fidelity of every row of ``eval/results/*/compare-shapes-wan-i2v.json``, without times."""
+    tables = []
+    for result in (json.loads(path.read_text()) for path in stored_results("compare-shapes-wan-i2v.json")):
+        rows = sorted((row for row in result["rows"] if row["psnr"]), key=lambda row: -row["psnr"]["mean"])
+        cells = (
+            (
+                f"`{row['name']}`",
+                f"{row['psnr']['mean']:.1f}{_bounds(row['psnr']['interval'])}",
+                f"{row['ssim']['mean']:.3f}",
+                "-" if row["error"] is None else f"{row['error']:.2f}",
+            )
+            for row in rows
+        )
+        columns = ("row", "PSNR (dB)", "SSIM", "output error")
+        tables.append(f"{markdown(columns, cells)}\n\n{compare_conditions(result)}")
+    return "\n\n".join(tables)
+
+
 def branches_tables() -> str:
     """Return a table for every ``eval/results/*/compare-per-branch.json`` and the ``compare.json`` next to it."""
     tables = []

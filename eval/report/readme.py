@@ -45,6 +45,7 @@ TABLES = {
     "compare": comparison_tables.compare_tables,
     "branches": comparison_tables.branches_tables,
     "routed": comparison_tables.routed_tables,
+    "second_model": comparison_tables.second_model_tables,
     "gate_weights": gate_tables.weights_table,
     "gate_videos": gate_tables.comparison_tables,
     "study": result_tables.study_tables,
