@@ -380,7 +380,7 @@ def test_an_invalid_field_is_a_message(visit):
 @in_a_browser
 def test_texts_of_a_form_are_no_markup(visit):
     tab = visit()
-    markup = "<img src=x onerror=\"document.title='injected'\"> ![a](b) ${1+1} {{value}}"
+    markup = "<img src=x onerror=\"document.title='injected'\"> ![a](b) ${1+1} {{value}} a red circle moves right"
     fill(tab)
     tab.get_by_label("Prompt").fill(markup)
     tab.get_by_role("button", name="Generate", exact=True).click()
