@@ -107,14 +107,14 @@ class GenerationRequest:
         bundled = self.model == BUNDLED
         source = "model_source(BUNDLED)" if bundled else repr(self.model)
         needs_image = is_image_model(self.model)
+        names = ["BUNDLED"] * bundled + ["first_frame"] * needs_image + ["model_source"] * bundled
         sizes = {name: self.call[name] for name in ("num_frames", "height", "width") if needs_image}
         image = f"\n    image=first_frame({self.prompt!r}, {self.seed}, {sizes})," if needs_image else ""
         precision = "" if bundled else ", dtype=torch.bfloat16"
         return (
             "import torch\nfrom diffusers import DiffusionPipeline\nfrom diffusers.utils import export_to_video\n\n"
             "import dit_sparse as ds\n"
-            + ("from dit_sparse.bundled import BUNDLED, model_source\n" if bundled else "")
-            + ("from dit_sparse.bundled import first_frame\n" if needs_image else "")
+            + (f"from dit_sparse.bundled import {', '.join(names)}\n" if names else "")
             + f"\npipe = DiffusionPipeline.from_pretrained({source}{precision})\n"
             'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
             f"run = ds.enable(pipe, {self.method!r}{arguments})\n"

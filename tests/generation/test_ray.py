@@ -173,7 +173,9 @@ def measured(result: dict) -> list[tuple]:
 def test_a_comparison_has_the_rows_of_a_local_one_and_its_clips_are_stored(tmp_path, one_thread, monkeypatch):
     call = {"num_inference_steps": 2, "num_frames": 2, "height": 32, "width": 32}
     options = {"densities": (0.4,), "block": 16, "call": call, "schedule": Schedule(1), "executor": "gather"}
-    make = lambda name: Comparison(["radial"], ["a red circle", "a blue square"], tmp_path / name, **options)
+    make = lambda name: Comparison(
+        ["radial"], ["a red circle moves up", "a blue square moves up"], tmp_path / name, **options
+    )
     progress = []
     stage = lambda name: lambda *numbers: progress.append((name, *numbers))
     result = make("ray").run(stage, runner_class("ray", 2))

@@ -149,7 +149,9 @@ def known_values(monkeypatch):
     monkeypatch.setattr(RunCounters, "density_run", 0.25)
     monkeypatch.setattr(RunCounters, "tail_density", 0.0)
     monkeypatch.setattr(tracking, "_largest", lambda timestep: 500.0)
-    lengths = lambda mask, batch, grid: KeyPadding(mask.reshape(-1, grid.tokens).sum(-1).expand(batch), (1,) * batch)
+    lengths = lambda mask, batch, grid, *_: KeyPadding(
+        mask.reshape(-1, grid.tokens).sum(-1).expand(batch), (1,) * batch
+    )
     monkeypatch.setattr(padding, "read_padding", lengths)
 
 
