@@ -285,8 +285,8 @@ def wait_for_result(tab, text):
 def test_an_example_is_loaded_and_its_clips_play_together(visit):
     tab = visit()
     text = numbers(tab).inner_text()
-    assert "Example: radial at density 0.22" in text and "PSNR" in text
-    assert tab.get_by_label("balanced: ").is_checked(), "the form is not that of the example"
+    assert "Example: balanced (routed at density 0.15)" in text and "PSNR" in text
+    assert tab.get_by_label("balanced: ").is_checked()
     times = "[...document.querySelectorAll('#clips video')].map(v => v.currentTime)"
     paused = "[...document.querySelectorAll('#clips video')].map(v => v.paused)"
     tab.wait_for_function(f"{times}.length == 3 && {times}.every(t => t > 0)")
