@@ -136,7 +136,7 @@ BAD = {
     "misspelt setting": (["generate", "a red circle moves up", "-m", "radial(dekay=1)"], "did you mean 'decay'?"),
     "misspelt profile": (
         ["generate", "a red circle moves up", "-m", "profile:shapes_wan"],
-        "did you mean 'shapes-wan-i2v'?",
+        "did you mean 'shapes-wan'?",
     ),
     "misspelt preset": (
         ["generate", "a red circle moves up", "--preset", "quick"],
@@ -150,7 +150,7 @@ BAD = {
     "offload without a GPU": (["generate", "a red circle moves up", "--offload", "model"], "there is no GPU"),
     "missing profile": (
         ["generate", "a red circle moves up", "--profile", "shapes_wan"],
-        "did you mean 'shapes-wan-i2v'?",
+        "did you mean 'shapes-wan'?",
     ),
     "type of a setting": (["demo", "-m", "radial(decay=x)"], "decay of radial must be a number, got 'x'"),
     "open parenthesis": (["demo", "-m", "radial(decay=1"], "expected ',' or ')' (character 15)"),
