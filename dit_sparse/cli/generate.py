@@ -131,8 +131,8 @@ def demo(
     out: OutFolder = Path("out/demo"),
 ) -> None:
     """Generate one video or solid densely and sparsely from the same seed with a small model, and compare them."""
+    settings = {"dense_steps": dense_steps, "density_ramp": ramp, "executor": executor, "block": block}
     if three_d:
-        settings = {"dense_steps": dense_steps, "ramp": ramp, "executor": executor, "block": block}
         call = {"resolution": resolution, "num_inference_steps": steps}
         return _demo_three_d(method, density, settings, prompt, seed, call, model, out)
     with one_sentence():
@@ -142,8 +142,7 @@ def demo(
         from dit_sparse import SparseAttnProcessor
         from dit_sparse.demo.demo import Demo
 
-        steps_settings = {"dense_steps": count_or_fraction(dense_steps), "density_ramp": density_ramp(ramp)}
-        processor = SparseAttnProcessor(method, density=density, **steps_settings, executor=executor, block=block)
+        processor = SparseAttnProcessor(method, density=density, **_parsed(settings))
         task = Demo(BUNDLED_PROMPT if prompt is None else prompt, processor, out, seed, call_arguments(steps))
         with progress_bars() as stage:
             result = task.run(stage)
@@ -151,6 +150,16 @@ def demo(
     warn_if_busy(result)
     _print_demo(result)
     console.print(f"videos, plots and result.json: {escape(str(out))}", soft_wrap=True)
+
+
+def _parsed(settings: dict) -> dict:
+    """Return the settings of a demo with its texts parsed.
+
+    Raises:
+        ValueError: a text cannot be read.
+    """
+    parse = {"dense_steps": count_or_fraction, "density_ramp": density_ramp}
+    return settings | {name: read(settings[name]) for name, read in parse.items()}
 
 
 def _demo_three_d(
@@ -166,7 +175,7 @@ def _demo_three_d(
     """Run the demo of solids and print its result.
 
     Args:
-        settings: texts of ``dense_steps`` and ``ramp``, ``executor`` and ``block``.
+        settings: texts of ``dense_steps`` and ``density_ramp``, ``executor`` and ``block``.
         call: arguments of the pipeline's call; None: the default.
     """
     with one_sentence():
@@ -174,14 +183,7 @@ def _demo_three_d(
         from dit_sparse.bundled import SOLID_PROMPT
         from dit_sparse.demo.solids.solid_demo import SolidDemo
 
-        processor = SparseAttnProcessor(
-            method,
-            density=density,
-            dense_steps=count_or_fraction(settings["dense_steps"]),
-            density_ramp=density_ramp(settings["ramp"]),
-            executor=settings["executor"],
-            block=settings["block"],
-        )
+        processor = SparseAttnProcessor(method, density=density, **_parsed(settings))
         call = {name: value for name, value in call.items() if value is not None}
         task = SolidDemo(processor, out, SOLID_PROMPT if prompt is None else prompt, seed, call, model)
         with progress_bars() as stage:

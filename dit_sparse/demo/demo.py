@@ -106,15 +106,7 @@ class Demo:
             "preset": report.preset,
             "method": report.method,
             "settings": report.settings,
-            "density_asked": report.density_asked,
-            "density_achieved": report.density_achieved,
-            "density_run": report.density_run,
-            "seconds_dense": dense.seconds,
-            "seconds_sparse": sparse.seconds,
-            "speedup": ratio(dense.seconds, sparse.seconds),
-            "attention_seconds_dense": dense.report.attention_seconds,
-            "attention_seconds_sparse": report.attention_seconds,
-            "attention_speedup": ratio(dense.report.attention_seconds, report.attention_seconds),
+            **densities_and_times(dense, sparse),
             "attention_by_step_dense": dense.by_step,
             "attention_by_step_sparse": sparse.by_step,
             "psnr": psnr(sparse.frames, dense.frames),
@@ -148,6 +140,26 @@ class Demo:
             save_figure(self.out / "mask.png", plot_plan(observer.plan, observer.grid, method))
             save_figure(self.out / "retained.png", plot_heat_map(mass, title))
         save_json(self.out / "result.json", result)
+
+
+def densities_and_times(dense: Any, sparse: Any) -> dict:
+    """Return the densities of a sparse run, and the times of both runs with their ratios.
+
+    Args:
+        dense, sparse: have ``seconds`` and ``report``.
+    """
+    report = sparse.report
+    return {
+        "density_asked": report.density_asked,
+        "density_achieved": report.density_achieved,
+        "density_run": report.density_run,
+        "seconds_dense": dense.seconds,
+        "seconds_sparse": sparse.seconds,
+        "speedup": ratio(dense.seconds, sparse.seconds),
+        "attention_seconds_dense": dense.report.attention_seconds,
+        "attention_seconds_sparse": report.attention_seconds,
+        "attention_speedup": ratio(dense.report.attention_seconds, report.attention_seconds),
+    }
 
 
 def ratio(dense: float, sparse: float) -> float:

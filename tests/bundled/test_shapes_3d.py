@@ -19,7 +19,7 @@ from dit_sparse.bundled.shapes_3d.prompts import held_out_scenes, parse, random_
 from dit_sparse.bundled.shapes_3d.solids import Solid, make_solid, surface_cells
 from dit_sparse.bundled.shapes_3d.sparse_tensor import SparseTensor
 from dit_sparse.bundled.shapes_3d.surface import CHANNELS, Surface, fine_surface
-from dit_sparse.bundled.shapes_3d.train import CHECKPOINT, train
+from dit_sparse.bundled.shapes_3d.train import CHECKPOINT, MODEL, train
 from dit_sparse.bundled.shapes_3d.training.batches import CURRICULUM, Stage, make_batch
 from dit_sparse.bundled.shapes_3d.training.trainer import Trainer
 from dit_sparse.bundled.training.schedule import Budget
@@ -162,7 +162,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path):
     first.save(tmp_path / CHECKPOINT)
     second = start()
     second.load(tmp_path / CHECKPOINT)
-    train(second, tmp_path)
+    train(second, tmp_path, MODEL)
     for expected, weight in zip(whole.average.parameters(), second.average.parameters(), strict=True):
         assert torch.equal(weight, expected)
     assert Shapes3DPipeline.from_pretrained(tmp_path / "shapes-3d").model.config == CONFIG

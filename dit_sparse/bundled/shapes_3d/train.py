@@ -6,38 +6,15 @@ a checkpoint and exports the model to DIR/shapes-3d.
 """
 
 import argparse
-import signal
-import time
 from pathlib import Path
 
 import torch
 
-from ..training.loss_meter import LossMeter
+from ..training.loop import CHECKPOINT, train
 from ..training.schedule import Budget
 from .training.trainer import Trainer
 
-CHECKPOINT = "checkpoint.pt"
 MODEL = "shapes-3d"
-
-
-def train(trainer: Trainer, out: Path, save_every: float = 120.0) -> None:
-    """Train until the budget is used, SIGTERM arrives or ``out/STOP`` exists; then save and export.
-
-    Args:
-        save_every: seconds between checkpoints.
-    """
-    stop_requests = []
-    signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
-    meter, saved_at = LossMeter(), time.monotonic()
-    while trainer.fraction < 1 and not stop_requests and not (out / "STOP").exists():
-        meter.update(*trainer.step())
-        meter.report(trainer)
-        if time.monotonic() - saved_at > save_every:
-            trainer.save(out / CHECKPOINT)
-            saved_at = time.monotonic()
-    meter.report(trainer, force=True)
-    trainer.save(out / CHECKPOINT)
-    trainer.export(out / MODEL)
 
 
 def main():
@@ -62,7 +39,7 @@ def main():
         trainer.load(options.out / CHECKPOINT)
     elif options.start:
         trainer.load_weights(options.start)
-    return train(trainer, options.out)
+    return train(trainer, options.out, MODEL)
 
 
 if __name__ == "__main__":

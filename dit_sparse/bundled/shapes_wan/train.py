@@ -6,41 +6,16 @@ DIR/STOP or send SIGTERM; the run then saves a checkpoint and exports the model.
 """
 
 import argparse
-import signal
-import time
 from pathlib import Path
 
 import torch
 
 from .. import BUNDLED
-from ..training.loss_meter import LossMeter
+from ..training.loop import CHECKPOINT, train
 from ..training.schedule import Budget
 from .training.curriculum import CONTINUATION, CURRICULUM
 from .training.text_pretraining import pretrain_text_encoder
 from .training.trainer import Trainer
-
-CHECKPOINT = "checkpoint.pt"
-
-
-def train(trainer: Trainer, out: Path, light: bool = False, save_every: float = 180.0) -> None:
-    """Train until the budget is used, SIGTERM arrives or ``out/STOP`` exists; then save and export.
-
-    Args:
-        light: write light checkpoints.
-        save_every: seconds between checkpoints.
-    """
-    stop_requests = []
-    signal.signal(signal.SIGTERM, lambda *_: stop_requests.append(True))
-    meter, saved_at = LossMeter(), time.monotonic()
-    while trainer.fraction < 1 and not stop_requests and not (out / "STOP").exists():
-        meter.update(*trainer.step())
-        meter.report(trainer)
-        if time.monotonic() - saved_at > save_every:
-            trainer.save(out / CHECKPOINT, light)
-            saved_at = time.monotonic()
-    meter.report(trainer, force=True)
-    trainer.save(out / CHECKPOINT, light)
-    trainer.export(out / BUNDLED)
 
 
 def main():
@@ -71,7 +46,7 @@ def main():
     else:
         loss = pretrain_text_encoder(trainer.text_encoder, trainer.tokenizer)
         print(f"text encoder pretrained, loss {loss:.4f}", flush=True)
-    return train(trainer, options.out, options.light)
+    return train(trainer, options.out, BUNDLED, light=options.light)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ...generation.generate import Stage
 from ...output.environment import conditions
 from ...output.files import save_json, writable_folder
 from ...output.media import save_image, save_video, side_by_side
-from ..demo import compile_kernels, ratio
+from ..demo import compile_kernels, densities_and_times
 
 FILES = ["dense.glb", "sparse.glb", "pictures.png", "mask.png", "turntable.mp4", "result.json"]
 AZIMUTH = 30.0  # of the pictures
@@ -111,15 +111,7 @@ class SolidDemo:
             "method": report.method,
             "settings": report.settings,
             "cells": len(dense.shape.cells.coordinates),
-            "density_asked": report.density_asked,
-            "density_achieved": report.density_achieved,
-            "density_run": report.density_run,
-            "seconds_dense": dense.seconds,
-            "seconds_sparse": sparse.seconds,
-            "speedup": ratio(dense.seconds, sparse.seconds),
-            "attention_seconds_dense": dense.report.attention_seconds,
-            "attention_seconds_sparse": report.attention_seconds,
-            "attention_speedup": ratio(dense.report.attention_seconds, report.attention_seconds),
+            **densities_and_times(dense, sparse),
             "planning_seconds": report.planning_seconds,
             **compare_shapes(sparse.shape, dense.shape),
             "judge": vars(verdict) | measured,
